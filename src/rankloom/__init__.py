@@ -1,0 +1,52 @@
+"""Rankloom: every low-rank adaptation method in one place, composable and PEFT-compatible.
+
+Importing this costs torch and nothing more; every public name is loaded at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AdaLoRA": "rankloom.methods.adalora",
+    "AsymmetricLoRA": "rankloom.methods.asymmetric",
+    "Bank": "rankloom.core.bank",
+    "DoRA": "rankloom.methods.dora",
+    "HydraLoRA": "rankloom.methods.hydralora",
+    "LoRA": "rankloom.methods.lora",
+    "LoRAPlus": "rankloom.rules.loraplus",
+    "Method": "rankloom.core.method",
+    "Plan": "rankloom.core.plan",
+    "RankloomError": "rankloom.errors",
+    "Rule": "rankloom.core.rule",
+    "Slices": "rankloom.methods.slices",
+    "UnrolledLoRA": "rankloom.methods.unrolled",
+    "VeRA": "rankloom.methods.vera",
+    "asymmetric_lora": "rankloom.presets",
+    "attach": "rankloom.core.attach",
+    "detach": "rankloom.core.attach",
+    "fit": "rankloom.train.fit",
+    "load": "rankloom.formats",
+    "lora_fa": "rankloom.presets",
+    "methods": "rankloom.systems",
+    "register": "rankloom.registry",
+    "rslora": "rankloom.presets",
+    "save": "rankloom.formats",
+    "systems": "rankloom.systems",
+}
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        from rankloom.errors import suggest
+
+        raise AttributeError(f"module 'rankloom' has no attribute {name!r}{suggest(name, _PUBLIC)}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,117 @@
+"""An adapter is a change: `forward` changes a layer's output, `delta` changes its matrix, and the two must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.kinds import Base
+from rankloom.core.site import Shared, Site
+from rankloom.core.switch import Weight
+from rankloom.errors import NotMergeable
+
+
+class Adapter(nn.Module):
+    """The change at one site.
+
+    `roles` tags each own parameter or submodule (in, out, core, gate, singular, coefficient, scale, magnitude, router,
+    whole); rules find parameters by role. `peft_names` maps own parameters to the checkpoint vocabulary of PEFT.
+    """
+
+    roles: ClassVar[Mapping[str, str]] = {}
+    peft_names: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site_name = site.name
+        self._borrowed: dict[str, tuple[Shared, str]] = {}
+
+    def reset(self, base: Base) -> None:
+        """Fill the tensors so that the change is zero for this base (done again after a fold)."""
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        """Δy for input `x` and base output `y`; by default through `delta`."""
+        return base.apply(x, self.delta(base).to(y.dtype))
+
+    def delta(self, base: Base) -> Tensor:
+        """ΔW of shape (…, out, in). Raises `NotMergeable` where the change has no single matrix."""
+        raise NotMergeable(
+            f"{type(self).__name__} at {self.site_name!r} depends on its input: there is no single matrix to merge"
+        )
+
+    def delta_bias(self, base: Base) -> Tensor | None:
+        """Δb of shape (out,), or None."""
+        return None
+
+    def row_norms(self, base: Base) -> Tensor:
+        """‖W + ΔW‖ by rows, shape (…, out)."""
+        return torch.linalg.vector_norm(base.matrix() + self.delta(base), dim=-1)
+
+    def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
+        """out + weight·Δy; override only for speed or exactness."""
+        change = self.forward(x, y, base)
+        if isinstance(weight, Tensor):
+            return out + weight.to(change.dtype).reshape(*weight.shape, *(1,) * (change.ndim - weight.ndim)) * change
+        return out + (change if weight == 1 else weight * change)
+
+    def borrow(self, shared: Shared, **keys: str) -> None:
+        """Read the shared tensor `keys[attribute]` as `self.attribute` without owning it."""
+        for attribute, key in keys.items():
+            self._borrowed[attribute] = (shared, key)
+
+    def __getattr__(self, name: str) -> Any:
+        borrowed = self.__dict__.get("_borrowed", {})
+        if name in borrowed:
+            shared, key = borrowed[name]
+            return shared.tensor(key)
+        return super().__getattr__(name)
+
+
+def tensors_by_role(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """(path, parameter, role) of every parameter that the adapter owns, combinators' inner adapters included."""
+    for path, parameter in adapter.named_parameters():
+        owner: nn.Module = adapter
+        parts = path.split(".")
+        role = ""
+        for depth, part in enumerate(parts):
+            if isinstance(owner, Adapter):
+                role = type(owner).roles.get(part, role)
+            if depth < len(parts) - 1:
+                owner = owner.get_submodule(part)
+        yield path, parameter, role
+
+
+class Sum(Adapter):
+    """Several changes at one site under one name: changes add up."""
+
+    def __init__(self, site: Site, parts: list[Adapter]) -> None:
+        super().__init__(site)
+        self.parts = nn.ModuleList(parts)
+
+    def reset(self, base: Base) -> None:
+        for part in self._each():
+            part.reset(base)
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        first, *rest = self._each()
+        change = first(x, y, base)
+        for part in rest:
+            change = change + part(x, y, base)
+        return change  # type: ignore[no-any-return]
+
+    def delta(self, base: Base) -> Tensor:
+        first, *rest = self._each()
+        change = first.delta(base)
+        for part in rest:
+            change = change + part.delta(base)
+        return change
+
+    def delta_bias(self, base: Base) -> Tensor | None:
+        found = [b for part in self._each() if (b := part.delta_bias(base)) is not None]
+        return torch.stack(found).sum(0) if found else None
+
+    def _each(self) -> list[Adapter]:
+        return list(self.parts)  # type: ignore[arg-type]

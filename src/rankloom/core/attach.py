@@ -1,0 +1,240 @@
+"""Attaching and detaching: a plan becomes adapters in their places, and leaves no trace when it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankloom.core.adapter import Adapter, Sum
+from rankloom.core.bank import NAME, Bank
+from rankloom.core.graft import plant, present, slot_table, uproot
+from rankloom.core.kinds import Base
+from rankloom.core.method import Method
+from rankloom.core.plan import Plan
+from rankloom.core.replicate import replicate
+from rankloom.core.site import Shared, Site
+from rankloom.core.switch import Voice, Voices
+from rankloom.core.targets import Place, pattern_key, resolve
+from rankloom.core.whole import TokenRows, Whole
+from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan | Method,
+    name: str = "default",
+    *,
+    probe: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Bank:
+    """Adapt `model` in place by a plan, or by a method and the plan's settings as keywords; returns `model.rankloom`.
+
+    The base is frozen, every change starts at zero, and the first adapter of a model speaks at once. `probe`: a batch
+    of keyword arguments for the model; sites that it never reaches are refused (`DeafError`). Raises `TargetError`,
+    `SettingsError` before anything is touched.
+    """
+    plan = as_plan(plan, overrides)
+    bank = getattr(model, "rankloom", None)
+    _check_name(name, bank)
+    undo = [replicate(model, plan.layer_replication)] if plan.layer_replication else []
+    try:
+        fitted, shared = _build(model, plan)
+    except BaseException:
+        for step in undo:
+            step()
+        raise
+    if bank is None:
+        bank = Bank(model)
+        model.rankloom = bank
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    _plant(bank, name, plan, fitted, shared, undo)
+    try:
+        bank.reset(name)
+        undo.append(plan.method.patch(model))
+        if probe is not None:
+            with bank.using(name):
+                bank.require_heard(**probe)
+    except BaseException:
+        detach(model, name)
+        raise
+    if not bank.switch.default.speakers and not bank.merged:
+        bank.switch.default = Voices((Voice(name),))
+    return bank
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take one adapter (or all) off; without adapters the model is exactly as it was handed to `attach`."""
+    bank = bank_of(model)
+    if bank.merged:
+        bank.unmerge()
+    if name is not None:
+        bank._known(name)
+    for each in [name] if name is not None else list(bank.names):
+        for undo in reversed(bank._undo.pop(each)):
+            undo()
+        for place, _ in bank._fitted.pop(each):
+            uproot(place.layer, place.slot, each)
+        del bank.plans[each], bank.shared[each]
+        left = tuple(v for v in bank.switch.default.speakers if v.name != each)
+        bank.switch.default = dataclasses.replace(bank.switch.default, speakers=left)
+    if not bank.names:
+        for parameter, flag in bank._requires_grad.values():
+            parameter.requires_grad_(flag)
+        del model.rankloom
+    return model
+
+
+def bank_of(model: nn.Module) -> Bank:
+    """The bank of an adapted model."""
+    bank = getattr(model, "rankloom", None)
+    if not isinstance(bank, Bank):
+        raise StateError(f"this {type(model).__name__} has no adapters: rankloom.attach(model, …) first")
+    return bank
+
+
+def as_plan(plan: Plan | Method, overrides: Mapping[str, Any]) -> Plan:
+    """A plan from a plan or method and keyword changes; lists become tuples."""
+    known = [f.name for f in dataclasses.fields(Plan) if f.name != "method"]
+    for key in overrides:
+        if key not in known:
+            raise SettingsError(f"attach has no setting {key!r}{suggest(key, known)}")
+    if isinstance(plan, Method):
+        plan = Plan(plan)
+    if not isinstance(plan, Plan):
+        raise SettingsError(f"attach needs a Plan or a method such as rankloom.LoRA(r=8), got {plan!r}")
+    plan = dataclasses.replace(plan, **overrides)
+    return dataclasses.replace(plan, **{k: _frozen(getattr(plan, k)) for k in known})
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(value))
+    if isinstance(value, Mapping):
+        return {k: _frozen(v) for k, v in value.items()}
+    return value
+
+
+def _check_name(name: str, bank: Bank | None) -> None:
+    if not NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
+        raise SettingsError(
+            f"{name!r} cannot name an adapter: letters, digits, '_' and '-', at most 64, no method name"
+        )
+    if bank is not None and name in bank.plans:
+        raise StateError(f"there is an adapter {name!r} already: detach(model, {name!r}) first, or choose another name")
+
+
+def _build(model: nn.Module, plan: Plan) -> tuple[list[tuple[Place, Site, Adapter]], Shared]:
+    resolution = resolve(model, plan)
+    shared = Shared()
+    shapes = [p.kind.shape(p.layer) for p in resolution.adapted]
+    widest = (max((s[-2] for s in shapes if len(s) > 1), default=0), max((s[-1] for s in shapes), default=0))
+    parts: list[tuple[Place, Method, Site]] = []
+    for index, place in enumerate(resolution.adapted):
+        site = _site(place, index, len(shapes), widest, plan, shared)
+        parts.append((place, _method_at(plan, place.name), site))
+    parts += [(p, Whole(), _site(p, 0, 1, widest, plan, shared)) for p in resolution.whole]
+    for place, indices, source in resolution.tokens:
+        parts.append((place, TokenRows(indices, source), _site(place, 0, 1, widest, plan, shared)))
+    _warn_of_ties(model, resolution.whole)
+    built: dict[tuple[int, str], tuple[Place, Site, list[Adapter]]] = {}
+    for place, method, site in parts:
+        adapter = method.build(site)
+        if adapter is None:
+            continue
+        if site.bare:
+            _check_bare(adapter, place, method)
+        built.setdefault((id(place.layer), place.slot), (place, site, []))[2].append(adapter)
+    if not built:
+        raise TargetError(f"method {type(plan.method).__name__} left every one of the {len(parts)} targets alone")
+    return [(p, s, found[0] if len(found) == 1 else Sum(s, found)) for p, s, found in built.values()], shared
+
+
+def _check_bare(adapter: Adapter, place: Place, method: Method) -> None:
+    try:
+        with torch.no_grad():
+            adapter.delta(Base(place.kind, place.layer))
+    except NotMergeable as error:
+        raise TargetError(
+            f"site {place.name!r} is a bare parameter, and {type(method).__name__} has no single matrix to give it: {error}"
+        ) from error
+
+
+def _method_at(plan: Plan, name: str) -> Method:
+    rank, alpha = pattern_key(plan.rank_pattern, name), pattern_key(plan.alpha_pattern, name)
+    changes: dict[str, Any] = {} if rank is None else {"r": plan.rank_pattern[rank]}
+    if alpha is not None:
+        changes["lora_alpha"] = plan.alpha_pattern[alpha]
+    return plan.method.override(**changes) if changes else plan.method
+
+
+def _site(place: Place, index: int, count: int, widest: tuple[int, int], plan: Plan, shared: Shared) -> Site:
+    weight = place.kind.tensor(place.layer)
+    hook = place.layer.__dict__.get("_hf_hook")
+    device = getattr(hook, "execution_device", None) if weight.device.type == "meta" and hook is not None else None
+    return Site(
+        name=place.name,
+        kind=place.kind,
+        shape=place.kind.shape(place.layer),
+        weight_shape=tuple(weight.shape),
+        has_bias=place.layer._parameters.get("bias") is not None,
+        index=index,
+        count=count,
+        widest=widest,
+        dtype=_dtype(plan, weight),
+        device=torch.device(device) if device is not None else weight.device,
+        shared=shared,
+        buffer=place.slot in place.layer._buffers,
+    )
+
+
+def _dtype(plan: Plan, weight: torch.Tensor) -> torch.dtype:
+    if plan.dtype is not None:
+        dtype = getattr(torch, plan.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise SettingsError(f"dtype={plan.dtype!r} is no floating dtype; try 'float32' or 'bfloat16'")
+        return dtype
+    if not weight.is_floating_point():
+        return weight.dtype
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _plant(
+    bank: Bank, name: str, plan: Plan, fitted: list[tuple[Place, Site, Adapter]], shared: Shared, undo: list[Any]
+) -> None:
+    bank.plans[name] = plan
+    bank.shared[name] = shared
+    bank._undo[name] = undo
+    bank._fitted[name] = []
+    try:
+        for place, site, adapter in fitted:
+            adapter.train(bank.model.training)
+            with present(place.layer):
+                plant(place.layer, place.slot, name, adapter, bank.switch, place.path, place.kind)
+            bank._fitted[name].append((place, site))
+    except BaseException:
+        detach(bank.model, name)
+        raise
+    assert all(name in slot_table(p.layer, p.slot) for p, _ in bank._fitted[name])
+
+
+def _warn_of_ties(model: nn.Module, whole: tuple[Place, ...]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path)
+    mine = {p.name for p in whole}
+    for place in whole:
+        others = [n for n in owners.get(id(place.kind.tensor(place.layer)), []) if n not in mine]
+        if others and not place.name.endswith("bias"):
+            warnings.warn(
+                f"{place.name!r} is trained whole but tied to {others[0]!r}, which keeps the base value; "
+                "name both in modules_to_save, or train rows with trainable_token_indices",
+                stacklevel=4,
+            )

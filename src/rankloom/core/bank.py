@@ -1,0 +1,316 @@
+"""The bank: the control panel of an adapted model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.adapter import Adapter, tensors_by_role
+from rankloom.core.graft import LAYER, present, slot_table
+from rankloom.core.kinds import Base
+from rankloom.core.plan import Plan
+from rankloom.core.site import Shared, Site
+from rankloom.core.switch import Switch, Voice, Voices, Weight
+from rankloom.core.targets import Place
+from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter in its place: the place in the model, what its method saw, and the adapter."""
+
+    place: Place
+    site: Site
+    adapter: Adapter
+
+    @property
+    def base(self) -> Base:
+        """The base layer as the adapter sees it."""
+        return Base(self.place.kind, self.place.layer)
+
+
+class Bank(nn.Module):
+    """Which adapters a model has and which speak (`model.rankloom`); also owns the tensors that adapters share."""
+
+    model: nn.Module
+    switch: Switch
+    plans: dict[str, Plan]
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.shared = nn.ModuleDict()
+        self.__dict__["model"] = model
+        self.switch = Switch()
+        self.plans = {}
+        self._fitted: dict[str, list[tuple[Place, Site]]] = {}
+        self._undo: dict[str, list[Callable[[], None]]] = {}
+        self._requires_grad = {id(p): (p, p.requires_grad) for p in model.parameters()}
+        self._merged: dict[str, float] = {}
+        self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._silenced = Voices()
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self.plans)}, active={list(self.active)}, merged={list(self._merged)}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Adapters in the bank."""
+        return tuple(self.plans)
+
+    @property
+    def active(self) -> dict[str, Weight]:
+        """Adapters that speak here and now, with their weights."""
+        return {voice.name: voice.weight for voice in self.switch.voices().speakers}
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Adapters that are merged into the base at present."""
+        return tuple(self._merged)
+
+    def use(self, *names: str, rows: Sequence[str | None] | Tensor | None = None, **weights: Weight) -> None:
+        """Set who speaks by default, for every thread: `use("a")`, `use(a=0.7, b=0.3)`, `use()` for the bare base.
+
+        A weight is a number, a 0-d tensor, or a tensor (batch,) or (batch, tokens). `rows` picks one adapter for each
+        batch row: a list of names (None: bare base), or an int tensor (batch,) of indices into `names` (−1: base).
+        """
+        self._not_merged("use")
+        self.switch.default = self._voices(names, weights, rows, {})
+
+    @contextmanager
+    def using(
+        self,
+        *names: str,
+        rows: Sequence[str | None] | Tensor | None = None,
+        context: Mapping[str, Any] | None = None,
+        **weights: Weight,
+    ) -> Iterator[Bank]:
+        """Like `use`, inside the block and in this thread or task only; `using()` is bitwise the base.
+
+        `context`: what gates may know of the batch. With gradient checkpointing keep the backward inside the block.
+        Compiled models read the selection of the thread.
+        """
+        self._not_merged("using")
+        with self.switch.local(self._voices(names, weights, rows, dict(context or {}))):
+            yield self
+
+    def adapters(self, name: str | None = None, of: type[Adapter] | None = None) -> Iterator[tuple[str, Adapter]]:
+        """(site name, adapter) of the adapter `name` (or of all), optionally of one class, inside combinators too."""
+        for each in [name] if name is not None else self.names:
+            for fitted in self.fitted(each):
+                if of is None:
+                    yield fitted.site.name, fitted.adapter
+                else:
+                    yield from ((fitted.site.name, m) for m in fitted.adapter.modules() if isinstance(m, of))
+
+    def fitted(self, name: str) -> list[Fitted]:
+        """Every adapter of `name` in its place."""
+        self._known(name)
+        return [Fitted(p, s, slot_table(p.layer, p.slot)[name]) for p, s in self._fitted[name]]
+
+    def tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter, str]]:
+        """(key, parameter, role) of everything that belongs to `name`: "site:path" for owned, "shared:key" for shared."""
+        for fitted in self.fitted(name):
+            for path, parameter, role in tensors_by_role(fitted.adapter):
+                yield f"{fitted.site.name}:{path}", parameter, role
+        shared = self.shared_of(name)
+        for key, parameter in shared.named_parameters():
+            yield f"shared:{key}", parameter, shared.roles[key]
+
+    def shared_of(self, name: str) -> Shared:
+        """The tensors that the adapters of `name` share."""
+        found = self.shared[name]
+        assert isinstance(found, Shared)
+        return found
+
+    def trainable(self, *names: str) -> Iterator[tuple[str, nn.Parameter, str]]:
+        """`tensors` of the named adapters (default: the active ones) that are trained."""
+        for name in names or self.active:
+            for key, parameter, role in self.tensors(name):
+                if parameter.requires_grad:
+                    yield f"{name}/{key}", parameter, role
+
+    def reset(self, name: str) -> None:
+        """Fill the adapter afresh, so that its change is zero for the present base."""
+        for fitted in self.fitted(name):
+            if fitted.site.device.type != "meta":
+                with present(fitted.place.layer), torch.no_grad():
+                    fitted.adapter.reset(fitted.base)
+
+    @torch.no_grad()
+    def fold(self, *names: str, sign: float = 1.0, **weights: float) -> None:
+        """Add the changes to the base for good (`sign=-1` subtracts); the adapters stay as they are.
+
+        All changes are computed before any is written. Raises `NotMergeable` before touching anything.
+        """
+        self._not_merged("fold")
+        self._write({n: sign * w for n, w in self._numbers(names, weights).items()}, keep=False)
+
+    @torch.no_grad()
+    def merge(self, *names: str, **weights: float) -> None:
+        """Put the changes of the named adapters (default: the active ones) into the base until `unmerge`.
+
+        The old tensors are kept, so `unmerge` is exact. Weights tied to others come apart while merged.
+        """
+        self._not_merged("merge")
+        chosen = self._numbers(names, weights) if names or weights else self._active_numbers()
+        self._write(chosen, keep=True)
+        self._merged = chosen
+        self._silenced, self.switch.default = self.switch.default, Voices()
+
+    def unmerge(self) -> None:
+        """Put the tensors back that `merge` replaced: the very same ones."""
+        if not self._merged:
+            raise StateError("nothing is merged")
+        for layer, key, tensor in reversed(self._originals):
+            here = layer._parameters[key] if key in layer._parameters else layer._buffers[key]
+            if tensor is not None and here is not None and here.device != tensor.device:
+                tensor.data = tensor.data.to(here.device)
+            _assign(layer, key, tensor)
+        self._originals, self._merged = [], {}
+        self.switch.default, self._silenced = self._silenced, Voices()
+
+    def delta(self, name: str) -> dict[str, Tensor]:
+        """ΔW (…, out, in) of every site of `name`. Raises `NotMergeable` where there is none."""
+        with torch.no_grad():
+            return {f.site.name: f.adapter.delta(f.base) for f in self.fitted(name)}
+
+    @torch.no_grad()
+    def probe(self, *args: Any, **batch: Any) -> tuple[str, ...]:
+        """Run the model once in eval mode on a batch; the sites that were never heard, in order."""
+        was_training = self.model.training
+        self.switch.heard = set()
+        self.model.eval()
+        try:
+            self.model(*args, **batch)
+            heard = self.switch.heard
+        finally:
+            self.switch.heard = None
+            self.model.train(was_training)
+        sites = dict.fromkeys(p.name for pairs in self._fitted.values() for p, s in pairs if not s.buffer)
+        return tuple(name for name in sites if name not in heard)
+
+    def require_heard(self, *args: Any, **batch: Any) -> None:
+        """`probe`, refusing unheard sites."""
+        deaf = self.probe(*args, **batch)
+        if deaf:
+            shown = ", ".join(map(repr, deaf[:5])) + (f" and {len(deaf) - 5} more" if len(deaf) > 5 else "")
+            raise DeafError(
+                f"never heard on the probe batch: {shown}. The model reads these weights without calling the layer; "
+                "adapt the weight itself: target_parameters=['<layer>.weight']"
+            )
+
+    def _voices(
+        self,
+        names: Sequence[str],
+        weights: Mapping[str, Weight],
+        rows: Sequence[str | None] | Tensor | None,
+        context: Mapping[str, Any],
+    ) -> Voices:
+        if rows is not None:
+            if weights:
+                raise SettingsError("rows and weights together: give the weights as (batch,) tensors instead of rows")
+            return self._by_row(names, rows, context)
+        speakers = {name: Voice(name) for name in names} | {name: Voice(name, w) for name, w in weights.items()}
+        for name in speakers:
+            self._known(name)
+        return Voices(tuple(speakers.values()), context=context)
+
+    def _by_row(self, names: Sequence[str], rows: Sequence[str | None] | Tensor, context: Mapping[str, Any]) -> Voices:
+        if isinstance(rows, Tensor):
+            order = tuple(names) or self.names
+            for name in order:
+                self._known(name)
+            speakers = [Voice(name, (rows == i).float()) for i, name in enumerate(order)]
+            return Voices(tuple(speakers), context=context)
+        if names:
+            raise SettingsError("rows as a list already names the adapters")
+        wanted = dict.fromkeys(name for name in rows if name is not None)
+        for name in wanted:
+            self._known(name)
+        index = {name: torch.tensor([i for i, row in enumerate(rows) if row == name]) for name in wanted}
+        return Voices(tuple(Voice(n, 1.0, index[n]) for n in wanted), batch=len(rows), context=context)
+
+    def _numbers(self, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
+        chosen = dict.fromkeys(names, 1.0) | dict(weights)
+        if not chosen:
+            raise SettingsError(f"name the adapters; there is {', '.join(self.names)}")
+        for name in chosen:
+            self._known(name)
+        return chosen
+
+    def _active_numbers(self) -> dict[str, float]:
+        voices = self.switch.voices().speakers
+        if not voices:
+            raise StateError("no adapter is active: name the adapters to merge")
+        for voice in voices:
+            if voice.rows is not None or (isinstance(voice.weight, Tensor) and voice.weight.ndim):
+                raise NotMergeable(f"adapter {voice.name!r} speaks row by row: there is no single matrix to merge")
+        return {voice.name: float(voice.weight) for voice in voices}
+
+    def _write(self, weights: Mapping[str, float], keep: bool) -> None:
+        by_place: dict[tuple[int, str], list[tuple[Fitted, float]]] = {}
+        for name, weight in weights.items():
+            for fitted in self.fitted(name):
+                by_place.setdefault((id(fitted.place.layer), fitted.place.slot), []).append((fitted, weight))
+        new = [entry for parts in by_place.values() for entry in _folded(parts)]
+        for layer, key, value in new:
+            old = layer._parameters.get(key) if key in layer._parameters else layer._buffers.get(key)
+            if keep:
+                self._originals.append((layer, key, old))
+            _assign(layer, key, value if isinstance(old, nn.Parameter) is False and old is not None else _frozen(value))
+
+    def _known(self, name: str) -> None:
+        if name not in self.plans:
+            raise StateError(f"no adapter {name!r} in the bank{suggest(name, self.names)}")
+
+    def _not_merged(self, call: str) -> None:
+        if self._merged:
+            raise StateError(f"{call}: {', '.join(map(repr, self._merged))} is merged into the base; unmerge() first")
+
+
+def _folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The new tensors of one place: (layer, parameter name, value)."""
+    place = parts[0][0].place
+    base, kind = parts[0][0].base, place.kind
+    if "_hf_hook" in place.layer.__dict__ and getattr(place.layer.__dict__["_hf_hook"], "offload", False):
+        raise StateError(f"{place.name!r} is offloaded: load the model without offloading to merge into it")
+    old = kind.tensor(place.layer)
+    if place.slot != LAYER:
+        value = old
+        for fitted, weight in parts:
+            value = fitted.adapter.add(value, None, old, base, weight)
+        yield place.layer, place.slot, value.to(old.dtype)
+        return
+    matrix = base.matrix()
+    total = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    shifts = []
+    for fitted, weight in parts:
+        total = total + weight * fitted.adapter.delta(base).to(total.dtype)
+        shift = fitted.adapter.delta_bias(base)
+        if shift is not None:
+            shifts.append(weight * shift)
+    yield place.layer, kind.parameter(), kind.to_weight(place.layer, total).to(old.dtype)
+    if shifts:
+        bias = base.bias()
+        change = torch.stack(shifts).sum(0)
+        yield place.layer, "bias", (change if bias is None else bias + change).to(old.dtype)
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach(), requires_grad=False)
+
+
+def _assign(layer: nn.Module, key: str, value: Tensor | None) -> None:
+    """Replace the tensor behind `key`, past any property of the same name."""
+    if key in layer._buffers:
+        layer._buffers[key] = value
+    else:
+        layer._parameters[key] = value  # type: ignore[assignment]

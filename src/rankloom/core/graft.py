@@ -1,0 +1,275 @@
+"""Grafting: a layer's class is swapped for a generated subclass, so names, types and state-dict keys stay.
+
+A layer slot changes what the layer's `forward` returns. A parameter slot is a property on the generated class, so any
+code that reads the parameter hears the change, and the parameter itself stays where it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.kinds import Bare, Base, Kind
+from rankloom.core.switch import Switch, Voice, Voices
+from rankloom.errors import StateError, TargetError
+
+LAYER = "layer"
+"""Slot of a change to the layer's output; every other slot is a parameter's name."""
+
+
+class Anchor:
+    """What a grafted layer knows of its bank: the switch, its own name, and its kind (None: only parameter slots)."""
+
+    def __init__(self, switch: Switch, name: str) -> None:
+        self.switch = switch
+        self.name = name
+        self.kind: Kind | None = None
+
+
+class _Values(threading.local):
+    """Effective parameters already computed inside the running forward of their owner, by owner id."""
+
+    def __init__(self) -> None:
+        self.scopes: dict[int, dict[tuple[str, bool], Tensor]] = {}
+
+
+_values = _Values()
+
+
+class Grafted(nn.Module):
+    """Mixin in front of the original class in every generated class."""
+
+    rankloom_original: type[nn.Module]
+    rankloom_parameters: tuple[str, ...]
+    _rankloom: Anchor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rankloom_parameters and not torch.compiler.is_compiling():
+            outer = _values.scopes.get(id(self))
+            _values.scopes[id(self)] = {}
+            try:
+                y = super().forward(*args, **kwargs)
+            finally:
+                if outer is None:
+                    del _values.scopes[id(self)]
+                else:
+                    _values.scopes[id(self)] = outer
+        else:
+            y = super().forward(*args, **kwargs)
+        anchor = self._rankloom
+        if anchor.kind is None:
+            return y
+        if anchor.switch.heard is not None:
+            anchor.switch.heard.add(anchor.name)
+        voices = anchor.switch.voices()
+        if not voices.speakers:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        return _speak(self, anchor.kind, x, y, voices)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        speaks = self._rankloom.kind is not None
+        return _rebuild, (self.rankloom_original, self.rankloom_parameters, speaks), self.__dict__
+
+
+def _rebuild(original: type[nn.Module], parameters: tuple[str, ...], speaks: bool) -> nn.Module:
+    cls = _generated(original, parameters, speaks)
+    return cls.__new__(cls)
+
+
+def _speak(layer: nn.Module, kind: Kind, x: Any, y: Tensor, voices: Voices) -> Tensor:
+    """The base output with every speaking adapter's change added; each sees the *base* output."""
+    table = slot_table(layer, LAYER)
+    base = Base(kind, layer, voices.context)
+    out = y
+    for voice in voices.speakers:
+        adapter = table.get(voice.name)
+        if adapter is None:
+            continue
+        if voice.rows is None:
+            weight = voice.weight
+            if isinstance(weight, Tensor) and weight.ndim and weight.shape[0] != y.shape[0]:
+                weight = weight.repeat_interleave(_fold(layer, y, weight.shape[0]), dim=0)
+            out = adapter.add(out, x, y, base, weight)
+        else:
+            rows = _expand(layer, y, voice.rows, voices.batch)
+            part = y[rows]
+            change = adapter.add(part, x[rows], part, base, voice.weight) - part
+            out = out.index_add(0, rows, change.to(out.dtype))
+    return out
+
+
+def _fold(layer: nn.Module, y: Tensor, batch: int) -> int:
+    """How many leading entries of `y` belong to one batch row (beams; flattened tokens only where it is certain)."""
+    times, left = divmod(y.shape[0], batch)
+    if left or y.ndim < 3:
+        name = getattr(layer, "_rankloom").name  # noqa: B009
+        raise StateError(
+            f"per-row adapters: layer {name!r} sees {y.shape[0]} rows, the selection has {batch}; "
+            "this layer does not keep batch rows apart (flattened or routed tokens): select one adapter for all rows"
+        )
+    return times
+
+
+def _expand(layer: nn.Module, y: Tensor, rows: Tensor, batch: int | None) -> Tensor:
+    rows = rows.to(y.device)
+    if batch is None or batch == y.shape[0]:
+        return rows
+    times = _fold(layer, y, batch)
+    return (rows[:, None] * times + torch.arange(times, device=y.device)).flatten()
+
+
+def _effective(owner: Grafted, key: str) -> Tensor | None:
+    """The parameter `key` of `owner` with the change of every speaking adapter."""
+    value = owner._parameters.get(key)
+    value = owner._buffers.get(key) if value is None else value
+    anchor = owner._rankloom
+    if value is None:
+        return None
+    if anchor.switch.heard is not None:
+        anchor.switch.heard.add(f"{anchor.name}.{key}" if anchor.name else key)
+    voices = anchor.switch.voices()
+    table = slot_table(owner, key)
+    if not any(voice.name in table for voice in voices.speakers):
+        return value
+    scope = None if torch.compiler.is_compiling() else _values.scopes.get(id(owner))
+    grad = torch.is_grad_enabled()
+    if scope is not None and (key, grad) in scope:
+        return scope[key, grad]
+    base = Base(Bare(key), owner, voices.context)
+    out: Tensor = value
+    for voice in voices.speakers:
+        adapter = table.get(voice.name)
+        if adapter is not None:
+            _same_for_all_rows(anchor, key, voice)
+            out = adapter.add(out, None, value, base, voice.weight)
+    if scope is not None:
+        scope[key, grad] = out
+    return out
+
+
+def _same_for_all_rows(anchor: Anchor, key: str, voice: Voice) -> None:
+    if voice.rows is not None or (isinstance(voice.weight, Tensor) and voice.weight.ndim):
+        raise StateError(
+            f"per-row adapters: {anchor.name}.{key} is a bare parameter, the same for all rows; "
+            f"adapter {voice.name!r} can speak there only for the whole batch"
+        )
+
+
+def slot_table(layer: nn.Module, slot: str) -> dict[str, Adapter]:
+    """Adapters of `layer` at `slot`, by adapter name."""
+    slots = layer._modules.get("adapters")
+    table = None if slots is None else slots._modules.get(slot)
+    return {} if table is None else table._modules  # type: ignore[return-value]
+
+
+_classes: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[Grafted]] = {}
+
+
+def _generated(original: type[nn.Module], parameters: tuple[str, ...], speaks: bool) -> type[Grafted]:
+    key = (original, parameters, speaks)
+    if key not in _classes:
+        body: dict[str, Any] = {
+            "__module__": original.__module__,
+            "rankloom_original": original,
+            "rankloom_parameters": parameters,
+        }
+        for name in parameters:
+            body[name] = _parameter_property(name)
+        _classes[key] = type(f"Grafted{original.__name__}", (Grafted, original), body)
+    return _classes[key]
+
+
+def _parameter_property(name: str) -> property:
+    def read(self: Grafted) -> Tensor | None:
+        return _effective(self, name)
+
+    return property(read)
+
+
+def plant(layer: nn.Module, slot: str, name: str, adapter: Adapter, switch: Switch, path: str, kind: Kind) -> None:
+    """Put `adapter` into `slot` of `layer` under the adapter `name`, grafting the layer if it is not yet."""
+    if not isinstance(layer, Grafted):
+        if "adapters" in layer._modules or "adapters" in vars(type(layer)):
+            raise TargetError(f"layer {path!r} ({type(layer).__name__}) already has an attribute 'adapters'")
+        layer.__dict__["_rankloom"] = Anchor(switch, path)
+        layer.add_module("adapters", nn.ModuleDict())
+    anchor: Anchor = layer.__dict__["_rankloom"]
+    if slot == LAYER:
+        anchor.kind = kind
+    slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
+    if slot not in slots:
+        slots[slot] = nn.ModuleDict()
+    slots[slot][name] = adapter  # type: ignore[index]
+    _set_class(layer)
+
+
+def uproot(layer: nn.Module, slot: str, name: str) -> None:
+    """Take the adapter out; the last one gives the layer its own class back."""
+    slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
+    del slots[slot][name]  # type: ignore[attr-defined]
+    if len(slots[slot]) == 0:  # type: ignore[arg-type]
+        del slots[slot]
+        if slot == LAYER:
+            layer.__dict__["_rankloom"].kind = None
+    if len(slots):
+        _set_class(layer)
+        return
+    del layer._modules["adapters"]
+    original = type(layer).rankloom_original  # type: ignore[attr-defined]
+    _rebind_instance_forward(layer, original)
+    layer.__class__ = original
+    del layer.__dict__["_rankloom"]
+
+
+def _set_class(layer: nn.Module) -> None:
+    if isinstance(layer, Grafted) and "rankloom_original" not in vars(type(layer)):
+        raise StateError(
+            f"layer {layer._rankloom.name!r} was wrapped into {type(layer).__name__} after grafting; "
+            "attach and detach adapters before sharding the model"
+        )
+    original = type(layer).rankloom_original if isinstance(layer, Grafted) else type(layer)
+    slots = layer._modules["adapters"]
+    assert slots is not None
+    parameters = tuple(sorted(s for s in slots._modules if s != LAYER))
+    cls = _generated(original, parameters, LAYER in slots._modules)
+    _rebind_instance_forward(layer, cls)
+    layer.__class__ = cls
+
+
+def _rebind_instance_forward(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Keep a per-instance `forward` (accelerate's offload hooks) in front of the new class's forward."""
+    own = layer.__dict__.get("forward")
+    if own is None:
+        return
+    bound = types.MethodType(cls.forward, layer)
+    if "_hf_hook" in layer.__dict__:
+        layer.__dict__["_old_forward"] = bound
+    elif getattr(own, "__func__", None) is type(layer).forward:
+        layer.__dict__["forward"] = bound
+    else:
+        raise TargetError(
+            f"a {type(layer).__name__} carries its own forward ({own!r}), which would hide the adapter; "
+            "attach before that forward is installed"
+        )
+
+
+@contextmanager
+def present(layer: nn.Module) -> Iterator[None]:
+    """The layer's weights in memory inside the block, also when an offload hook keeps them elsewhere."""
+    hook = layer.__dict__.get("_hf_hook")
+    if hook is None or not getattr(hook, "offload", False):
+        yield
+        return
+    hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        hook.post_forward(layer, None)

@@ -1,0 +1,320 @@
+"""Kinds: how a family of layers applies a matrix.
+
+A method is written once, on the last two dims (out, in) of a matrix; the kind translates. All kinds are stateless.
+For every kind and every factor pair:  apply(x, up·down) == up(down(x)), so a factored change never builds its matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloom.store.base import dense
+
+
+class Kind(ABC):
+    """How one family of layers holds and applies its (…, out, in) matrix."""
+
+    name: str
+    linear: bool = False
+
+    def tensor(self, layer: nn.Module) -> Tensor:
+        """The raw base parameter, of the layer's own shape; read it through `matrix`."""
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    def parameter(self) -> str:
+        """Name of the parameter that a merge replaces."""
+        return "weight"
+
+    @abstractmethod
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        """Shape (…, out, in) of the matrix."""
+
+    @abstractmethod
+    def matrix(self, layer: nn.Module) -> Tensor:
+        """The base matrix (…, out, in), dense."""
+
+    @abstractmethod
+    def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        """A matrix (…, out, in) in the layout of the layer's own parameter."""
+
+    def bias(self, layer: nn.Module) -> Tensor | None:
+        """The layer's bias (out,), if any."""
+        return getattr(layer, "bias", None)
+
+    @abstractmethod
+    def down(self, layer: nn.Module, x: Any, a: Tensor) -> Tensor:
+        """Apply a (r, in) matrix the way the layer applies its own, giving r channels."""
+
+    @abstractmethod
+    def up(self, layer: nn.Module, h: Tensor, b: Tensor) -> Tensor:
+        """Apply a (out, r) matrix to the r channels that `down` gave."""
+
+    @abstractmethod
+    def scale(self, y: Tensor, v: Tensor) -> Tensor:
+        """Multiply the channels of a layer output, or of what `down` gave, by a vector."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: Any, matrix: Tensor) -> Tensor:
+        """Apply a full (out, in) matrix, without bias."""
+
+    def shift(self, y: Tensor, v: Tensor) -> Tensor:
+        """`v` (out,) shaped so that it adds to the channels of `y`."""
+        return v
+
+
+class Dense(Kind):
+    """`nn.Linear`: y = x Wᵀ."""
+
+    name = "linear"
+    linear = True
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+    def matrix(self, layer: nn.Module) -> Tensor:
+        return dense(self.tensor(layer))
+
+    def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def down(self, layer: nn.Module, x: Any, a: Tensor) -> Tensor:
+        return F.linear(x, a)
+
+    def up(self, layer: nn.Module, h: Tensor, b: Tensor) -> Tensor:
+        return F.linear(h, b)
+
+    def scale(self, y: Tensor, v: Tensor) -> Tensor:
+        return y * v
+
+    def apply(self, layer: nn.Module, x: Any, matrix: Tensor) -> Tensor:
+        return F.linear(x, matrix)
+
+
+class TransposedDense(Dense):
+    """transformers' `Conv1D` (GPT-2): the weight is stored (in, out)."""
+
+    name = "conv1d_transposed"
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        rows, cols = self.tensor(layer).shape
+        return int(cols), int(rows)
+
+    def matrix(self, layer: nn.Module) -> Tensor:
+        return dense(self.tensor(layer)).T
+
+    def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+
+class Lookup(Dense):
+    """`nn.Embedding`: the matrix (dim, vocabulary) is the transposed table; x holds token ids."""
+
+    name = "embedding"
+    linear = False
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return int(layer.embedding_dim), int(layer.num_embeddings)  # type: ignore[arg-type]
+
+    def matrix(self, layer: nn.Module) -> Tensor:
+        return dense(self.tensor(layer)).T
+
+    def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+    def down(self, layer: nn.Module, x: Any, a: Tensor) -> Tensor:
+        looked_up = F.embedding(x, a.T)
+        factor = getattr(layer, "embed_scale", None)  # scaled embeddings (Gemma-type) multiply what they look up
+        return looked_up if factor is None else looked_up * torch.as_tensor(factor).to(looked_up)
+
+    def apply(self, layer: nn.Module, x: Any, matrix: Tensor) -> Tensor:
+        return self.down(layer, x, matrix)
+
+
+class Convolution(Kind):
+    """`nn.Conv1d/2d/3d`: the matrix is the kernel flattened to (out, in/groups · k…).
+
+    Groups: `down` applies the same rows to every group's input and gives groups·r channels; `up` mixes within groups.
+    """
+
+    name = "conv"
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        weight = self.tensor(layer)
+        return int(weight.shape[0]), math.prod(weight.shape[1:])
+
+    def matrix(self, layer: nn.Module) -> Tensor:
+        return dense(self.tensor(layer)).flatten(1)
+
+    def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.tensor(layer).shape)
+
+    def down(self, layer: nn.Module, x: Any, a: Tensor) -> Tensor:
+        kernel = a.reshape(-1, *self.tensor(layer).shape[1:])
+        groups = int(layer.groups)  # type: ignore[arg-type]
+        kernel = kernel if groups == 1 else kernel.repeat(groups, *(1,) * (kernel.ndim - 1))
+        out: Tensor = layer._conv_forward(x, kernel, None)  # type: ignore[operator]
+        return out
+
+    def up(self, layer: nn.Module, h: Tensor, b: Tensor) -> Tensor:
+        rank = self.tensor(layer).ndim - 2
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+        return convolve(h, b.reshape(*b.shape, *(1,) * rank), groups=int(layer.groups))  # type: ignore[arg-type]
+
+    def scale(self, y: Tensor, v: Tensor) -> Tensor:
+        axis = self._channel_axis(y)
+        copies = y.shape[axis] // v.shape[0]
+        v = v if copies == 1 else v.repeat(copies)
+        return y * v.reshape(-1, *(1,) * (y.ndim - axis - 1))
+
+    def shift(self, y: Tensor, v: Tensor) -> Tensor:
+        return v.reshape(-1, *(1,) * (y.ndim - self._channel_axis(y) - 1))
+
+    def apply(self, layer: nn.Module, x: Any, matrix: Tensor) -> Tensor:
+        out: Tensor = layer._conv_forward(x, self.to_weight(layer, matrix), None)  # type: ignore[operator]
+        return out
+
+    def _channel_axis(self, y: Tensor) -> int:
+        return y.ndim - self._spatial - 1
+
+    _spatial: int
+
+
+class Convolution1d(Convolution):
+    """`nn.Conv1d`."""
+
+    name = "conv1d"
+    _spatial = 1
+
+
+class Convolution2d(Convolution):
+    """`nn.Conv2d`."""
+
+    name = "conv2d"
+    _spatial = 2
+
+
+class Convolution3d(Convolution):
+    """`nn.Conv3d`."""
+
+    name = "conv3d"
+    _spatial = 3
+
+
+class Bare(Kind):
+    """A parameter or buffer without a layer to call: its "output" is the tensor itself.
+
+    A change of the output *is* a change of the matrix: down(A) = A, up(h, B) = B h, apply(ΔW) = ΔW. Leading dims
+    (stacked experts [E, out, in]) are carried along.
+    """
+
+    name = "parameter"
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bare) and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash(("Bare", self.key))
+
+    def tensor(self, layer: nn.Module) -> Tensor:
+        value = layer._parameters.get(self.key)
+        value = layer._buffers.get(self.key) if value is None else value
+        assert value is not None
+        return value
+
+    def parameter(self) -> str:
+        return self.key
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return tuple(self.tensor(layer).shape)
+
+    def matrix(self, layer: nn.Module) -> Tensor:
+        return dense(self.tensor(layer))
+
+    def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def bias(self, layer: nn.Module) -> Tensor | None:
+        return None
+
+    def down(self, layer: nn.Module, x: Any, a: Tensor) -> Tensor:
+        return a
+
+    def up(self, layer: nn.Module, h: Tensor, b: Tensor) -> Tensor:
+        return b @ h
+
+    def scale(self, y: Tensor, v: Tensor) -> Tensor:
+        return y * v[..., None]
+
+    def apply(self, layer: nn.Module, x: Any, matrix: Tensor) -> Tensor:
+        return matrix
+
+
+KINDS: dict[str, Kind] = {
+    "torch.nn.modules.conv.Conv1d": Convolution1d(),
+    "torch.nn.modules.conv.Conv2d": Convolution2d(),
+    "torch.nn.modules.conv.Conv3d": Convolution3d(),
+    "torch.nn.modules.linear.Linear": Dense(),
+    "torch.nn.modules.sparse.Embedding": Lookup(),
+    "transformers.pytorch_utils.Conv1D": TransposedDense(),
+}
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The kind of `layer`, found by class name along its bases (so no model library is imported); None if it has none."""
+    for cls in type(layer).__mro__:
+        kind = KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if kind is not None:
+            return kind
+    return None
+
+
+class Base:
+    """What an adapter sees of the frozen layer that it changes: the layer, spoken to through its kind."""
+
+    __slots__ = ("context", "kind", "layer")
+
+    def __init__(self, kind: Kind, layer: nn.Module, context: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.kind = kind
+        self.layer = layer
+        self.context = context
+
+    def matrix(self) -> Tensor:
+        """The base matrix (…, out, in), dense."""
+        return self.kind.matrix(self.layer)
+
+    def bias(self) -> Tensor | None:
+        """The base bias (out,) or None."""
+        return self.kind.bias(self.layer)
+
+    def down(self, x: Any, a: Tensor) -> Tensor:
+        """x through a (r, in) matrix."""
+        return self.kind.down(self.layer, x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """What `down` gave through a (out, r) matrix."""
+        return self.kind.up(self.layer, h, b)
+
+    def scale(self, y: Tensor, v: Tensor) -> Tensor:
+        """Channels of y times v."""
+        return self.kind.scale(y, v)
+
+    def shift(self, y: Tensor, v: Tensor) -> Tensor:
+        """v shaped to add to the channels of y."""
+        return self.kind.shift(y, v)
+
+    def apply(self, x: Any, matrix: Tensor) -> Tensor:
+        """x through a full (out, in) matrix."""
+        return self.kind.apply(self.layer, x, matrix)

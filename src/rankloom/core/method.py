@@ -1,0 +1,56 @@
+"""A method: frozen settings that build adapters. Leaves are parametrisations; combinators take methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from rankloom.errors import SettingsError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rankloom.core.adapter import Adapter
+    from rankloom.core.rule import Rule
+    from rankloom.core.site import Site
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Settings in PEFT's vocabulary that build the adapter of each site."""
+
+    @abstractmethod
+    def build(self, site: Site) -> Adapter | None:
+        """Allocate the adapter for `site`; None leaves the site alone. Values are filled by `Adapter.reset`."""
+
+    def rules(self) -> list[Rule]:
+        """What the method does to training beyond gradient descent."""
+        return []
+
+    def patch(self, model: nn.Module) -> Callable[[], None]:
+        """Change the model beyond its matrices (attention, positions) and hand back the undo (picklable)."""
+        return _nothing
+
+    def inner_methods(self) -> list[Method]:
+        """The methods that this one combines; empty for a leaf."""
+        return [value for f in fields(self) if isinstance(value := getattr(self, f.name), Method)]
+
+    def override(self, **settings: Any) -> Self:
+        """A copy with `settings` changed here, or in the method inside that has them (for rank_pattern)."""
+        mine = {f.name for f in fields(self)}
+        own = {k: v for k, v in settings.items() if k in mine}
+        rest = {k: v for k, v in settings.items() if k not in mine}
+        for f in fields(self):
+            inner = getattr(self, f.name)
+            if rest and isinstance(inner, Method):
+                own[f.name] = inner.override(**rest)
+                rest = {}
+        if rest:
+            raise SettingsError(f"{type(self).__name__} has no setting {next(iter(rest))!r} to vary from site to site")
+        return replace(self, **own)

@@ -1,0 +1,74 @@
+"""Which adapters speak: a default for everyone, and a selection local to a thread or task."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weight = float | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """One adapter that speaks: with a weight (number, or tensor by batch row or token), on all rows or on some."""
+
+    name: str
+    weight: Weight = 1.0
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Voices:
+    """Who speaks in one forward pass, and what gates may know of the batch."""
+
+    speakers: tuple[Voice, ...] = ()
+    batch: int | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+
+Selection = tuple[tuple["Switch", Voices], ...]
+_task: contextvars.ContextVar[Selection] = contextvars.ContextVar("rankloom_selection", default=())
+
+
+class _Thread(threading.local):
+    """Mirror of the selection for compiled code, which cannot trace a ContextVar: per thread, not per task."""
+
+    selection: Selection = ()
+
+
+_thread = _Thread()
+
+
+class Switch:
+    """Shared by all grafted layers of one model; changing who speaks is one assignment."""
+
+    def __init__(self) -> None:
+        self.default = Voices()
+        self.heard: set[str] | None = None
+
+    def voices(self) -> Voices:
+        """Who speaks here and now."""
+        selection = _thread.selection if torch.compiler.is_compiling() else _task.get()
+        for switch, voices in selection:
+            if switch is self:
+                return voices
+        return self.default
+
+    @contextmanager
+    def local(self, voices: Voices) -> Iterator[None]:
+        """Let `voices` speak inside the block, in this thread or task only."""
+        before = _thread.selection
+        token = _task.set(((self, voices), *_task.get()))
+        _thread.selection = _task.get()
+        try:
+            yield
+        finally:
+            _task.reset(token)
+            _thread.selection = before

@@ -1,0 +1,300 @@
+"""From names to places: which layers and parameters of a model a plan means. Whatever matches nothing is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rankloom.core.graft import LAYER, Grafted
+from rankloom.core.kinds import Bare, Kind, kind_of
+from rankloom.core.plan import Plan
+from rankloom.errors import SettingsError, TargetError, suggest
+
+OWN = ("adapters", "rankloom")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One slot of one layer: `slot` is "layer" or the name of a parameter of `layer`."""
+
+    path: str
+    layer: nn.Module
+    slot: str
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the layer or of the parameter."""
+        return self.path if self.slot == LAYER else ".".join(filter(None, (self.path, self.slot)))
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The places of a plan: adapted, trained whole, and (by embedding name) with trained rows."""
+
+    adapted: tuple[Place, ...]
+    whole: tuple[Place, ...]
+    tokens: tuple[tuple[Place, tuple[int, ...], str], ...]
+
+
+def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """named_modules() of the base alone: without adapters and bank."""
+    yield prefix, model
+    own = OWN if isinstance(model, Grafted) else OWN[1:]
+    for name, child in model._modules.items():
+        if child is not None and name not in own:
+            yield from base_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(path of owner, owner, key, tensor) of every parameter of the base, tied ones once for each owner."""
+    for path, module in base_modules(model):
+        for key, value in module._parameters.items():
+            if value is not None:
+                yield path, module, key, value
+
+
+def resolve(model: nn.Module, plan: Plan) -> Resolution:
+    """Every place that `plan` means in `model`. Raises `TargetError` with near matches for each name that hit nothing."""
+    modules = dict(base_modules(model))
+    saved = _saved_modules(modules, plan)
+    layers = _target_layers(model, modules, plan, saved)
+    parameters = _target_parameters(modules, plan)
+    adapted = tuple(_unique([p for path in layers for p in _places(path, modules)] + parameters))
+    if not adapted and not saved and not plan.trainable_token_indices:
+        raise TargetError(
+            "the plan adapts nothing: target_modules, target_parameters and modules_to_save are all empty"
+        )
+    _check_patterns(plan, adapted)
+    whole = [place for path in saved for place in _all_tensors(path, modules[path])]
+    if plan.bias != "none":
+        owners = modules if plan.bias == "all" else layers
+        whole += [
+            Place(path, modules[path], "bias", Bare("bias"))
+            for path in owners
+            if modules[path]._parameters.get("bias") is not None
+        ]
+    return Resolution(adapted, tuple(_unique(whole)), tuple(_tokens(model, modules, plan)))
+
+
+def matches(target: str | Sequence[str], name: str) -> bool:
+    """PEFT's rule: a list matches by whole name or dotted suffix, a string is a regular expression for the whole name."""
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(name == t or name.endswith("." + t) for t in target)
+
+
+def pattern_key(patterns: Iterable[str], name: str) -> str | None:
+    """The first key of a rank or alpha pattern that matches the end of `name`."""
+    return next((key for key in patterns if re.fullmatch(rf"(?:.*\.)?(?:{key})", name)), None)
+
+
+def block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+    """Index of the block that `name` lies in: after `layers_pattern`, or the first number in the name."""
+    if not layers_pattern:
+        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        return int(found[1]) if found else None
+    patterns = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
+    for pattern in patterns:
+        found = re.search(rf"(?:^|\.){pattern}\.(\d+)(?:\.|$)", name)
+        if found:
+            return int(found[1])
+    return None
+
+
+def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, saved: list[str]) -> list[str]:
+    under_saved = tuple(f"{s}." for s in saved)
+    names = [n for n in modules if n not in saved and not n.startswith(under_saved)] if saved else list(modules)
+    if plan.target_modules == "all-linear":
+        head = _output_head(model)
+        chosen = [n for n in names if (k := kind_of(modules[n])) is not None and k.linear and modules[n] is not head]
+        if not chosen:
+            raise TargetError(f"target_modules='all-linear' found no linear layer in {type(model).__name__}")
+    else:
+        _each_matches("target_modules", plan.target_modules, list(modules))
+        chosen = [n for n in names if matches(plan.target_modules, n)]
+    if plan.exclude_modules:
+        _each_matches("exclude_modules", plan.exclude_modules, list(modules))
+        chosen = [n for n in chosen if not matches(plan.exclude_modules, n)]
+    chosen = _in_blocks(chosen, plan)
+    if not chosen and plan.target_modules:
+        raise TargetError(
+            f"target_modules={plan.target_modules!r}: nothing is left after exclude_modules={plan.exclude_modules!r} "
+            f"and layers_to_transform={plan.layers_to_transform!r}"
+        )
+    for name in chosen:
+        _adaptable(name, modules)
+    return chosen
+
+
+def _in_blocks(chosen: list[str], plan: Plan) -> list[str]:
+    if plan.layers_to_transform is None:
+        if plan.layers_pattern:
+            raise SettingsError(f"layers_pattern={plan.layers_pattern!r} needs layers_to_transform")
+        return chosen
+    index = {name: block_index(name, plan.layers_pattern) for name in chosen}
+    there = sorted({i for i in index.values() if i is not None})
+    missing = [i for i in plan.layers_to_transform if i not in there]
+    if missing:
+        raise TargetError(f"layers_to_transform: no target in block {missing[0]}; targets lie in blocks {there}")
+    return [name for name in chosen if index[name] in plan.layers_to_transform]
+
+
+def _adaptable(name: str, modules: dict[str, nn.Module]) -> None:
+    module = modules[name]
+    if kind_of(module) is not None or isinstance(module, nn.MultiheadAttention):
+        return
+    inside = [n for n in modules if n.startswith(f"{name}.") and kind_of(modules[n]) is not None]
+    parameters = [k for k, v in module._parameters.items() if v is not None]
+    if inside:
+        leaves = sorted({n.rsplit(".", 1)[-1] for n in inside})
+        remedy = f"; name its layers instead: {', '.join(leaves)}"
+    else:
+        remedy = f"; pass target_parameters={parameters!r}" if parameters else ""
+    raise TargetError(
+        f"target_modules: {name!r} is a {type(module).__name__}, which cannot be adapted as a layer{remedy}"
+    )
+
+
+def _places(path: str, modules: dict[str, nn.Module]) -> list[Place]:
+    """The place of a layer; attention that reads its weights without calling a layer becomes parameter places."""
+    module = modules[path]
+    if isinstance(module, nn.MultiheadAttention):
+        keys = [k for k in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight") if _has(module, k)]
+        own = [Place(path, module, key, Bare(key)) for key in keys]
+        return [*own, Place(f"{path}.out_proj" if path else "out_proj", module.out_proj, "weight", Bare("weight"))]
+    parent = modules.get(path.rpartition(".")[0]) if path else None
+    if isinstance(parent, nn.MultiheadAttention):
+        return [Place(path, module, "weight", Bare("weight"))]
+    kind = kind_of(module)
+    assert kind is not None
+    return [Place(path, module, LAYER, kind)]
+
+
+def _has(module: nn.Module, key: str) -> bool:
+    return module._parameters.get(key) is not None
+
+
+def _target_parameters(modules: dict[str, nn.Module], plan: Plan) -> list[Place]:
+    if not plan.target_parameters:
+        return []
+    places = {
+        ".".join(filter(None, (path, key))): Place(path, module, key, Bare(key))
+        for path, module in modules.items()
+        for key, value in module._parameters.items()
+        if value is not None
+    }
+    _each_matches("target_parameters", plan.target_parameters, list(places))
+    kept = _in_blocks([n for n in places if matches(plan.target_parameters, n)], plan)
+    return [places[n] for n in kept]
+
+
+def _saved_modules(modules: dict[str, nn.Module], plan: Plan) -> list[str]:
+    if not plan.modules_to_save:
+        return []
+    _each_matches("modules_to_save", plan.modules_to_save, list(modules))
+    found = [n for n in modules if matches(plan.modules_to_save, n)]
+    return [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+
+
+def _all_tensors(path: str, module: nn.Module) -> Iterator[Place]:
+    for inner, owner in base_modules(module, path):
+        keys = [k for k, v in owner._parameters.items() if v is not None]
+        keys += [k for k, v in owner._buffers.items() if v is not None and k not in owner._non_persistent_buffers_set]
+        yield from (Place(inner, owner, key, Bare(key)) for key in keys)
+
+
+def _tokens(
+    model: nn.Module, modules: dict[str, nn.Module], plan: Plan
+) -> Iterator[tuple[Place, tuple[int, ...], str]]:
+    wanted = plan.trainable_token_indices
+    if not wanted:
+        return
+    if not isinstance(wanted, dict):
+        find = getattr(model, "get_input_embeddings", None)
+        embedding = find() if find is not None else None
+        name = next((n for n, m in modules.items() if m is embedding), None) if embedding is not None else None
+        if name is None:
+            raise TargetError("trainable_token_indices: name the embedding, as in {'embed_tokens': [1, 2]}")
+        wanted = {name: tuple(wanted)}  # type: ignore[arg-type]
+    for target, indices in wanted.items():
+        _each_matches("trainable_token_indices", (target,), list(modules))
+        for name in [n for n in modules if matches((target,), n)]:
+            yield from _token_places(name, modules, tuple(indices))
+
+
+def _token_places(
+    name: str, modules: dict[str, nn.Module], indices: tuple[int, ...]
+) -> Iterator[tuple[Place, tuple[int, ...], str]]:
+    module = modules[name]
+    kind = kind_of(module)
+    if kind is None or kind.name != "embedding":
+        raise TargetError(f"trainable_token_indices: {name!r} is a {type(module).__name__}, not an embedding")
+    rows = int(module.num_embeddings)  # type: ignore[arg-type]
+    bad = [i for i in indices if not 0 <= i < rows]
+    if bad or len(set(indices)) != len(indices):
+        raise TargetError(
+            f"trainable_token_indices: {bad or 'repeated indices'} in an embedding of {rows} rows ({name!r})"
+        )
+    yield Place(name, module, LAYER, kind), indices, name
+    for other, tied in modules.items():
+        if tied is not module and tied._parameters.get("weight") is module._parameters["weight"]:
+            head = kind_of(tied)
+            if head is None or head.name != "linear":
+                raise TargetError(f"trainable_token_indices: {other!r} is tied to {name!r} and is no linear layer")
+            yield Place(other, tied, LAYER, head), indices, name
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        head = find() if find is not None else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _each_matches(setting: str, target: str | Sequence[str], names: list[str]) -> None:
+    if isinstance(target, str):
+        try:
+            hit = any(re.fullmatch(target, n) for n in names)
+        except re.error as error:
+            raise SettingsError(f"{setting}: {target!r} is not a regular expression ({error})") from error
+        if not hit:
+            hint = suggest(target, _leaves(names))
+            raise TargetError(f"{setting}: the regular expression {target!r} matches no whole name{hint}")
+        return
+    for one in target:
+        if not any(matches((one,), n) for n in names):
+            raise TargetError(f"{setting}: {one!r} matches nothing in the model{suggest(one, _leaves(names))}")
+
+
+def _leaves(names: list[str]) -> set[str]:
+    return {n.rsplit(".", 1)[-1] for n in names if n and not n.rsplit(".", 1)[-1].isdigit()} | {
+        ".".join(n.rsplit(".", 2)[-2:]) for n in names if n.count(".") and not n.rsplit(".", 1)[-1].isdigit()
+    }
+
+
+def _check_patterns(plan: Plan, adapted: Sequence[Place]) -> None:
+    for setting, patterns in (("rank_pattern", plan.rank_pattern), ("alpha_pattern", plan.alpha_pattern)):
+        for key in patterns:
+            try:
+                hit = any(pattern_key((key,), place.name) for place in adapted)
+            except re.error as error:
+                raise SettingsError(f"{setting}: {key!r} is not a regular expression ({error})") from error
+            if not hit:
+                raise TargetError(
+                    f"{setting}: {key!r} matches no target{suggest(key, _leaves([p.name for p in adapted]))}"
+                )
+
+
+def _unique(places: Iterable[Place]) -> Iterator[Place]:
+    seen = set()
+    for place in places:
+        key = (id(place.layer), place.slot)
+        if key not in seen:
+            seen.add(key)
+            yield place

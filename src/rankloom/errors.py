@@ -1,0 +1,56 @@
+"""Errors of the library: each message names the thing, the value, the nearest valid one and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RankloomError(Exception):
+    """Base of every error that Rankloom raises on purpose."""
+
+
+class SettingsError(RankloomError, ValueError):
+    """A setting is unknown, has the wrong type, or contradicts another."""
+
+
+class TargetError(RankloomError, ValueError):
+    """A target matched nothing, or matched something that cannot be adapted."""
+
+
+class NotMergeable(RankloomError, TypeError):
+    """The change has no single matrix: it depends on the input, or it is not linear in it."""
+
+
+class DeafError(RankloomError, RuntimeError):
+    """An adapter is attached where the model never listens."""
+
+
+class StateError(RankloomError, RuntimeError):
+    """The call does not fit the present state of the model or bank (merged, detached, unknown adapter …)."""
+
+
+class FileError(RankloomError, ValueError):
+    """A file is missing, broken, or says something that cannot be."""
+
+
+class DataError(RankloomError, ValueError):
+    """A training example cannot be read; names file, line and field."""
+
+
+class MissingExtra(RankloomError, ImportError):
+    """An optional package is not installed; names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, what: str) -> None:
+        super().__init__(f"{what} needs the package {package!r}: pip install 'rankloom[{extra}]'")
+
+
+def suggest(name: str, known: Iterable[str], *, n: int = 3) -> str:
+    """``"; did you mean 'a' or 'b'?"`` for the nearest of `known`, or the (short) list of what there is, or ``""``."""
+    pool = sorted({str(k) for k in known})
+    near = difflib.get_close_matches(name, pool, n=n, cutoff=0.5)
+    if near:
+        return "; did you mean " + " or ".join(repr(x) for x in near) + "?"
+    if pool and len(pool) <= 20:
+        return "; there is " + ", ".join(repr(x) for x in pool)
+    return ""

@@ -1,0 +1,1 @@
+"""Parametrisations and combinators, one file per idea."""

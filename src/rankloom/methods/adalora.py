@@ -1,0 +1,109 @@
+"""AdaLoRA: a change in SVD form whose ranks are re-allotted between layers while it trains.
+
+ΔW = (lora_alpha / (init_r + 1e-5))·B diag(E) A; the divisor keeps the initial rank. A penalty keeps A's rows and B's
+columns orthonormal; the rule `Budget` zeroes the least important triplets. Zhang et al., ICLR 2023, arXiv 2303.10512.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.kinds import Base
+from rankloom.core.method import Method
+from rankloom.core.rule import Rule
+from rankloom.core.site import Site
+from rankloom.errors import SettingsError
+from rankloom.methods.lora import check_dropout, check_rank, drop
+from rankloom.ops.linalg import row_norms
+from rankloom.rules.budget import Budget
+from rankloom.rules.orthogonal import Orthogonal
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Method):
+    """`init_r` triplets for each site at first, `target_r` on average at last; between `tinit` and `tfinal` before the end
+    the budget falls by a cubic, re-allotted every `deltaT` steps; `beta1`, `beta2` smooth the importance.
+    """
+
+    init_r: int = 12
+    target_r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_rank(self.init_r)
+        check_rank(self.target_r)
+        check_dropout(self.lora_dropout)
+        if self.target_r > self.init_r:
+            raise SettingsError(f"target_r={self.target_r} is above init_r={self.init_r}: the budget can only shrink")
+
+    def build(self, site: Site) -> Adapter:
+        """AdaLoRA of one site."""
+        site.needs_matrix("adalora")
+        return AdaLoRAAdapter(site, self)
+
+    def rules(self) -> list[Rule]:
+        """The budget and the orthogonality penalty."""
+        budget = Budget(self.target_r, self.tinit, self.tfinal, self.deltaT, self.beta1, self.beta2)
+        return [budget, Orthogonal(self.orth_reg_weight)]
+
+
+class AdaLoRAAdapter(Adapter):
+    """A (…, r, in), E (…, r, 1), B (…, out, r)."""
+
+    roles = {"A": "in", "B": "out", "E": "singular"}
+    peft_names = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
+
+    def __init__(self, site: Site, method: AdaLoRA) -> None:
+        super().__init__(site)
+        alpha = method.lora_alpha if method.lora_alpha > 0 else method.init_r
+        self.scaling = alpha / (method.init_r + 1e-5)
+        self.lora_dropout = method.lora_dropout
+        self.A = site.empty(method.init_r, site.in_)
+        self.E = site.empty(method.init_r, 1)
+        self.B = site.empty(site.out, method.init_r)
+
+    def extra_repr(self) -> str:
+        return f"r={self.A.shape[-2]}, scaling={self.scaling:g}"
+
+    def reset(self, base: Base) -> None:
+        nn.init.normal_(self.A, std=0.02)
+        nn.init.zeros_(self.E)
+        nn.init.normal_(self.B, std=0.02)
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        h = base.down(drop(x, y, self.lora_dropout, self.training), (self.A * self.E).to(y.dtype))
+        return base.up(h, self.B.to(y.dtype) * self.scaling)
+
+    def delta(self, base: Base) -> Tensor:
+        return self.scaling * (self.B @ (self.E * self.A))
+
+    def row_norms(self, base: Base) -> Tensor:
+        return row_norms(base.matrix(), self.E * self.A, self.B, self.scaling)
+
+
+def compact(adapter: AdaLoRAAdapter) -> int:
+    """Drop the triplets whose E is zero (at least one is kept); the change stays the same. Returns the rank left."""
+    keep = (adapter.E != 0).flatten()
+    if adapter.E.ndim != 2:
+        raise SettingsError(
+            f"{adapter.site_name}: stacked experts have ranks of their own and cannot be compacted together"
+        )
+    if not keep.any():
+        keep[0] = True
+    with torch.no_grad():
+        adapter.A = nn.Parameter(adapter.A[keep].clone())
+        adapter.E = nn.Parameter(adapter.E[keep].clone())
+        adapter.B = nn.Parameter(adapter.B[:, keep].clone())
+    return int(keep.sum())

@@ -1,0 +1,86 @@
+"""HydraLoRA: one shared A, several heads B, and a router that mixes them token by token.
+
+Δy = s·Σ_i softmax(R x)_i B_i (A x); A (r, in), B (n_b, out, r), R (n_b, in). Tian et al., NeurIPS 2024, arXiv 2404.19245.
+The mixture depends on the input, so there is nothing to merge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.kinds import Base
+from rankloom.core.method import Method
+from rankloom.core.site import Site
+from rankloom.errors import SettingsError, TargetError
+from rankloom.methods.lora import check_dropout, check_rank, drop
+
+
+@dataclass(frozen=True)
+class HydraLoRA(Method):
+    """`n_b` heads of rank `r`; `infer="top1"` takes the strongest head alone in eval mode, `"soft"` mixes as in training.
+
+    `n_b` from data: `rankloom.ops.cluster.count_clusters` on embeddings of the training texts.
+    """
+
+    r: int = 4
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    n_b: int = 4
+    infer: Literal["soft", "top1"] = "soft"
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+        check_dropout(self.lora_dropout)
+        if self.n_b < 1:
+            raise SettingsError(f"n_b={self.n_b}: at least one head")
+
+    def build(self, site: Site) -> Adapter:
+        """HydraLoRA of one linear layer."""
+        site.needs_input("hydralora")
+        if not site.kind.linear:
+            raise TargetError(
+                f"hydralora: site {site.name!r} is a {site.kind.name} layer; it routes linear layers only"
+            )
+        return HydraLoRAAdapter(site, self)
+
+
+class HydraLoRAAdapter(Adapter):
+    """A (r, in), B (n_b, out, r), router (n_b, in)."""
+
+    roles = {"A": "in", "B": "out", "router": "router"}
+
+    def __init__(self, site: Site, method: HydraLoRA) -> None:
+        super().__init__(site)
+        self.scaling = method.lora_alpha / method.r
+        self.lora_dropout = method.lora_dropout
+        self.infer = method.infer
+        self.A = site.empty(method.r, site.in_)
+        self.B = nn.Parameter(torch.empty(method.n_b, site.out, method.r, dtype=site.dtype, device=site.device))
+        self.router = site.empty(method.n_b, site.in_)
+
+    def reset(self, base: Base) -> None:
+        bound = 1 / math.sqrt(self.A.shape[-1])
+        nn.init.uniform_(self.A, -bound, bound)
+        nn.init.uniform_(self.router, -bound, bound)
+        nn.init.zeros_(self.B)
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        x = drop(x, y, self.lora_dropout, self.training)
+        h = base.down(x, self.A.to(y.dtype))
+        mixed = (self.weights(x).to(y.dtype)[..., None] * h[..., None, :]).flatten(-2)
+        heads = self.B.transpose(0, 1).flatten(1)
+        return base.up(mixed, heads.to(y.dtype) * self.scaling)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Mixing weights (…, n_b) of the heads for input (…, in), in float32."""
+        soft = F.linear(x.float(), self.router.float()).softmax(-1)
+        if self.training or self.infer == "soft":
+            return soft
+        return F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)

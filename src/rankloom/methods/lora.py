@@ -1,0 +1,119 @@
+"""LoRA: the change of a matrix is a product of two thin ones.
+
+ΔW = s·B A with A (r, in), B (out, r), s = lora_alpha/r or lora_alpha/√r; y = W x + b + s·B A dropout(x).
+Hu et al., ICLR 2022, arXiv 2106.09685 §4; rsLoRA's scale: Kalajdzievski 2023, arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.kinds import Base
+from rankloom.core.method import Method
+from rankloom.core.site import Site
+from rankloom.errors import SettingsError
+from rankloom.methods.residual import ResidualAdapter
+from rankloom.ops.linalg import row_norms
+from rankloom.starts.plain import NONZERO, check_start, fill
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """`r` rank; `lora_alpha` over r (`scaling="standard"`) or √r (`"rslora"`) is the scale; `lora_dropout` on the input
+    of the change; `init_lora_weights` names a start; `lora_bias` adds a bias after B; `frozen` keeps a factor at its start.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    init_lora_weights: str = "kaiming"
+    scaling: Literal["standard", "rslora"] = "standard"
+    frozen: Literal["none", "A", "B"] = "none"
+    lora_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+        check_start(self.init_lora_weights)
+        check_dropout(self.lora_dropout)
+        if self.frozen == "B" and self.init_lora_weights not in NONZERO:
+            raise SettingsError(
+                f"frozen='B' with init_lora_weights={self.init_lora_weights!r}: B stays 0 and nothing can train; "
+                "use asymmetric_lora(update_A=True, update_B=False)"
+            )
+
+    def build(self, site: Site) -> Adapter:
+        """LoRA of one site."""
+        site.needs_matrix("lora")
+        adapter = LoRAAdapter(site, self)
+        return ResidualAdapter(site, adapter) if self.init_lora_weights in NONZERO else adapter
+
+
+class LoRAAdapter(Adapter):
+    """A (…, r, in), B (…, out, r), optional bias (out,)."""
+
+    roles = {"A": "in", "B": "out", "bias": "out"}
+    peft_names = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}
+
+    def __init__(self, site: Site, method: LoRA) -> None:
+        super().__init__(site)
+        self.start = method.init_lora_weights
+        self.scaling = scale_of(method.lora_alpha, method.r, method.scaling)
+        self.lora_dropout = method.lora_dropout
+        self.A = site.empty(method.r, site.in_, trainable=method.frozen != "A")
+        self.B = site.empty(site.out, method.r, trainable=method.frozen != "B")
+        self.bias = site.empty(site.out) if method.lora_bias and not site.bare else None
+
+    def extra_repr(self) -> str:
+        return f"r={self.A.shape[-2]}, scaling={self.scaling:g}"
+
+    def reset(self, base: Base) -> None:
+        fill(self.start, self, base)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        h = base.down(drop(x, y, self.lora_dropout, self.training), self.A.to(y.dtype))
+        change = base.up(h, self.B.to(y.dtype) * self.scaling)
+        return change if self.bias is None else change + base.shift(y, self.bias.to(y.dtype) * self.scaling)
+
+    def delta(self, base: Base) -> Tensor:
+        return self.scaling * (self.B @ self.A)
+
+    def delta_bias(self, base: Base) -> Tensor | None:
+        return None if self.bias is None else self.scaling * self.bias
+
+    def row_norms(self, base: Base) -> Tensor:
+        return row_norms(base.matrix(), self.A, self.B, self.scaling)
+
+
+def scale_of(alpha: float, r: int, scaling: str) -> float:
+    """lora_alpha/r, or lora_alpha/√r for "rslora"."""
+    return alpha / (math.sqrt(r) if scaling == "rslora" else r)
+
+
+def drop(x: Any, y: Tensor, p: float, training: bool) -> Any:
+    """The input of the change: in the output's dtype, dropped out in training. Token ids and no input pass through."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(y.dtype)
+    return F.dropout(x, p, training) if p and training else x
+
+
+def check_rank(r: int) -> None:
+    """Refuse a rank below 1."""
+    if r < 1:
+        raise SettingsError(f"r={r}: the rank is at least 1")
+
+
+def check_dropout(p: float) -> None:
+    """Refuse a probability outside [0, 1)."""
+    if not 0 <= p < 1:
+        raise SettingsError(f"dropout {p}: a probability from 0 up to, not including, 1")

@@ -1,0 +1,36 @@
+"""Residual: a change that does not start at zero, minus its frozen start.
+
+Δ = Δ_now − Δ_start. The base stays untouched, other adapters keep their base, and the start is exactly zero: what
+PiSSA-type starts do by rewriting W, done without rewriting it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.kinds import Base
+from rankloom.core.site import Site
+
+
+class ResidualAdapter(Adapter):
+    """`inner` is trained; `start` is a frozen copy of it, taken at reset."""
+
+    def __init__(self, site: Site, inner: Adapter) -> None:
+        super().__init__(site)
+        self.inner = inner
+        self.start = copy.deepcopy(inner).requires_grad_(False)
+
+    def reset(self, base: Base) -> None:
+        self.inner.reset(base)
+        self.start.load_state_dict(self.inner.state_dict())
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        change: Tensor = self.inner(x, y, base) - self.start(x, y, base)
+        return change
+
+    def delta(self, base: Base) -> Tensor:
+        return self.inner.delta(base) - self.start.delta(base)

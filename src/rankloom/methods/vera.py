@@ -1,0 +1,90 @@
+"""VeRA: one frozen random pair for the whole model, two trained vectors for each layer.
+
+ΔW_l = diag(b_l) B diag(d_l) A, A (r, widest in) and B (widest out, r) sliced to the layer; b = 0, d = d_initial at start.
+Kopiczko et al., ICLR 2024, arXiv 2310.11454 eq. 2. The pair comes from `projection_prng_key` on the CPU, so it is the
+same on every device and can be left out of the file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.kinds import Base
+from rankloom.core.method import Method
+from rankloom.core.site import Site
+from rankloom.methods.lora import check_dropout, check_rank, drop
+from rankloom.ops.linalg import row_norms
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """`r` of the shared pair; `d_initial` start of d; `save_projection`: keep the pair in the file, not just its key."""
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+        check_dropout(self.vera_dropout)
+
+    def build(self, site: Site) -> Adapter:
+        """VeRA of one site; the first site makes the shared pair."""
+        site.needs_matrix("vera")
+        return VeRAAdapter(site, self)
+
+
+class VeRAAdapter(Adapter):
+    """`lambda_b` (…, out), `lambda_d` (…, r); borrows A and B."""
+
+    roles = {"lambda_b": "scale", "lambda_d": "scale"}
+    peft_names = {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"}
+
+    def __init__(self, site: Site, method: VeRA) -> None:
+        super().__init__(site)
+        self.vera_dropout = method.vera_dropout
+        self.d_initial = method.d_initial
+        self.lambda_b = nn.Parameter(site.empty(site.out, 1).data.squeeze(-1))
+        self.lambda_d = nn.Parameter(site.empty(method.r, 1).data.squeeze(-1))
+        out, in_ = site.widest
+        generator = torch.Generator().manual_seed(method.projection_prng_key)
+        for key, shape in (("vera_A", (method.r, in_)), ("vera_B", (out, method.r))):
+            made = projection(shape, generator)
+            site.shared.provide(key, lambda t=made: t.to(site.device, site.dtype), role="basis", trainable=False)  # type: ignore[misc]
+        self.borrow(site.shared, A="vera_A", B="vera_B")
+        self.out, self.in_ = site.out, site.in_
+
+    def reset(self, base: Base) -> None:
+        nn.init.zeros_(self.lambda_b)
+        nn.init.constant_(self.lambda_d, self.d_initial)
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        a, b = self._pair()
+        h = base.down(drop(x, y, self.vera_dropout, self.training), a.to(y.dtype))
+        h = base.up(base.scale(h, self.lambda_d.to(y.dtype)), b.to(y.dtype))
+        return base.scale(h, self.lambda_b.to(y.dtype))
+
+    def delta(self, base: Base) -> Tensor:
+        a, b = self._pair()
+        return (self.lambda_b[..., None] * b) @ (self.lambda_d[..., None] * a)
+
+    def row_norms(self, base: Base) -> Tensor:
+        a, b = self._pair()
+        return row_norms(base.matrix(), self.lambda_d[..., None] * a, self.lambda_b[..., None] * b, 1.0)
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        return self.A[:, : self.in_], self.B[: self.out]
+
+
+def projection(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform (bound √3·√2/√fan_in) float32 matrix on the CPU."""
+    bound = math.sqrt(3) * math.sqrt(2 / shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

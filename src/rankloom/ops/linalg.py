@@ -1,0 +1,33 @@
+"""Low-rank linear algebra that never builds the product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """‖W + s·B A‖ by rows, shape (…, out), in float32 at least; W (…, out, in), A (…, r, in), B (…, out, r).
+
+    ‖w + s·bA‖² = ‖w‖² + 2s·⟨wAᵀ, b⟩ + s²·⟨b(AAᵀ), b⟩: O(out·in·r) operations, O(out·r) memory; clamped at 0 against
+    cancellation.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
+    square = weight.square().sum(-1)
+    cross = ((weight @ a.mT) * b).sum(-1)
+    gram = ((b @ (a @ a.mT)) * b).sum(-1)
+    return (square + 2 * scaling * cross + scaling**2 * gram).clamp_min(0).sqrt()
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (…, out, rank), S (…, rank), Vh (…, rank, in) of the largest singular values, in float32 at least."""
+    u, s, vh = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)
+    return u[..., :, :rank], s[..., :rank], vh[..., :rank, :]
+
+
+def orthonormal_rows(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random (…, r, n) with orthonormal rows (r ≤ n), from the QR of a Gaussian; rows repeat blocks when r > n."""
+    *lead, r, n = shape
+    made = [torch.linalg.qr(torch.randn(*lead, n, min(n, r - i), device=device))[0].mT for i in range(0, r, n)]
+    return torch.cat(made, dim=-2).to(dtype)

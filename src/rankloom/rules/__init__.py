@@ -1,0 +1,1 @@
+"""Training rules, one idea a file."""

@@ -1,0 +1,48 @@
+"""LoRA-FA's projected gradient: the step of B that comes nearest to the full gradient step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.rule import Rule, Run
+from rankloom.errors import SettingsError
+
+
+@dataclass
+class ProjectedGradient(Rule):
+    """ĝ_B = g_B (A Aᵀ + damping·I)⁻¹ / s² for every pair whose A is frozen: minimises ‖s ĝ_B A − g_W‖_F
+    (LoRA-FA, arXiv 2308.03303, revised version). Always in float32 at least.
+    """
+
+    damping: float = 1e-8
+
+    def start(self, run: Run) -> None:
+        """Refuse a run without a frozen A."""
+        if not self._pairs(run):
+            raise SettingsError("the LoRA-FA projection needs adapters with a frozen A: LoRA(frozen='A')")
+
+    @torch.no_grad()
+    def after_backward(self, run: Run) -> None:
+        """Replace the gradient of each B."""
+        for adapter in self._pairs(run):
+            b = adapter.B
+            if b.grad is None:
+                continue
+            dtype = torch.promote_types(adapter.A.dtype, torch.float32)
+            a = adapter.A.to(dtype)
+            gram = a @ a.mT + self.damping * torch.eye(a.shape[-2], dtype=dtype, device=a.device)
+            solved = torch.linalg.solve(gram, b.grad.to(dtype).mT).mT
+            b.grad.copy_(solved / adapter.scaling**2)
+
+    def _pairs(self, run: Run) -> list[Adapter]:
+        found = []
+        for name in run.bank.active:
+            for _, adapter in run.bank.adapters(name, of=Adapter):
+                roles = type(adapter).roles
+                if roles.get("A") == "in" and roles.get("B") == "out" and not adapter.A.requires_grad:
+                    if adapter.B.requires_grad and "E" not in roles:
+                        found.append(adapter)
+        return found

@@ -1,0 +1,1 @@
+"""Initialisers: (adapter, base) -> None fills the factors."""
