@@ -19,10 +19,12 @@ class Adapter(nn.Module):
 
     `roles` tags each own parameter or submodule (in, out, core, gate, singular, coefficient, scale, magnitude, router,
     whole); rules find parameters by role. `peft_names` maps own parameters to the checkpoint vocabulary of PEFT.
+    `dropout`: probability of dropping elements of the change's input in training.
     """
 
     roles: ClassVar[Mapping[str, str]] = {}
     peft_names: ClassVar[Mapping[str, str]] = {}
+    dropout: float = 0.0
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -68,6 +70,18 @@ class Adapter(nn.Module):
             shared, key = borrowed[name]
             return shared.tensor(key)
         return super().__getattr__(name)
+
+
+def take_dropout(adapter: Adapter) -> float:
+    """Switch off the input dropout of `adapter` and of those inside it; returns the largest probability that it had.
+
+    For combinators that drop the input themselves, or that hold a copy which must not drop.
+    """
+    inside = [m for m in adapter.modules() if isinstance(m, Adapter)]
+    p = max(m.dropout for m in inside)
+    for m in inside:
+        m.dropout = 0.0
+    return p
 
 
 def tensors_by_role(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter, str]]:

@@ -12,14 +12,14 @@ from torch import nn
 
 from rankloom.core.adapter import Adapter, Sum
 from rankloom.core.bank import NAME, Bank
-from rankloom.core.graft import plant, present, slot_table, uproot
+from rankloom.core.graft import own, plant, present, slot_table, uproot
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.plan import Plan
 from rankloom.core.replicate import replicate
 from rankloom.core.site import Shared, Site
 from rankloom.core.switch import Voice, Voices
-from rankloom.core.targets import Place, pattern_key, resolve
+from rankloom.core.targets import Place, base_tensors, pattern_key, resolve
 from rankloom.core.whole import TokenRows, Whole
 from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
 
@@ -41,6 +41,9 @@ def attach(
     plan = as_plan(plan, overrides)
     bank = getattr(model, "rankloom", None)
     _check_name(name, bank)
+    if plan.layer_replication and bank is not None:
+        raise SettingsError("layer_replication changes the model itself: give it to the first adapter, before any other")
+    flags = {f"{path}.{key}": value.requires_grad for path, _, key, value in base_tensors(model)}
     undo = [replicate(model, plan.layer_replication)] if plan.layer_replication else []
     try:
         fitted, shared = _build(model, plan)
@@ -50,6 +53,7 @@ def attach(
         raise
     if bank is None:
         bank = Bank(model)
+        bank._requires_grad = flags
         model.rankloom = bank
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -80,12 +84,12 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             undo()
         for place, _ in bank._fitted.pop(each):
             uproot(place.layer, place.slot, each)
-        del bank.plans[each], bank.shared[each]
+        del bank.plans[each], bank._shared[each]
         left = tuple(v for v in bank.switch.default.speakers if v.name != each)
         bank.switch.default = dataclasses.replace(bank.switch.default, speakers=left)
     if not bank.names:
-        for parameter, flag in bank._requires_grad.values():
-            parameter.requires_grad_(flag)
+        for path, _, key, value in base_tensors(model):
+            value.requires_grad_(bank._requires_grad[f"{path}.{key}"])
         del model.rankloom
     return model
 
@@ -210,7 +214,7 @@ def _plant(
     bank: Bank, name: str, plan: Plan, fitted: list[tuple[Place, Site, Adapter]], shared: Shared, undo: list[Any]
 ) -> None:
     bank.plans[name] = plan
-    bank.shared[name] = shared
+    bank._shared[name] = shared
     bank._undo[name] = undo
     bank._fitted[name] = []
     try:
@@ -219,6 +223,8 @@ def _plant(
             with present(place.layer):
                 plant(place.layer, place.slot, name, adapter, bank.switch, place.path, place.kind)
             bank._fitted[name].append((place, site))
+        if len(shared._parameters):
+            own(fitted[0][0].layer, name, shared)
     except BaseException:
         detach(bank.model, name)
         raise

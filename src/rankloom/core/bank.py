@@ -37,28 +37,27 @@ class Fitted:
         return Base(self.place.kind, self.place.layer)
 
 
-class Bank(nn.Module):
-    """Which adapters a model has and which speak (`model.rankloom`); also owns the tensors that adapters share."""
+class Bank:
+    """Which adapters a model has and which speak: `model.rankloom`, a plain attribute, no module of the model."""
 
     model: nn.Module
     switch: Switch
     plans: dict[str, Plan]
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.shared = nn.ModuleDict()
-        self.__dict__["model"] = model
+        self.model = model
         self.switch = Switch()
         self.plans = {}
         self._fitted: dict[str, list[tuple[Place, Site]]] = {}
+        self._shared: dict[str, Shared] = {}
         self._undo: dict[str, list[Callable[[], None]]] = {}
-        self._requires_grad = {id(p): (p, p.requires_grad) for p in model.parameters()}
+        self._requires_grad: dict[str, bool] = {}
         self._merged: dict[str, float] = {}
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
         self._silenced = Voices()
 
-    def extra_repr(self) -> str:
-        return f"adapters={list(self.plans)}, active={list(self.active)}, merged={list(self._merged)}"
+    def __repr__(self) -> str:
+        return f"Bank(adapters={list(self.plans)}, active={list(self.active)}, merged={list(self._merged)})"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,9 +125,8 @@ class Bank(nn.Module):
 
     def shared_of(self, name: str) -> Shared:
         """The tensors that the adapters of `name` share."""
-        found = self.shared[name]
-        assert isinstance(found, Shared)
-        return found
+        self._known(name)
+        return self._shared[name]
 
     def trainable(self, *names: str) -> Iterator[tuple[str, nn.Parameter, str]]:
         """`tensors` of the named adapters (default: the active ones) that are trained."""

@@ -21,7 +21,9 @@ from rankloom.core.switch import Switch, Voice, Voices
 from rankloom.errors import StateError, TargetError
 
 LAYER = "layer"
-"""Slot of a change to the layer's output; every other slot is a parameter's name."""
+"""Slot of a change to the layer's output; every other slot but `SHARED` is a parameter's name."""
+SHARED = "shared"
+"""Slot on an adapter's first layer where the tensors that its sites share are registered."""
 
 
 class Anchor:
@@ -207,18 +209,18 @@ def plant(layer: nn.Module, slot: str, name: str, adapter: Adapter, switch: Swit
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
     if slot not in slots:
         slots[slot] = nn.ModuleDict()
-    slots[slot][name] = adapter  # type: ignore[index]
+    slots[slot].add_module(name, adapter)
     _set_class(layer)
 
 
 def uproot(layer: nn.Module, slot: str, name: str) -> None:
     """Take the adapter out; the last one gives the layer its own class back."""
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
-    del slots[slot][name]  # type: ignore[attr-defined]
-    if len(slots[slot]) == 0:  # type: ignore[arg-type]
-        del slots[slot]
-        if slot == LAYER:
-            layer.__dict__["_rankloom"].kind = None
+    _drop(slots, slot, name)
+    if slot == LAYER and LAYER not in slots:
+        layer.__dict__["_rankloom"].kind = None
+    if not any(name in slots._modules[s]._modules for s in slots._modules if s != SHARED):  # type: ignore[union-attr]
+        _drop(slots, SHARED, name)
     if len(slots):
         _set_class(layer)
         return
@@ -227,6 +229,23 @@ def uproot(layer: nn.Module, slot: str, name: str) -> None:
     _rebind_instance_forward(layer, original)
     layer.__class__ = original
     del layer.__dict__["_rankloom"]
+
+
+def own(layer: nn.Module, name: str, shared: nn.Module) -> None:
+    """Register the shared tensors of the adapter `name` on its first layer."""
+    slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
+    if SHARED not in slots:
+        slots[SHARED] = nn.ModuleDict()
+    slots[SHARED].add_module(name, shared)
+
+
+def _drop(slots: nn.ModuleDict, slot: str, name: str) -> None:
+    table = slots._modules.get(slot)
+    if table is None:
+        return
+    table._modules.pop(name, None)
+    if not table._modules:
+        del slots[slot]
 
 
 def _set_class(layer: nn.Module) -> None:
@@ -238,7 +257,7 @@ def _set_class(layer: nn.Module) -> None:
     original = type(layer).rankloom_original if isinstance(layer, Grafted) else type(layer)
     slots = layer._modules["adapters"]
     assert slots is not None
-    parameters = tuple(sorted(s for s in slots._modules if s != LAYER))
+    parameters = tuple(sorted(s for s in slots._modules if s not in (LAYER, SHARED)))
     cls = _generated(original, parameters, LAYER in slots._modules)
     _rebind_instance_forward(layer, cls)
     layer.__class__ = cls

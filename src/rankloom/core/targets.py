@@ -13,8 +13,6 @@ from rankloom.core.kinds import Bare, Kind, kind_of
 from rankloom.core.plan import Plan
 from rankloom.errors import SettingsError, TargetError, suggest
 
-OWN = ("adapters", "rankloom")
-
 
 @dataclass(frozen=True)
 class Place:
@@ -41,11 +39,10 @@ class Resolution:
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """named_modules() of the base alone: without adapters and bank."""
+    """named_modules() of the base alone: without the adapters."""
     yield prefix, model
-    own = OWN if isinstance(model, Grafted) else OWN[1:]
     for name, child in model._modules.items():
-        if child is not None and name not in own:
+        if child is not None and not (name == "adapters" and isinstance(model, Grafted)):
             yield from base_modules(child, f"{prefix}.{name}" if prefix else name)
 
 

@@ -1,0 +1,117 @@
+"""NormalFloat: codes at the quantiles of a Gaussian, one scale for each block, the scales themselves kept in 8 bits.
+
+QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314 §3. Packed values and their double quantisation are those of
+bitsandbytes, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from rankloom.ops.unpack import pack, unpack
+from rankloom.store.base import Parts, Store
+
+OFFSET = 0.9677083
+"""Outermost quantile: the mean of 1 − 1/32 and 1 − 1/30."""
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The published 4-bit table, in float32."""
+
+
+@dataclass(frozen=True)
+class NormalFloat(Store):
+    """`bits` 2, 3, 4 or 8; a scale for each `block` weights (row-major); `double`: scales in 8 bits by `double_block`."""
+
+    bits: int = 4
+    block: int = 64
+    double: bool = True
+    double_block: int = 256
+
+    def encode(self, weight: Tensor) -> Parts:
+        """codes (packed bytes) and absmax, or absmax8, absmax_scale, absmax_offset."""
+        flat = weight.reshape(-1).float()
+        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % self.block)).reshape(-1, self.block)
+        absmax = blocks.abs().amax(-1)
+        scaled = (blocks * (1.0 / absmax.clamp_min(1e-38))[:, None]).clamp(-1, 1).flatten()[: flat.numel()]
+        codes = torch.bucketize(scaled, midpoints(self.bits, flat.device), out_int32=True)
+        parts = {"codes": pack(codes, self.bits)}
+        if not self.double:
+            return parts | {"absmax": absmax}
+        offset = absmax.mean()
+        codes8, scale = _encode8(absmax - offset, self.double_block)
+        return parts | {"absmax8": codes8, "absmax_scale": scale, "absmax_offset": offset}
+
+    def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """table[code] · absmax, in float32, cast to `dtype`."""
+        codes = unpack(parts["codes"], self.bits, shape.numel())
+        values = torch.nn.functional.pad(table(self.bits, codes.device)[codes.int()], (0, -codes.numel() % self.block))
+        dense = values.reshape(-1, self.block) * self.scales(parts)[:, None]
+        return dense.flatten()[: codes.numel()].reshape(shape).to(dtype)
+
+    def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """absmax (blocks,) in float32."""
+        if not self.double:
+            return parts["absmax"]
+        return _decode8(parts["absmax8"], parts["absmax_scale"], self.double_block) + parts["absmax_offset"]
+
+    def bits_per_weight(self) -> float:
+        """Codes and scales: 4.127 for NF4 with blocks of 64 and 256."""
+        scale = 8 / self.block + 32 / (self.block * self.double_block) if self.double else 32 / self.block
+        return self.bits + scale
+
+
+@cache
+def quantiles(bits: int) -> tuple[float, ...]:
+    """The 2**bits code values, ascending from −1 to 1 with an exact 0; the published table for 4 bits."""
+    if bits == 4:
+        return NF4
+    half = 2 ** (bits - 1)
+    positive = [NormalDist().inv_cdf(OFFSET + (0.5 - OFFSET) * i / half) for i in range(half)]
+    negative = [-NormalDist().inv_cdf(OFFSET + (0.5 - OFFSET) * i / (half - 1)) for i in range(half - 1)]
+    top = max(positive)
+    return tuple(sorted(v / top for v in [*positive, 0.0, *negative]))
+
+
+def table(bits: int, device: torch.device) -> Tensor:
+    """`quantiles` as a float32 tensor."""
+    return torch.tensor(quantiles(bits), dtype=torch.float32, device=device)
+
+
+def midpoints(bits: int, device: torch.device) -> Tensor:
+    """Boundaries between neighbouring codes, float32."""
+    code = table(bits, device)
+    return (code[:-1] + code[1:]) / 2
+
+
+@cache
+def dynamic_code() -> tuple[float, ...]:
+    """The signed 8-bit dynamic-exponent table (Dettmers et al., arXiv 2110.02861): 256 values from about −1 to 1."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+        values += means + [-v for v in means]
+    return tuple(sorted(values))
+
+
+def _encode8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    blocks = torch.nn.functional.pad(x, (0, -x.numel() % block)).reshape(-1, block)
+    scale = blocks.abs().amax(-1)
+    scaled = (blocks * (1.0 / scale.clamp_min(1e-38))[:, None]).clamp(-1, 1).flatten()[: x.numel()]
+    code = torch.tensor(dynamic_code(), device=x.device)
+    return torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8), scale
+
+
+def _decode8(codes: Tensor, scale: Tensor, block: int) -> Tensor:
+    values = torch.tensor(dynamic_code(), device=codes.device)[codes.int()]
+    return values * scale.repeat_interleave(block)[: codes.numel()]

@@ -1,0 +1,183 @@
+"""Batches of tensors whose order is a function of (seed, epoch, index), so that a position needs no replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankloom.errors import SettingsError, StateError
+from rankloom.train.data.order import permutation
+from rankloom.train.data.packing import first_fit
+from rankloom.train.data.prepare import Example, Prepared
+from rankloom.train.data.records import Where, fault
+
+IGNORED = -100
+Batch = dict[str, Tensor]
+
+
+class Batches:
+    """Dict batches of a prepared data set; iterating gives the rest of the present epoch and moves on to the next.
+
+    A batch of B rows padded to length L (right, to a multiple of `pad_to_multiple_of`, at most the data's
+    `max_length`) holds int64 tensors: `input_ids` [B, L], `attention_mask` [B, L] (1: token, 0: padding) and `labels`,
+    [B, L] with −100 where nothing is trained, or [B] class ids for a classification.
+
+    With `packing=True` a row holds several whole examples, first-fit up to `max_length`; `position_ids` [B, L] restart
+    at 0 with each of them, and the first token of each has label −100, so none is predicted from its neighbour.
+    **Attention crosses the packed examples unless the model's attention honours `position_ids`.** In transformers
+    (4.53 and later) it does where `attention_mask` is absent and the model runs with `use_cache=False`; hence packed
+    batches carry no mask (causal attention never looks at the padding on the right) and `config.use_cache` must be off.
+
+    Steps are counted over all epochs: step `s` is batch `s % len(self)` of epoch `s // len(self)`. Each step takes the
+    next `batch_size · world` rows of the epoch's order and deals them out to the ranks: disjoint, complete, the same
+    number of steps for each rank. A last step too short to give every rank a row is joined to the one before.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        packing: bool = False,
+        pad_to_multiple_of: int = 8,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        """`batch_size`: rows per rank and step; `drop_last`: leave out the rows of an incomplete last step."""
+        if batch_size < 1 or pad_to_multiple_of < 1:
+            raise SettingsError(
+                f"batch_size={batch_size}, pad_to_multiple_of={pad_to_multiple_of}: both must be 1 or more"
+            )
+        if not 0 <= rank < world:
+            raise SettingsError(f"rank={rank} is not one of the {world} ranks 0…{world - 1}")
+        if packing and prepared.labels:
+            raise SettingsError(
+                "packing=True needs one label per token; a classification has one per text: leave packing out"
+            )
+        self.prepared = prepared
+        self.batch_size, self.seed, self.shuffle, self.packing = batch_size, seed, shuffle, packing
+        self.multiple, self.rank, self.world, self.drop_last = pad_to_multiple_of, rank, world, drop_last
+        lengths = [len(x) for x in prepared]
+        self.rows = first_fit(lengths, prepared.max_length) if packing else [(i,) for i in range(len(lengths))]
+        self.step = 0
+        self._used, self._steps = self._count()
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def _count(self) -> tuple[int, int]:
+        """(rows used per epoch, steps per epoch)."""
+        n, full = len(self.rows), self.batch_size * self.world
+        steps, tail = divmod(n, full)
+        if self.drop_last and steps:
+            return n - tail, steps
+        if n < self.world or self.drop_last:
+            need = full if self.drop_last else self.world
+            raise fault(
+                self.prepared.records.source,
+                f"{n} rows are too few for {self.world} × {self.batch_size}",
+                f"give {need} or more",
+            )
+        return n, max(1, steps + (tail >= self.world))
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return self._steps
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch, from 0."""
+        return self.step // self._steps
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of a step, counted over all epochs; reads nothing but the arguments of this object."""
+        return self._collate([self.rows[i] for i in self._mine(step)])
+
+    def sources_at(self, step: int) -> tuple[Where, ...]:
+        """Where the examples of that batch come from, row by row."""
+        return tuple(self.prepared[i].where for row in self._mine(step) for i in self.rows[row])
+
+    def __iter__(self) -> Iterator[Batch]:
+        end = (self.epoch + 1) * self._steps
+        while self.step < end:
+            self.step += 1
+            yield self.batch_at(self.step - 1)
+
+    def state(self) -> dict[str, Any]:
+        """The position as JSON takes it: the next step, and what the order depends on."""
+        return {"step": self.step, "epoch": self.epoch, **self._identity()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to a position saved by `state`.
+
+        Raises:
+            StateError: the position belongs to other data or other settings (named).
+        """
+        for name, value in self._identity().items():
+            if name not in state or state[name] != value:
+                raise StateError(
+                    f"the saved data position has {name}={state.get(name)!r}, this run {name}={value!r}: "
+                    "the batches would not be the same; resume with the same data and settings, or start anew"
+                )
+        self.step = int(state["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "batch_size": self.batch_size,
+            "world": self.world,
+            "packing": self.packing,
+            "drop_last": self.drop_last,
+            "rows": len(self.rows),
+            "digest": self.prepared.digest,
+        }
+
+    def _mine(self, step: int) -> list[int]:
+        """The rows of a step that this rank gets."""
+        epoch, at = divmod(step, self._steps)
+        start = at * self.batch_size * self.world
+        stop = self._used if at == self._steps - 1 else start + self.batch_size * self.world
+        return self._epoch_order(epoch)[start:stop][self.rank :: self.world]
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            epoch = 0
+        if self._order[0] != epoch:
+            n = len(self.rows)
+            self._order = (epoch, permutation(n, self.seed, epoch) if self.shuffle else list(range(n)))
+        return self._order[1]
+
+    def _collate(self, rows: Sequence[tuple[int, ...]]) -> Batch:
+        examples = [[self.prepared[i] for i in row] for row in rows]
+        lengths = [sum(map(len, row)) for row in examples]
+        longest = max(lengths)
+        width = max(longest, min(-(-longest // self.multiple) * self.multiple, self.prepared.max_length))
+        batch = {"input_ids": torch.full((len(rows), width), self.prepared.pad_id)}
+        for out, row in zip(batch["input_ids"], examples):
+            _fill(out, [torch.tensor(x.ids) for x in row])
+        if self.packing:
+            batch["position_ids"] = torch.zeros_like(batch["input_ids"])
+            for out, row in zip(batch["position_ids"], examples):
+                _fill(out, [torch.arange(len(x)) for x in row])
+        else:
+            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+        batch["labels"] = self._labels(examples, batch["input_ids"])
+        return batch
+
+    def _labels(self, examples: Sequence[Sequence[Example]], ids: Tensor) -> Tensor:
+        if self.prepared.labels:
+            return torch.tensor([x.label for row in examples for x in row])
+        trained = torch.zeros_like(ids, dtype=torch.bool)
+        for out, row in zip(trained, examples):
+            _fill(out, [torch.tensor(list(x.trained), dtype=torch.bool) for x in row])
+        return ids.masked_fill(~trained, IGNORED)
+
+
+def _fill(out: Tensor, parts: Sequence[Tensor]) -> None:
+    joined = torch.cat(list(parts))
+    out[: len(joined)] = joined

@@ -1,0 +1,236 @@
+"""From rows of a known format to the canonical forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rankloom.errors import DataError, SettingsError, suggest
+from rankloom.train.data.detect import KNOWN_FIELDS, Shape, shape_of
+from rankloom.train.data.read import kind
+from rankloom.train.data.records import Chat, Labelled, Record, Records, Row, Text, Turn, Where, fault
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def convert(
+    rows: Sequence[Row],
+    source: str,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Records:
+    """The canonical records of `rows`; see `load` for the arguments."""
+    rows = rename(rows, columns or {})
+    shape = shape_of(rows, format)
+    if labels is not None and shape.format != "classification":
+        raise SettingsError(f"labels= is for classification; {source} is {shape}")
+    unused = {name for row in rows for name in row.fields} - set(shape.used())
+    if shape.format == "classification":
+        labelled, names = classify(rows, shape, labels)
+        return Records(labelled, shape.format, source, names, tuple(sorted(unused)))
+    build = BUILDERS[shape.format]
+    return Records(tuple(build(row, shape.fields) for row in rows), shape.format, source, (), tuple(sorted(unused)))
+
+
+def rename(rows: Sequence[Row], columns: Mapping[str, str]) -> Sequence[Row]:
+    """Rows whose column `columns[field]` is called `field`."""
+    for name in columns:
+        if name not in KNOWN_FIELDS:
+            raise SettingsError(f"columns: {name!r} is not a field of any format{suggest(name, KNOWN_FIELDS)}")
+    return [Row(_renamed(row, columns), row.where) for row in rows] if columns else rows
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    for name, column in columns.items():
+        if column not in row.fields:
+            near = suggest(column, row.fields)
+            raise fault(row.where, f"there is no column {column!r} (columns: {name} = {column}){near}", "mend columns=")
+    taken = set(columns.values()) | set(columns)
+    kept = {name: value for name, value in row.fields.items() if name not in taken}
+    return kept | {name: row.fields[column] for name, column in columns.items()}
+
+
+def string(value: object, where: Where, field: str) -> str:
+    """`value` if it is a string, else the error that names the field."""
+    if not isinstance(value, str):
+        raise fault(where, f"field {field!r} must be a string, is {kind(value)}", "mend or delete this record")
+    return value
+
+
+def _listed(value: object, where: Where, field: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise fault(where, f"field {field!r} must be a list, is {kind(value)}", "mend or delete this record")
+    return value
+
+
+def _object(value: object, where: Where, field: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise fault(where, f"field {field!r} must be an object, is {kind(value)}", "mend or delete this record")
+    return value
+
+
+def _system(row: Row) -> tuple[Turn, ...]:
+    value = row.fields.get("system")
+    return () if value in (None, "") else (Turn("system", string(value, row.where, "system")),)
+
+
+def _tools(row: Row) -> tuple[Any, ...]:
+    value = row.fields.get("tools")
+    return () if value is None else tuple(_listed(value, row.where, "tools"))
+
+
+def _messages(row: Row, fields: tuple[str, ...]) -> Chat:
+    turns = _turns(row, fields[0])
+    return Chat(
+        tuple(_message(turn, row.where, f"{fields[0]}[{i}]") for i, turn in enumerate(turns)), row.where, _tools(row)
+    )
+
+
+def _turns(row: Row, field: str) -> list[Any]:
+    turns = _listed(row.fields[field], row.where, field)
+    if not turns:
+        raise fault(row.where, f"field {field!r} is an empty list", "mend or delete this record")
+    return turns
+
+
+def _message(turn: object, where: Where, path: str) -> Turn:
+    fields = {name: value for name, value in _object(turn, where, path).items() if value is not None}
+    role = _member(fields, "role", where, path)
+    if role not in ROLES:
+        raise fault(where, f"{path}.role = {role!r} is unknown{suggest(role, ROLES)}", "mend the role")
+    extra = {name: value for name, value in fields.items() if name not in ("role", "content")}
+    if "content" not in fields and extra.get("tool_calls"):
+        return Turn(role, "", extra)
+    content = fields.get("content")
+    return Turn(
+        role,
+        _joined(content, where, path) if isinstance(content, list) else _member(fields, "content", where, path),
+        extra,
+    )
+
+
+def _member(fields: Mapping[str, Any], name: str, where: Where, path: str) -> str:
+    if name not in fields:
+        raise fault(where, f"{path}.{name} is missing{suggest(name, fields)}", "mend or delete this record")
+    return string(fields[name], where, f"{path}.{name}")
+
+
+def _joined(parts: list[Any], where: Where, path: str) -> str:
+    """OpenAI's list of content parts, of which only text is a chat of this kind."""
+    texts = []
+    for i, part in enumerate(parts):
+        fields = _object(part, where, f"{path}.content[{i}]")
+        if fields.get("type") != "text":
+            raise fault(
+                where,
+                f"{path}.content[{i}].type = {fields.get('type')!r}: only 'text' parts can be read",
+                "leave it out",
+            )
+        texts.append(_member(fields, "text", where, f"{path}.content[{i}]"))
+    return "".join(texts)
+
+
+def _sharegpt(row: Row, fields: tuple[str, ...]) -> Chat:
+    turns = tuple(_said(turn, row.where, f"{fields[0]}[{i}]") for i, turn in enumerate(_turns(row, fields[0])))
+    return Chat(_system(row) + turns, row.where, _tools(row))
+
+
+def _said(turn: object, where: Where, path: str) -> Turn:
+    fields = _object(turn, where, path)
+    speaker = _member(fields, "from", where, path)
+    if speaker not in SHAREGPT_ROLES:
+        raise fault(
+            where, f"{path}.from = {speaker!r} is unknown{suggest(speaker, SHAREGPT_ROLES)}", "mend the speaker"
+        )
+    return Turn(SHAREGPT_ROLES[speaker], _member(fields, "value", where, path))
+
+
+def _prompt(row: Row, fields: tuple[str, ...]) -> Chat:
+    asked, answered = (string(row.fields[name], row.where, name) for name in fields)
+    return Chat((*_system(row), Turn("user", asked), Turn("assistant", answered)), row.where)
+
+
+def _alpaca(row: Row, fields: tuple[str, ...]) -> Chat:
+    """Instruction and input are joined by a blank line."""
+    asked, answered = (string(row.fields[name], row.where, name) for name in fields)
+    more = row.fields.get("input")
+    context = "" if more is None else string(more, row.where, "input")
+    asked = f"{asked}\n\n{context}" if context else asked
+    return Chat((*_system(row), Turn("user", asked), Turn("assistant", answered)), row.where)
+
+
+def _text(row: Row, fields: tuple[str, ...]) -> Text:
+    return Text(string(row.fields[fields[0]], row.where, fields[0]), row.where)
+
+
+BUILDERS: dict[str, Callable[[Row, tuple[str, ...]], Record]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt": _prompt,
+    "text": _text,
+}
+
+
+def classify(
+    rows: Sequence[Row], shape: Shape, labels: Sequence[str] | None
+) -> tuple[tuple[Labelled, ...], tuple[str, ...]]:
+    """The labelled texts and the class names by id: `labels`, or the names met, in numeric or alphabetic order."""
+    text, label = shape.fields
+    texts = [string(row.fields[text], row.where, text) for row in rows]
+    values = [_label(row, label) for row in rows]
+    first = type(values[0])
+    for row, value in zip(rows, values):
+        if type(value) is not first:
+            raise fault(
+                row.where, f"field {label!r} is {kind(value)}, in the first record {kind(values[0])}", "use one kind"
+            )
+    names = tuple(labels) if labels is not None else _names(values)
+    if len(names) < 2:
+        raise DataError(f"{rows[0].where.file}: every label is {names[0]!r}; a classifier needs two classes or more")
+    ids = {name: i for i, name in enumerate(names)}
+    found = [_id(value, ids, row.where, label) for row, value in zip(rows, values)]
+    return tuple(Labelled(t, i, row.where) for t, i, row in zip(texts, found, rows)), names
+
+
+def _label(row: Row, field: str) -> str | int:
+    value = row.fields[field]
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise fault(
+            row.where, f"field {field!r} must be a string or a whole number, is {kind(value)}", "mend this record"
+        )
+    if isinstance(value, str) and not value.strip():
+        raise fault(row.where, f"field {field!r} is empty", "give the class, or delete this record")
+    return value.strip() if isinstance(value, str) else value
+
+
+def _number(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
+
+
+def _names(values: Sequence[str | int]) -> tuple[str, ...]:
+    names = {str(value) for value in values}
+    return tuple(sorted(names, key=int) if all(map(_number, names)) else sorted(names))
+
+
+def _id(value: str | int, ids: Mapping[str, int], where: Where, field: str) -> int:
+    """A class by its name; a number that is no name is an id, when the names themselves are words."""
+    name = str(value)
+    if name in ids:
+        return ids[name]
+    if _number(name) and 0 <= int(name) < len(ids) and not any(map(_number, ids)):
+        return int(name)
+    raise fault(where, f"field {field!r} = {value!r} is not a class{suggest(name, ids)}", "mend the label or labels=")
