@@ -1,0 +1,47 @@
+"""Block floating point: small signed integers that share a power-of-two scale by block (MXINT-type; LQER, arXiv 2402.02446)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rankloom.errors import SettingsError
+from rankloom.ops.unpack import pack, unpack
+from rankloom.store.base import Parts, Store
+
+
+@dataclass(frozen=True)
+class BlockFloat(Store):
+    """`bits` for sign and mantissa (2, 3, 4 or 8); `block` weights along a row share an 8-bit exponent."""
+
+    bits: int = 4
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise SettingsError(f"bits={self.bits}: one of 2, 3, 4, 8")
+
+    def encode(self, weight: Tensor) -> Parts:
+        """codes (packed bytes) and exponent (blocks,) int8: the largest value of a block uses the top of the range."""
+        flat = weight.reshape(-1).float()
+        blocks = pad(flat, (0, -flat.numel() % self.block)).reshape(-1, self.block)
+        top = 2 ** (self.bits - 1) - 1
+        largest = blocks.abs().amax(-1).clamp_min(2.0**-126)
+        exponent = (largest.log2().floor() - (self.bits - 2)).clamp(-127, 127)
+        codes = (blocks / exponent.exp2()[:, None]).round().clamp(-top, top) + top
+        return {"codes": pack(codes.flatten()[: flat.numel()].to(torch.uint8), self.bits), "exponent": exponent.to(torch.int8)}
+
+    def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """mantissa · 2**exponent, cast to `dtype`."""
+        n = shape.numel()
+        mantissa = unpack(parts["codes"], self.bits, n).float() - (2 ** (self.bits - 1) - 1)
+        scale = parts["exponent"].float().exp2().repeat_interleave(self.block)[:n]
+        return (mantissa * scale).reshape(shape).to(dtype)
+
+    def bits_per_weight(self) -> float:
+        """Mantissas and shared exponents."""
+        return self.bits + 8 / self.block

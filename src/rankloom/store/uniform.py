@@ -1,0 +1,53 @@
+"""Group-wise affine integers: Ŵ = scale·(q − zero), one scale and one floating zero point for each (row, group).
+
+The zero points stay floating, so a change that is constant inside a group can be added to them without loss
+(QA-LoRA, arXiv 2309.14717 §3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankloom.errors import SettingsError
+from rankloom.ops.unpack import GROUPS, pack, unpack
+from rankloom.store.base import Parts, Store
+
+
+@dataclass(frozen=True)
+class Uniform(Store):
+    """`bits` 2, 3, 4 or 8; `group` columns share a scale; the columns are a multiple of it."""
+
+    bits: int = 4
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        if self.bits not in GROUPS:
+            raise SettingsError(f"bits={self.bits}: one of {sorted(GROUPS)}")
+
+    def encode(self, weight: Tensor) -> Parts:
+        """codes (packed bytes), scale and zero (rows, groups) in float32; round to nearest between each group's extremes."""
+        groups = self._grouped(weight.float())
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / (2**self.bits - 1)).clamp_min(1e-12)
+        zero = -low / scale
+        codes = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 2**self.bits - 1)
+        return {"codes": pack(codes.flatten().to(torch.uint8), self.bits), "scale": scale, "zero": zero}
+
+    def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """scale·(q − zero), cast to `dtype`."""
+        codes = unpack(parts["codes"], self.bits, shape.numel()).reshape(-1, self.group)
+        scale, zero = parts["scale"].flatten(), parts["zero"].flatten()
+        return (scale[:, None] * (codes.to(scale.dtype) - zero[:, None])).reshape(shape).to(dtype)
+
+    def bits_per_weight(self) -> float:
+        """Codes, scale and zero point."""
+        return self.bits + 64 / self.group
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        if weight.shape[-1] % self.group:
+            raise SettingsError(f"a weight with {weight.shape[-1]} columns cannot be cut into groups of {self.group}")
+        return weight.unflatten(-1, (-1, self.group))
