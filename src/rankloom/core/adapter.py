@@ -50,13 +50,14 @@ class Adapter(nn.Module):
 
     def row_norms(self, base: Base) -> Tensor:
         """‖W + ΔW‖ by rows, shape (…, out)."""
-        return torch.linalg.vector_norm(base.matrix() + self.delta(base), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(base.matrix() + self.delta(base), dim=-1)
+        return norms
 
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
         """out + weight·Δy; override only for speed or exactness."""
         change = self.forward(x, y, base)
         if isinstance(weight, Tensor):
-            return out + weight.to(change.dtype).reshape(*weight.shape, *(1,) * (change.ndim - weight.ndim)) * change
+            return out + weight.to(change).reshape(*weight.shape, *(1,) * (change.ndim - weight.ndim)) * change
         return out + (change if weight == 1 else weight * change)
 
     def borrow(self, shared: Shared, **keys: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankloom.core.adapter import Adapter, Sum
 from rankloom.core.bank import NAME, Bank
-from rankloom.core.graft import own, plant, present, slot_table, uproot
+from rankloom.core.graft import check_forward, own, plant, present, slot_table, uproot
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.plan import Plan
@@ -41,9 +41,11 @@ def attach(
     plan = as_plan(plan, overrides)
     bank = getattr(model, "rankloom", None)
     _check_name(name, bank)
+    if bank is not None and bank.merged:
+        raise StateError(f"attach: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
     if plan.layer_replication and bank is not None:
-        raise SettingsError("layer_replication changes the model itself: give it to the first adapter, before any other")
-    flags = {f"{path}.{key}": value.requires_grad for path, _, key, value in base_tensors(model)}
+        raise SettingsError("layer_replication makes the model deeper: give it to the first adapter, before any other")
+    flags = {f"{p}.{k}": v.requires_grad for p, _, k, v in base_tensors(model)} if bank is None else {}
     undo = [replicate(model, plan.layer_replication)] if plan.layer_replication else []
     try:
         fitted, shared = _build(model, plan)
@@ -54,7 +56,7 @@ def attach(
     if bank is None:
         bank = Bank(model)
         bank._requires_grad = flags
-        model.rankloom = bank
+        vars(model)["rankloom"] = bank
         for parameter in model.parameters():
             parameter.requires_grad_(False)
     _plant(bank, name, plan, fitted, shared, undo)
@@ -67,7 +69,7 @@ def attach(
     except BaseException:
         detach(model, name)
         raise
-    if not bank.switch.default.speakers and not bank.merged:
+    if len(bank.names) == 1:
         bank.switch.default = Voices((Voice(name),))
     return bank
 
@@ -75,11 +77,13 @@ def attach(
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter (or all) off; without adapters the model is exactly as it was handed to `attach`."""
     bank = bank_of(model)
-    if bank.merged:
-        bank.unmerge()
     if name is not None:
         bank._known(name)
-    for each in [name] if name is not None else list(bank.names):
+    gone = [name] if name is not None else list(bank.names)
+    _check_detachable(bank, gone)
+    if set(gone) & set(bank.merged):
+        bank.unmerge()
+    for each in gone:
         for undo in reversed(bank._undo.pop(each)):
             undo()
         for place, _ in bank._fitted.pop(each):
@@ -92,6 +96,15 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             value.requires_grad_(bank._requires_grad[f"{path}.{key}"])
         del model.rankloom
     return model
+
+
+def _check_detachable(bank: Bank, gone: list[str]) -> None:
+    staying = [n for n in bank.names if n not in gone]
+    for name in gone:
+        if staying and bank.plans[name].layer_replication:
+            raise StateError(f"adapter {name!r} made the model deeper; detach {staying[0]!r}, which needs that, first")
+        for place, _ in bank._fitted[name]:
+            check_forward(place.layer, place.path)
 
 
 def bank_of(model: nn.Module) -> Bank:
@@ -113,6 +126,8 @@ def as_plan(plan: Plan | Method, overrides: Mapping[str, Any]) -> Plan:
     if not isinstance(plan, Plan):
         raise SettingsError(f"attach needs a Plan or a method such as rankloom.LoRA(r=8), got {plan!r}")
     plan = dataclasses.replace(plan, **overrides)
+    if isinstance(plan.layers_to_transform, int):
+        plan = dataclasses.replace(plan, layers_to_transform=(plan.layers_to_transform,))
     return dataclasses.replace(plan, **{k: _frozen(getattr(plan, k)) for k in known})
 
 
@@ -127,9 +142,10 @@ def _frozen(value: Any) -> Any:
 
 
 def _check_name(name: str, bank: Bank | None) -> None:
-    if not NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
+    if not NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name) or name in ("rows", "context"):
         raise SettingsError(
-            f"{name!r} cannot name an adapter: letters, digits, '_' and '-', at most 64, no method name"
+            f"{name!r} cannot name an adapter: letters, digits, '_' and '-', at most 64, "
+            "and none that modules or use() keep for themselves"
         )
     if bank is not None and name in bank.plans:
         raise StateError(f"there is an adapter {name!r} already: detach(model, {name!r}) first, or choose another name")
@@ -147,7 +163,8 @@ def _build(model: nn.Module, plan: Plan) -> tuple[list[tuple[Place, Site, Adapte
     parts += [(p, Whole(), _site(p, 0, 1, widest, plan, shared)) for p in resolution.whole]
     for place, indices, source in resolution.tokens:
         parts.append((place, TokenRows(indices, source), _site(place, 0, 1, widest, plan, shared)))
-    _warn_of_ties(model, resolution.whole)
+    if resolution.whole:
+        _warn_of_ties(model, resolution.whole)
     built: dict[tuple[int, str], tuple[Place, Site, list[Adapter]]] = {}
     for place, method, site in parts:
         adapter = method.build(site)
@@ -167,7 +184,7 @@ def _check_bare(adapter: Adapter, place: Place, method: Method) -> None:
             adapter.delta(Base(place.kind, place.layer))
     except NotMergeable as error:
         raise TargetError(
-            f"site {place.name!r} is a bare parameter, and {type(method).__name__} has no single matrix to give it: {error}"
+            f"site {place.name!r} is a bare parameter, and {type(method).__name__} has no single matrix for it: {error}"
         ) from error
 
 
@@ -192,21 +209,22 @@ def _site(place: Place, index: int, count: int, widest: tuple[int, int], plan: P
         index=index,
         count=count,
         widest=widest,
-        dtype=_dtype(plan, weight),
+        dtype=_dtype(plan, place, weight),
         device=torch.device(device) if device is not None else weight.device,
         shared=shared,
         buffer=place.slot in place.layer._buffers,
+        groups=place.kind.groups(place.layer),
     )
 
 
-def _dtype(plan: Plan, weight: torch.Tensor) -> torch.dtype:
+def _dtype(plan: Plan, place: Place, weight: torch.Tensor) -> torch.dtype:
+    if place.slot in place.layer._buffers:
+        return weight.dtype
     if plan.dtype is not None:
         dtype = getattr(torch, plan.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise SettingsError(f"dtype={plan.dtype!r} is no floating dtype; try 'float32' or 'bfloat16'")
         return dtype
-    if not weight.is_floating_point():
-        return weight.dtype
     return torch.promote_types(weight.dtype, torch.float32)
 
 

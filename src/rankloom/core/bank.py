@@ -19,6 +19,7 @@ from rankloom.core.site import Shared, Site
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.core.targets import Place
 from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
+from rankloom.store.base import dense
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -54,7 +55,6 @@ class Bank:
         self._requires_grad: dict[str, bool] = {}
         self._merged: dict[str, float] = {}
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
-        self._silenced = Voices()
 
     def __repr__(self) -> str:
         return f"Bank(adapters={list(self.plans)}, active={list(self.active)}, merged={list(self._merged)})"
@@ -115,7 +115,7 @@ class Bank:
         return [Fitted(p, s, slot_table(p.layer, p.slot)[name]) for p, s in self._fitted[name]]
 
     def tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter, str]]:
-        """(key, parameter, role) of everything that belongs to `name`: "site:path" for owned, "shared:key" for shared."""
+        """(key, parameter, role) of all that belongs to `name`: "site:path" for owned, "shared:key" for shared."""
         for fitted in self.fitted(name):
             for path, parameter, role in tensors_by_role(fitted.adapter):
                 yield f"{fitted.site.name}:{path}", parameter, role
@@ -138,7 +138,7 @@ class Bank:
     def reset(self, name: str) -> None:
         """Fill the adapter afresh, so that its change is zero for the present base."""
         for fitted in self.fitted(name):
-            if fitted.site.device.type != "meta":
+            if not any(p.is_meta for p in fitted.adapter.parameters()):
                 with present(fitted.place.layer), torch.no_grad():
                     fitted.adapter.reset(fitted.base)
 
@@ -161,7 +161,7 @@ class Bank:
         chosen = self._numbers(names, weights) if names or weights else self._active_numbers()
         self._write(chosen, keep=True)
         self._merged = chosen
-        self._silenced, self.switch.default = self.switch.default, Voices()
+        self.switch.muted = True
 
     def unmerge(self) -> None:
         """Put the tensors back that `merge` replaced: the very same ones."""
@@ -169,11 +169,11 @@ class Bank:
             raise StateError("nothing is merged")
         for layer, key, tensor in reversed(self._originals):
             here = layer._parameters[key] if key in layer._parameters else layer._buffers[key]
-            if tensor is not None and here is not None and here.device != tensor.device:
-                tensor.data = tensor.data.to(here.device)
+            if tensor is not None and here is not None and (here.device, here.dtype) != (tensor.device, tensor.dtype):
+                tensor.data = tensor.data.to(here.device, here.dtype)
             _assign(layer, key, tensor)
         self._originals, self._merged = [], {}
-        self.switch.default, self._silenced = self._silenced, Voices()
+        self.switch.muted = False
 
     def delta(self, name: str) -> dict[str, Tensor]:
         """ΔW (…, out, in) of every site of `name`. Raises `NotMergeable` where there is none."""
@@ -183,7 +183,7 @@ class Bank:
     @torch.no_grad()
     def probe(self, *args: Any, **batch: Any) -> tuple[str, ...]:
         """Run the model once in eval mode on a batch; the sites that were never heard, in order."""
-        was_training = self.model.training
+        training = [(module, module.training) for module in self.model.modules()]
         self.switch.heard = set()
         self.model.eval()
         try:
@@ -191,7 +191,8 @@ class Bank:
             heard = self.switch.heard
         finally:
             self.switch.heard = None
-            self.model.train(was_training)
+            for module, flag in training:
+                module.training = flag
         sites = dict.fromkeys(p.name for pairs in self._fitted.values() for p, s in pairs if not s.buffer)
         return tuple(name for name in sites if name not in heard)
 
@@ -217,8 +218,10 @@ class Bank:
                 raise SettingsError("rows and weights together: give the weights as (batch,) tensors instead of rows")
             return self._by_row(names, rows, context)
         speakers = {name: Voice(name) for name in names} | {name: Voice(name, w) for name, w in weights.items()}
-        for name in speakers:
+        for name, voice in speakers.items():
             self._known(name)
+            if isinstance(voice.weight, bool) or not isinstance(voice.weight, (int, float, Tensor)):
+                raise SettingsError(f"{name}={voice.weight!r}: a weight is a number or a tensor, as in use({name}=0.5)")
         return Voices(tuple(speakers.values()), context=context)
 
     def _by_row(self, names: Sequence[str], rows: Sequence[str | None] | Tensor, context: Mapping[str, Any]) -> Voices:
@@ -254,16 +257,16 @@ class Bank:
         return {voice.name: float(voice.weight) for voice in voices}
 
     def _write(self, weights: Mapping[str, float], keep: bool) -> None:
-        by_place: dict[tuple[int, str], list[tuple[Fitted, float]]] = {}
+        by_layer: dict[int, list[tuple[Fitted, float]]] = {}
         for name, weight in weights.items():
             for fitted in self.fitted(name):
-                by_place.setdefault((id(fitted.place.layer), fitted.place.slot), []).append((fitted, weight))
-        new = [entry for parts in by_place.values() for entry in _folded(parts)]
+                by_layer.setdefault(id(fitted.place.layer), []).append((fitted, weight))
+        new = [entry for parts in by_layer.values() for entry in _folded(parts)]
         for layer, key, value in new:
-            old = layer._parameters.get(key) if key in layer._parameters else layer._buffers.get(key)
+            buffer = key in layer._buffers
             if keep:
-                self._originals.append((layer, key, old))
-            _assign(layer, key, value if isinstance(old, nn.Parameter) is False and old is not None else _frozen(value))
+                self._originals.append((layer, key, layer._buffers[key] if buffer else layer._parameters[key]))
+            _assign(layer, key, value if buffer else nn.Parameter(value, requires_grad=False))
 
     def _known(self, name: str) -> None:
         if name not in self.plans:
@@ -275,35 +278,36 @@ class Bank:
 
 
 def _folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """The new tensors of one place: (layer, parameter name, value)."""
+    """The new tensors of one layer: (layer, parameter name, value). Changes of one tensor add up."""
     place = parts[0][0].place
-    base, kind = parts[0][0].base, place.kind
-    if "_hf_hook" in place.layer.__dict__ and getattr(place.layer.__dict__["_hf_hook"], "offload", False):
+    layer = place.layer
+    if getattr(layer.__dict__.get("_hf_hook"), "offload", False):
         raise StateError(f"{place.name!r} is offloaded: load the model without offloading to merge into it")
-    old = kind.tensor(place.layer)
-    if place.slot != LAYER:
-        value = old
-        for fitted, weight in parts:
-            value = fitted.adapter.add(value, None, old, base, weight)
-        yield place.layer, place.slot, value.to(old.dtype)
-        return
-    matrix = base.matrix()
-    total = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    shifts = []
+    new: dict[str, Tensor] = {}
     for fitted, weight in parts:
-        total = total + weight * fitted.adapter.delta(base).to(total.dtype)
-        shift = fitted.adapter.delta_bias(base)
-        if shift is not None:
-            shifts.append(weight * shift)
-    yield place.layer, kind.parameter(), kind.to_weight(place.layer, total).to(old.dtype)
-    if shifts:
-        bias = base.bias()
-        change = torch.stack(shifts).sum(0)
-        yield place.layer, "bias", (change if bias is None else bias + change).to(old.dtype)
+        slot, old = fitted.place.slot, fitted.place.kind.tensor(layer)
+        if slot == LAYER:
+            _add_layer_change(new, fitted, weight)
+        else:
+            new[slot] = fitted.adapter.add(new.get(slot, old), None, old, fitted.base, weight)
+    for key, value in new.items():
+        now = layer._buffers.get(key) if key in layer._buffers else layer._parameters.get(key)
+        like = place.kind.tensor(layer) if now is None else now
+        yield layer, key, value.detach().to(like.dtype, copy=True)
 
 
-def _frozen(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach(), requires_grad=False)
+def _add_layer_change(new: dict[str, Tensor], fitted: Fitted, weight: float) -> None:
+    """Add the change of a layer's matrix and bias to the values that are to be written, in float32 at least."""
+    kind, layer = fitted.place.kind, fitted.place.layer
+    key = kind.parameter()
+    old = new.get(key, kind.tensor(layer))
+    wide = torch.promote_types(old.dtype, torch.float32)
+    change = weight * fitted.adapter.delta(fitted.base).to(wide)
+    new[key] = dense(old).to(wide) + kind.to_weight(layer, change)
+    shift = fitted.adapter.delta_bias(fitted.base)
+    if shift is not None:
+        bias = new.get("bias", layer._parameters.get("bias"))
+        new["bias"] = weight * shift if bias is None else bias + weight * shift
 
 
 def _assign(layer: nn.Module, key: str, value: Tensor | None) -> None:

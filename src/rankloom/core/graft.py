@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
 from rankloom.core.kinds import Bare, Base, Kind
-from rankloom.core.switch import Switch, Voice, Voices
+from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.errors import StateError, TargetError
 
 LAYER = "layer"
@@ -78,7 +78,7 @@ class Grafted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         speaks = self._rankloom.kind is not None
-        return _rebuild, (self.rankloom_original, self.rankloom_parameters, speaks), self.__dict__
+        return _rebuild, (self.rankloom_original, self.rankloom_parameters, speaks), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _rebuild(original: type[nn.Module], parameters: tuple[str, ...], speaks: bool) -> nn.Module:
@@ -96,25 +96,39 @@ def _speak(layer: nn.Module, kind: Kind, x: Any, y: Tensor, voices: Voices) -> T
         if adapter is None:
             continue
         if voice.rows is None:
-            weight = voice.weight
-            if isinstance(weight, Tensor) and weight.ndim and weight.shape[0] != y.shape[0]:
-                weight = weight.repeat_interleave(_fold(layer, y, weight.shape[0]), dim=0)
-            out = adapter.add(out, x, y, base, weight)
+            out = adapter.add(out, x, y, base, _by_row(layer, y, voice.weight))
         else:
             rows = _expand(layer, y, voice.rows, voices.batch)
-            part = y[rows]
-            change = adapter.add(part, x[rows], part, base, voice.weight) - part
-            out = out.index_add(0, rows, change.to(out.dtype))
+            said = adapter.add(out[rows], x[rows], y[rows], base, voice.weight)
+            out = out.index_copy(0, rows, said.to(out.dtype))
     return out
+
+
+def _by_row(layer: nn.Module, y: Tensor, weight: Weight) -> Weight:
+    """The weight in the rows (and tokens) of `y`: a number, or a tensor of no, one or two dims."""
+    if not isinstance(weight, Tensor) or not weight.ndim:
+        return weight
+    if weight.shape[0] != y.shape[0]:
+        weight = weight.repeat_interleave(_fold(layer, y, weight.shape[0]), dim=0)
+    if weight.ndim > 2 or (weight.ndim == 2 and (y.ndim < 3 or weight.shape[1] != y.shape[1])):
+        raise StateError(
+            f"weights of shape {tuple(weight.shape)}: layer {_name(layer)!r} gives {tuple(y.shape)}; "
+            "a weight has the shape (), (batch,) or (batch, tokens) of this very pass"
+        )
+    return weight
+
+
+def _name(layer: nn.Module) -> str:
+    anchor: Anchor = layer.__dict__["_rankloom"]
+    return anchor.name
 
 
 def _fold(layer: nn.Module, y: Tensor, batch: int) -> int:
     """How many leading entries of `y` belong to one batch row (beams; flattened tokens only where it is certain)."""
     times, left = divmod(y.shape[0], batch)
     if left or y.ndim < 3:
-        name = getattr(layer, "_rankloom").name  # noqa: B009
         raise StateError(
-            f"per-row adapters: layer {name!r} sees {y.shape[0]} rows, the selection has {batch}; "
+            f"per-row adapters: layer {_name(layer)!r} sees {y.shape[0]} rows, the selection has {batch}; "
             "this layer does not keep batch rows apart (flattened or routed tokens): select one adapter for all rows"
         )
     return times
@@ -130,7 +144,7 @@ def _expand(layer: nn.Module, y: Tensor, rows: Tensor, batch: int | None) -> Ten
 
 def _effective(owner: Grafted, key: str) -> Tensor | None:
     """The parameter `key` of `owner` with the change of every speaking adapter."""
-    value = owner._parameters.get(key)
+    value: Tensor | None = owner._parameters.get(key)
     value = owner._buffers.get(key) if value is None else value
     anchor = owner._rankloom
     if value is None:
@@ -197,10 +211,12 @@ def _parameter_property(name: str) -> property:
 
 
 def plant(layer: nn.Module, slot: str, name: str, adapter: Adapter, switch: Switch, path: str, kind: Kind) -> None:
-    """Put `adapter` into `slot` of `layer` under the adapter `name`, grafting the layer if it is not yet."""
+    """Put `adapter` into `slot` of `layer` under the adapter `name`, grafting the layer if it is not yet.
+
+    Raises before the layer is touched.
+    """
+    _check_graftable(layer, path)
     if not isinstance(layer, Grafted):
-        if "adapters" in layer._modules or "adapters" in vars(type(layer)):
-            raise TargetError(f"layer {path!r} ({type(layer).__name__}) already has an attribute 'adapters'")
         layer.__dict__["_rankloom"] = Anchor(switch, path)
         layer.add_module("adapters", nn.ModuleDict())
     anchor: Anchor = layer.__dict__["_rankloom"]
@@ -219,7 +235,7 @@ def uproot(layer: nn.Module, slot: str, name: str) -> None:
     _drop(slots, slot, name)
     if slot == LAYER and LAYER not in slots:
         layer.__dict__["_rankloom"].kind = None
-    if not any(name in slots._modules[s]._modules for s in slots._modules if s != SHARED):  # type: ignore[union-attr]
+    if not any(name in slot_table(layer, s) for s in slots._modules if s != SHARED):
         _drop(slots, SHARED, name)
     if len(slots):
         _set_class(layer)
@@ -248,12 +264,38 @@ def _drop(slots: nn.ModuleDict, slot: str, name: str) -> None:
         del slots[slot]
 
 
-def _set_class(layer: nn.Module) -> None:
-    if isinstance(layer, Grafted) and "rankloom_original" not in vars(type(layer)):
+def _check_graftable(layer: nn.Module, path: str) -> None:
+    kind = type(layer)
+    if isinstance(layer, Grafted):
+        _check_class(layer)
+    elif "adapters" in layer._modules or "adapters" in layer.__dict__ or "adapters" in dir(kind):
+        raise TargetError(f"layer {path!r} ({kind.__name__}) already has an attribute 'adapters'")
+    check_forward(layer, path)
+
+
+def check_forward(layer: nn.Module, path: str) -> None:
+    """Refuse a layer with a `forward` of its own, unless accelerate put it there: it would call past the adapters."""
+    own_forward = layer.__dict__.get("forward")
+    if own_forward is None or "_hf_hook" in layer.__dict__:
+        return
+    if getattr(own_forward, "__func__", None) is not type(layer).forward:
+        raise TargetError(
+            f"layer {path!r} ({type(layer).__name__}) carries its own forward ({own_forward!r}), which would hide the "
+            "adapter: take that forward off before adapters are attached or detached"
+        )
+
+
+def _check_class(layer: Grafted) -> None:
+    if "rankloom_original" not in vars(type(layer)):
         raise StateError(
             f"layer {layer._rankloom.name!r} was wrapped into {type(layer).__name__} after grafting; "
             "attach and detach adapters before sharding the model"
         )
+
+
+def _set_class(layer: nn.Module) -> None:
+    if isinstance(layer, Grafted):
+        _check_class(layer)
     original = type(layer).rankloom_original if isinstance(layer, Grafted) else type(layer)
     slots = layer._modules["adapters"]
     assert slots is not None
@@ -265,19 +307,13 @@ def _set_class(layer: nn.Module) -> None:
 
 def _rebind_instance_forward(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Keep a per-instance `forward` (accelerate's offload hooks) in front of the new class's forward."""
-    own = layer.__dict__.get("forward")
-    if own is None:
+    if "forward" not in layer.__dict__:
         return
     bound = types.MethodType(cls.forward, layer)
     if "_hf_hook" in layer.__dict__:
         layer.__dict__["_old_forward"] = bound
-    elif getattr(own, "__func__", None) is type(layer).forward:
-        layer.__dict__["forward"] = bound
     else:
-        raise TargetError(
-            f"a {type(layer).__name__} carries its own forward ({own!r}), which would hide the adapter; "
-            "attach before that forward is installed"
-        )
+        layer.__dict__["forward"] = bound
 
 
 @contextmanager

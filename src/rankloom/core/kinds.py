@@ -71,6 +71,14 @@ class Kind(ABC):
         """`v` (out,) shaped so that it adds to the channels of `y`."""
         return v
 
+    def looked_up(self, layer: nn.Module, rows: Tensor) -> Tensor:
+        """Rows of a table (…, dim) as the layer gives them; only embeddings have any."""
+        return rows
+
+    def groups(self, layer: nn.Module) -> int:
+        """How many blocks of channels the layer keeps apart; the matrix's columns are those of one block."""
+        return 1
+
 
 class Dense(Kind):
     """`nn.Linear`: y = x Wᵀ."""
@@ -132,9 +140,12 @@ class Lookup(Dense):
         return matrix.T.contiguous()
 
     def down(self, layer: nn.Module, x: Any, a: Tensor) -> Tensor:
-        looked_up = F.embedding(x, a.T)
+        padding: int | None = layer.padding_idx  # type: ignore[assignment]
+        return self.looked_up(layer, F.embedding(x, a.T, padding))  # no gradient at the padding row, as in the layer
+
+    def looked_up(self, layer: nn.Module, rows: Tensor) -> Tensor:
         factor = getattr(layer, "embed_scale", None)  # scaled embeddings (Gemma-type) multiply what they look up
-        return looked_up if factor is None else looked_up * torch.as_tensor(factor).to(looked_up)
+        return rows if factor is None else rows * torch.as_tensor(factor).to(rows)
 
     def apply(self, layer: nn.Module, x: Any, matrix: Tensor) -> Tensor:
         return self.down(layer, x, matrix)
@@ -160,7 +171,7 @@ class Convolution(Kind):
 
     def down(self, layer: nn.Module, x: Any, a: Tensor) -> Tensor:
         kernel = a.reshape(-1, *self.tensor(layer).shape[1:])
-        groups = int(layer.groups)  # type: ignore[arg-type]
+        groups = self.groups(layer)
         kernel = kernel if groups == 1 else kernel.repeat(groups, *(1,) * (kernel.ndim - 1))
         out: Tensor = layer._conv_forward(x, kernel, None)  # type: ignore[operator]
         return out
@@ -168,7 +179,10 @@ class Convolution(Kind):
     def up(self, layer: nn.Module, h: Tensor, b: Tensor) -> Tensor:
         rank = self.tensor(layer).ndim - 2
         convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-        return convolve(h, b.reshape(*b.shape, *(1,) * rank), groups=int(layer.groups))  # type: ignore[arg-type]
+        return convolve(h, b.reshape(*b.shape, *(1,) * rank), groups=self.groups(layer))
+
+    def groups(self, layer: nn.Module) -> int:
+        return int(layer.groups)  # type: ignore[arg-type]
 
     def scale(self, y: Tensor, v: Tensor) -> Tensor:
         axis = self._channel_axis(y)
@@ -229,7 +243,7 @@ class Bare(Kind):
         return hash(("Bare", self.key))
 
     def tensor(self, layer: nn.Module) -> Tensor:
-        value = layer._parameters.get(self.key)
+        value: Tensor | None = layer._parameters.get(self.key)
         value = layer._buffers.get(self.key) if value is None else value
         assert value is not None
         return value
@@ -273,7 +287,7 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """The kind of `layer`, found by class name along its bases (so no model library is imported); None if it has none."""
+    """The kind of `layer`, by class name along its bases (so no model library is imported); None if it has none."""
     for cls in type(layer).__mro__:
         kind = KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
         if kind is not None:

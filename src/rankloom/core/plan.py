@@ -8,6 +8,7 @@ from typing import Literal
 
 from rankloom.core.method import Method
 from rankloom.core.rule import Rule
+from rankloom.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,7 @@ class Plan:
     layer_replication: tuple[tuple[int, int], ...] = ()
     rules: tuple[Rule, ...] = ()
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bias not in ("none", "all", "lora_only"):
+            raise SettingsError(f"bias={self.bias!r} is not one of 'none', 'all', 'lora_only'")

@@ -16,7 +16,7 @@ def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Callable[[
     """Replace the block list by the blocks of `ranges` ([start, end) each) and return the undo.
 
     The first use of a block keeps the block; later uses are copies that share its parameters (SOLAR-type depth
-    up-scaling, arXiv 2312.15166). `config.num_hidden_layers` and each copy's `layer_idx` follow.
+    up-scaling, arXiv 2312.15166). The config's `num_hidden_layers` and `layer_types`, and `layer_idx`, follow.
     """
     path, blocks = _block_list(model)
     order = [i for start, end in ranges for i in range(start, end)]
@@ -31,23 +31,37 @@ def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Callable[[
     parent = model.get_submodule(path.rpartition(".")[0])
     key = path.rpartition(".")[2]
     config = getattr(model, "config", None)
-    depth = getattr(config, "num_hidden_layers", None)
+    depth = {} if config is None else _depth(config, len(blocks), order)
     old_index = [_indices(block) for block in blocks]
     setattr(parent, key, nn.ModuleList(new))
     for position, block in enumerate(new):
         _set_index(block, position)
-    if depth is not None:
-        config.num_hidden_layers = len(new)  # type: ignore[union-attr]
-    return partial(_undo, parent, key, blocks, config, depth, old_index)
+    before = {name: getattr(config, name) for name in depth}
+    for name, value in depth.items():
+        setattr(config, name, value)
+    return partial(_undo, parent, key, blocks, config, before, old_index)
 
 
-def _undo(parent: nn.Module, key: str, blocks: nn.ModuleList, config: Any, depth: int | None, index: Any) -> None:
+def _depth(config: Any, blocks: int, order: Sequence[int]) -> dict[str, Any]:
+    """What a configuration says of its depth, for the new order of blocks: their number, and the type of each."""
+    new: dict[str, Any] = {}
+    if isinstance(getattr(config, "num_hidden_layers", None), int):
+        new["num_hidden_layers"] = len(order)
+    types = getattr(config, "layer_types", None)
+    if types is not None and len(types) == blocks:
+        new["layer_types"] = [types[i] for i in order]
+    return new
+
+
+def _undo(
+    parent: nn.Module, key: str, blocks: nn.ModuleList, config: Any, before: dict[str, Any], index: Any
+) -> None:
     setattr(parent, key, blocks)
     for values in index:
         for module, value in values:
             module.layer_idx = value
-    if depth is not None:
-        config.num_hidden_layers = depth
+    for name, value in before.items():
+        setattr(config, name, value)
 
 
 def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -59,8 +73,14 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _shared_copy(block: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {id(p): p for p in block.parameters()}
-    return copy.deepcopy(block, memo)
+    """A copy with its own modules and buffers; parameters and plain attributes (the config) are the block's own."""
+    shared: list[Any] = list(block.parameters())
+    shared += [v for m in block.modules() for v in vars(m).values() if _plain(v)]
+    return copy.deepcopy(block, {id(value): value for value in shared})
+
+
+def _plain(value: Any) -> bool:
+    return not (callable(value) or isinstance(value, (dict, list, set, tuple)))
 
 
 def _indices(block: nn.Module) -> list[tuple[nn.Module, int]]:

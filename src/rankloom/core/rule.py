@@ -16,7 +16,12 @@ class Run(Protocol):
     """What a rule may see of a training, whoever drives it (our loop, or a Trainer through the callback)."""
 
     model: nn.Module
-    bank: Bank
+
+    @property
+    def bank(self) -> Bank:
+        """The model's bank; raises `StateError` for a model without adapters."""
+        ...
+
     optimizer: torch.optim.Optimizer
     step: int
     """Optimizer steps done so far: 0 in the first step."""

@@ -37,7 +37,8 @@ class Site:
     """One layer or bare parameter, as the method sees it.
 
     `name`: dotted name in the model; `shape`: (…, out, in) of the matrix; `weight_shape`: of the raw parameter;
-    `index` of `count` chosen sites; `widest`: largest (out, in) among them; `dtype`, `device` for new tensors.
+    `index` of `count` chosen sites; `widest`: largest (out, in) among them; `dtype`, `device` for new tensors;
+    `groups`: blocks of channels that a grouped convolution keeps apart.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Site:
     device: torch.device
     shared: Shared
     buffer: bool = False
+    groups: int = 1
 
     @property
     def out(self) -> int:

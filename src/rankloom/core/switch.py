@@ -33,6 +33,7 @@ class Voices:
     context: Mapping[str, Any] = field(default_factory=dict)
 
 
+SILENCE = Voices()
 Selection = tuple[tuple["Switch", Voices], ...]
 _task: contextvars.ContextVar[Selection] = contextvars.ContextVar("rankloom_selection", default=())
 
@@ -51,10 +52,13 @@ class Switch:
 
     def __init__(self) -> None:
         self.default = Voices()
+        self.muted = False
         self.heard: set[str] | None = None
 
     def voices(self) -> Voices:
-        """Who speaks here and now."""
+        """Who speaks here and now: nobody while adapters are merged, whatever is selected where."""
+        if self.muted:
+            return SILENCE
         selection = _thread.selection if torch.compiler.is_compiling() else _task.get()
         for switch, voices in selection:
             if switch is self:
@@ -64,11 +68,10 @@ class Switch:
     @contextmanager
     def local(self, voices: Voices) -> Iterator[None]:
         """Let `voices` speak inside the block, in this thread or task only."""
-        before = _thread.selection
         token = _task.set(((self, voices), *_task.get()))
         _thread.selection = _task.get()
         try:
             yield
         finally:
             _task.reset(token)
-            _thread.selection = before
+            _thread.selection = _task.get()

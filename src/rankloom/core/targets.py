@@ -55,12 +55,14 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 
 
 def resolve(model: nn.Module, plan: Plan) -> Resolution:
-    """Every place that `plan` means in `model`. Raises `TargetError` with near matches for each name that hit nothing."""
+    """Every place that `plan` means in `model`. Raises `TargetError` with near matches for a name that hit nothing."""
     modules = dict(base_modules(model))
     saved = _saved_modules(modules, plan)
-    layers = _target_layers(model, modules, plan, saved)
-    parameters = _target_parameters(modules, plan)
-    adapted = tuple(_unique([p for path in layers for p in _places(path, modules)] + parameters))
+    named, parameters = _target_layers(model, modules, plan, saved), _target_parameters(modules, plan)
+    kept = _in_blocks([*named, *parameters], plan)
+    layers = [name for name in named if name in kept]
+    places = [place for path in layers for place in _places(path, modules)]
+    adapted = tuple(_unique(places + [place for name, place in parameters.items() if name in kept]))
     if not adapted and not saved and not plan.trainable_token_indices:
         raise TargetError(
             "the plan adapts nothing: target_modules, target_parameters and modules_to_save are all empty"
@@ -69,16 +71,16 @@ def resolve(model: nn.Module, plan: Plan) -> Resolution:
     whole = [place for path in saved for place in _all_tensors(path, modules[path])]
     if plan.bias != "none":
         owners = modules if plan.bias == "all" else layers
-        whole += [
-            Place(path, modules[path], "bias", Bare("bias"))
-            for path in owners
-            if modules[path]._parameters.get("bias") is not None
-        ]
-    return Resolution(adapted, tuple(_unique(whole)), tuple(_tokens(model, modules, plan)))
+        whole += [place for path in owners for place in _biases(path, modules[path])]
+    tokens = tuple(_tokens(model, modules, plan))
+    for place, _, _ in tokens:
+        if any(place.layer is w.layer for w in whole):
+            raise TargetError(f"{place.path!r} is trained whole and by rows (trainable_token_indices): drop one")
+    return Resolution(adapted, tuple(_unique(whole)), tokens)
 
 
 def matches(target: str | Sequence[str], name: str) -> bool:
-    """PEFT's rule: a list matches by whole name or dotted suffix, a string is a regular expression for the whole name."""
+    """PEFT's rule: a list matches whole names or dotted suffixes, a string is a regular expression for whole names."""
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None
     return any(name == t or name.endswith("." + t) for t in target)
@@ -116,32 +118,33 @@ def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, 
     if plan.exclude_modules:
         _each_matches("exclude_modules", plan.exclude_modules, list(modules))
         chosen = [n for n in chosen if not matches(plan.exclude_modules, n)]
-    chosen = _in_blocks(chosen, plan)
     if not chosen and plan.target_modules:
         raise TargetError(
             f"target_modules={plan.target_modules!r}: nothing is left after exclude_modules={plan.exclude_modules!r} "
-            f"and layers_to_transform={plan.layers_to_transform!r}"
+            f"and modules_to_save={plan.modules_to_save!r}"
         )
     for name in chosen:
         _adaptable(name, modules)
     return chosen
 
 
-def _in_blocks(chosen: list[str], plan: Plan) -> list[str]:
+def _in_blocks(chosen: list[str], plan: Plan) -> set[str]:
     if plan.layers_to_transform is None:
         if plan.layers_pattern:
             raise SettingsError(f"layers_pattern={plan.layers_pattern!r} needs layers_to_transform")
-        return chosen
+        return set(chosen)
     index = {name: block_index(name, plan.layers_pattern) for name in chosen}
     there = sorted({i for i in index.values() if i is not None})
     missing = [i for i in plan.layers_to_transform if i not in there]
     if missing:
         raise TargetError(f"layers_to_transform: no target in block {missing[0]}; targets lie in blocks {there}")
-    return [name for name in chosen if index[name] in plan.layers_to_transform]
+    return {name for name in chosen if index[name] in plan.layers_to_transform}
 
 
 def _adaptable(name: str, modules: dict[str, nn.Module]) -> None:
     module = modules[name]
+    if getattr(module, "max_norm", None) is not None:
+        raise TargetError(f"target_modules: {name!r} rescales its own rows (max_norm), which no adapter can follow")
     if kind_of(module) is not None or isinstance(module, nn.MultiheadAttention):
         return
     inside = [n for n in modules if n.startswith(f"{name}.") and kind_of(modules[n]) is not None]
@@ -175,18 +178,30 @@ def _has(module: nn.Module, key: str) -> bool:
     return module._parameters.get(key) is not None
 
 
-def _target_parameters(modules: dict[str, nn.Module], plan: Plan) -> list[Place]:
+def _biases(path: str, module: nn.Module) -> list[Place]:
+    return [_bare(path, module, "bias")] if _has(module, "bias") else []
+
+
+def _bare(path: str, module: nn.Module, key: str) -> Place:
+    if isinstance(module, nn.RNNBase):
+        raise TargetError(
+            f"{path!r} is an {type(module).__name__}, which keeps its own list of weights and would not hear a change "
+            f"of {key!r}: leave it out, or train it beside the adapters by requires_grad_(True) after attach"
+        )
+    return Place(path, module, key, Bare(key))
+
+
+def _target_parameters(modules: dict[str, nn.Module], plan: Plan) -> dict[str, Place]:
     if not plan.target_parameters:
-        return []
+        return {}
     places = {
-        ".".join(filter(None, (path, key))): Place(path, module, key, Bare(key))
+        ".".join(filter(None, (path, key))): (path, module, key)
         for path, module in modules.items()
         for key, value in module._parameters.items()
         if value is not None
     }
     _each_matches("target_parameters", plan.target_parameters, list(places))
-    kept = _in_blocks([n for n in places if matches(plan.target_parameters, n)], plan)
-    return [places[n] for n in kept]
+    return {name: _bare(*found) for name, found in places.items() if matches(plan.target_parameters, name)}
 
 
 def _saved_modules(modules: dict[str, nn.Module], plan: Plan) -> list[str]:
@@ -201,7 +216,7 @@ def _all_tensors(path: str, module: nn.Module) -> Iterator[Place]:
     for inner, owner in base_modules(module, path):
         keys = [k for k, v in owner._parameters.items() if v is not None]
         keys += [k for k, v in owner._buffers.items() if v is not None and k not in owner._non_persistent_buffers_set]
-        yield from (Place(inner, owner, key, Bare(key)) for key in keys)
+        yield from (_bare(inner, owner, key) for key in keys)
 
 
 def _tokens(

@@ -88,7 +88,7 @@ class TokenRowsAdapter(Adapter):
             out = torch.zeros_like(y)
             return out.index_add(-1, self.indices, nn.functional.linear(x, change))
         hit = x[..., None] == self.indices
-        return hit.to(y.dtype) @ change
+        return base.kind.looked_up(base.layer, hit.to(y.dtype) @ change)
 
     def delta(self, base: Base) -> Tensor:
         change = self.rows - self._old(base)

@@ -7,7 +7,7 @@ columns orthonormal; the rule `Budget` zeroes the least important triplets. Zhan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from rankloom.rules.orthogonal import Orthogonal
 
 @dataclass(frozen=True)
 class AdaLoRA(Method):
-    """`init_r` triplets for each site at first, `target_r` on average at last; between `tinit` and `tfinal` before the end
-    the budget falls by a cubic, re-allotted every `deltaT` steps; `beta1`, `beta2` smooth the importance.
+    """`init_r` triplets for each site at first, `target_r` on average at last; from step `tinit` until `tfinal` steps
+    are left the budget falls by a cubic, re-allotted every `deltaT` steps; `beta1`, `beta2` smooth the importance;
+    `metric`: importance "ipt" (sensitivity times its deviation) or magnitude "mag"; lora_alpha ≤ 0 means `init_r`.
     """
 
     init_r: int = 12
@@ -40,6 +41,7 @@ class AdaLoRA(Method):
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
+    metric: Literal["ipt", "mag"] = "ipt"
 
     def __post_init__(self) -> None:
         check_rank(self.init_r)
@@ -47,6 +49,7 @@ class AdaLoRA(Method):
         check_dropout(self.lora_dropout)
         if self.target_r > self.init_r:
             raise SettingsError(f"target_r={self.target_r} is above init_r={self.init_r}: the budget can only shrink")
+        self._budget()
 
     def build(self, site: Site) -> Adapter:
         """AdaLoRA of one site."""
@@ -55,8 +58,10 @@ class AdaLoRA(Method):
 
     def rules(self) -> list[Rule]:
         """The budget and the orthogonality penalty."""
-        budget = Budget(self.target_r, self.tinit, self.tfinal, self.deltaT, self.beta1, self.beta2)
-        return [budget, Orthogonal(self.orth_reg_weight)]
+        return [self._budget(), Orthogonal(self.orth_reg_weight)]
+
+    def _budget(self) -> Budget:
+        return Budget(self.target_r, self.tinit, self.tfinal, self.deltaT, self.beta1, self.beta2, self.metric)
 
 
 class AdaLoRAAdapter(Adapter):
@@ -69,7 +74,7 @@ class AdaLoRAAdapter(Adapter):
         super().__init__(site)
         alpha = method.lora_alpha if method.lora_alpha > 0 else method.init_r
         self.scaling = alpha / (method.init_r + 1e-5)
-        self.lora_dropout = method.lora_dropout
+        self.dropout = method.lora_dropout
         self.A = site.empty(method.init_r, site.in_)
         self.E = site.empty(method.init_r, 1)
         self.B = site.empty(site.out, method.init_r)
@@ -83,7 +88,7 @@ class AdaLoRAAdapter(Adapter):
         nn.init.normal_(self.B, std=0.02)
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        h = base.down(drop(x, y, self.lora_dropout, self.training), (self.A * self.E).to(y.dtype))
+        h = base.down(drop(x, y, self.dropout, self.training), (self.A * self.E).to(y.dtype))
         return base.up(h, self.B.to(y.dtype) * self.scaling)
 
     def delta(self, base: Base) -> Tensor:
@@ -95,11 +100,11 @@ class AdaLoRAAdapter(Adapter):
 
 def compact(adapter: AdaLoRAAdapter) -> int:
     """Drop the triplets whose E is zero (at least one is kept); the change stays the same. Returns the rank left."""
-    keep = (adapter.E != 0).flatten()
     if adapter.E.ndim != 2:
         raise SettingsError(
             f"{adapter.site_name}: stacked experts have ranks of their own and cannot be compacted together"
         )
+    keep = (adapter.E != 0).flatten()
     if not keep.any():
         keep[0] = True
     with torch.no_grad():

@@ -28,7 +28,7 @@ Start = Literal["rand", "svd", "svd_last", "he", "zero"]
 @dataclass(frozen=True)
 class AsymmetricLoRA(Method):
     """Starts of A and B: `rand` orthonormal, `svd`/`svd_last` first/last singular vectors of W, `he` uniform, `zero`;
-    `update_A`, `update_B`: trained or kept. Frozen A with frozen B, or a zero factor facing a frozen zero one, is refused.
+    `update_A`, `update_B`: trained or kept. What could never train (both kept, or a zero factor kept) is refused.
     """
 
     r: int = 16
@@ -50,9 +50,7 @@ class AsymmetricLoRA(Method):
     def build(self, site: Site) -> Adapter:
         """The factor pair of one site."""
         site.needs_matrix("asymmetric_lora")
-        frozen: Literal["none", "A", "B"] = "none"
-        lora = LoRA(self.r, self.lora_alpha, self.lora_dropout, frozen=frozen)
-        adapter = AsymmetricLoRAAdapter(site, lora, self)
+        adapter = AsymmetricLoRAAdapter(site, LoRA(self.r, self.lora_alpha, self.lora_dropout), self)
         return adapter if "zero" in (self.init_A, self.init_B) else ResidualAdapter(site, adapter)
 
 
@@ -67,11 +65,11 @@ class AsymmetricLoRAAdapter(LoRAAdapter):
 
     def reset(self, base: Base) -> None:
         with torch.no_grad():
-            self.A.copy_(_rows(self.starts[0], self.A, base.matrix()))
-            self.B.copy_(_rows(self.starts[1], self.B.mT, base.matrix().mT).mT)
+            self.A.copy_(_rows(self.starts[0], self.A, base.matrix(), fan_in=self.A.shape[-1]))
+            self.B.copy_(_rows(self.starts[1], self.B.mT, base.matrix().mT, fan_in=self.B.shape[-1]).mT)
 
 
-def _rows(start: str, like: Tensor, matrix: Tensor) -> Tensor:
+def _rows(start: str, like: Tensor, matrix: Tensor, fan_in: int) -> Tensor:
     """r rows for a factor of shape (…, r, n); `matrix` (…, m, n) gives the singular vectors."""
     r = like.shape[-2]
     if start == "zero":
@@ -79,8 +77,8 @@ def _rows(start: str, like: Tensor, matrix: Tensor) -> Tensor:
     if start == "rand":
         return orthonormal_rows(like.shape, like.dtype, like.device)
     if start == "he":
-        return nn.init.uniform_(torch.empty_like(like), -1 / math.sqrt(like.shape[-1]), 1 / math.sqrt(like.shape[-1]))
-    vh = torch.linalg.svd(matrix.float(), full_matrices=False)[2]
+        return nn.init.uniform_(torch.empty_like(like), -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+    vh: Tensor = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)[2]
     if r > vh.shape[-2]:
         raise SettingsError(f"r={r}: W has only {vh.shape[-2]} singular vectors")
     return vh[..., :r, :] if start == "svd" else vh[..., -r:, :]

@@ -1,7 +1,7 @@
 """HydraLoRA: one shared A, several heads B, and a router that mixes them token by token.
 
-Δy = s·Σ_i softmax(R x)_i B_i (A x); A (r, in), B (n_b, out, r), R (n_b, in). Tian et al., NeurIPS 2024, arXiv 2404.19245.
-The mixture depends on the input, so there is nothing to merge.
+Δy = s·Σ_i softmax(R x)_i B_i A dropout(x); A (r, in), B (n_b, out, r), R (n_b, in). Tian et al., NeurIPS 2024,
+arXiv 2404.19245. The mixture depends on the input, so there is nothing to merge.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rankloom.methods.lora import check_dropout, check_rank, drop
 
 @dataclass(frozen=True)
 class HydraLoRA(Method):
-    """`n_b` heads of rank `r`; `infer="top1"` takes the strongest head alone in eval mode, `"soft"` mixes as in training.
+    """`n_b` heads of rank `r`; in eval mode `infer="top1"` takes the strongest head alone, `"soft"` mixes as always.
 
-    `n_b` from data: `rankloom.ops.cluster.count_clusters` on embeddings of the training texts.
+    `n_b` from data: `n_b=rankloom.ops.cluster.count_clusters(x)` on embeddings x (n, d) of the training texts.
     """
 
     r: int = 4
@@ -59,7 +59,7 @@ class HydraLoRAAdapter(Adapter):
     def __init__(self, site: Site, method: HydraLoRA) -> None:
         super().__init__(site)
         self.scaling = method.lora_alpha / method.r
-        self.lora_dropout = method.lora_dropout
+        self.dropout = method.lora_dropout
         self.infer = method.infer
         self.A = site.empty(method.r, site.in_)
         self.B = nn.Parameter(torch.empty(method.n_b, site.out, method.r, dtype=site.dtype, device=site.device))
@@ -72,8 +72,7 @@ class HydraLoRAAdapter(Adapter):
         nn.init.zeros_(self.B)
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        x = drop(x, y, self.lora_dropout, self.training)
-        h = base.down(x, self.A.to(y.dtype))
+        h = base.down(drop(x, y, self.dropout, self.training), self.A.to(y.dtype))
         mixed = (self.weights(x).to(y.dtype)[..., None] * h[..., None, :]).flatten(-2)
         heads = self.B.transpose(0, 1).flatten(1)
         return base.up(mixed, heads.to(y.dtype) * self.scaling)

@@ -27,7 +27,8 @@ from rankloom.starts.plain import NONZERO, check_start, fill
 @dataclass(frozen=True)
 class LoRA(Method):
     """`r` rank; `lora_alpha` over r (`scaling="standard"`) or √r (`"rslora"`) is the scale; `lora_dropout` on the input
-    of the change; `init_lora_weights` names a start; `lora_bias` adds a bias after B; `frozen` keeps a factor at its start.
+    of the change; `init_lora_weights` names a start; `lora_bias` adds a bias after B; `frozen` keeps a factor as it
+    starts.
     """
 
     r: int = 8
@@ -65,7 +66,7 @@ class LoRAAdapter(Adapter):
         super().__init__(site)
         self.start = method.init_lora_weights
         self.scaling = scale_of(method.lora_alpha, method.r, method.scaling)
-        self.lora_dropout = method.lora_dropout
+        self.dropout = method.lora_dropout
         self.A = site.empty(method.r, site.in_, trainable=method.frozen != "A")
         self.B = site.empty(site.out, method.r, trainable=method.frozen != "B")
         self.bias = site.empty(site.out) if method.lora_bias and not site.bare else None
@@ -79,7 +80,7 @@ class LoRAAdapter(Adapter):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        h = base.down(drop(x, y, self.lora_dropout, self.training), self.A.to(y.dtype))
+        h = base.down(drop(x, y, self.dropout, self.training), self.A.to(y.dtype))
         change = base.up(h, self.B.to(y.dtype) * self.scaling)
         return change if self.bias is None else change + base.shift(y, self.bias.to(y.dtype) * self.scaling)
 

@@ -1,7 +1,7 @@
 """Residual: a change that does not start at zero, minus its frozen start.
 
 Δ = Δ_now − Δ_start. The base stays untouched, other adapters keep their base, and the start is exactly zero: what
-PiSSA-type starts do by rewriting W, done without rewriting it.
+PiSSA-type starts do by rewriting W, done without rewriting it. As there, the start knows no dropout.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rankloom.core.adapter import Adapter
+from rankloom.core.adapter import Adapter, take_dropout
 from rankloom.core.kinds import Base
 from rankloom.core.site import Site
 
@@ -23,6 +23,7 @@ class ResidualAdapter(Adapter):
         super().__init__(site)
         self.inner = inner
         self.start = copy.deepcopy(inner).requires_grad_(False)
+        take_dropout(self.start)
 
     def reset(self, base: Base) -> None:
         self.inner.reset(base)
@@ -34,3 +35,7 @@ class ResidualAdapter(Adapter):
 
     def delta(self, base: Base) -> Tensor:
         return self.inner.delta(base) - self.start.delta(base)
+
+    def delta_bias(self, base: Base) -> Tensor | None:
+        now, start = self.inner.delta_bias(base), self.start.delta_bias(base)
+        return None if now is None or start is None else now - start

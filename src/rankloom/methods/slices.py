@@ -75,10 +75,16 @@ class SlicesAdapter(Adapter):
         return torch.cat(pieces, dim=axis)
 
     def delta(self, base: Base) -> Tensor:
-        pieces = list(torch.zeros_like(base.matrix()).chunk(self.parts, dim=-2))
-        for number, block in self._each():
-            pieces[number] = block.delta(self._cut(base, number)).to(pieces[number].dtype)
-        return torch.cat(pieces, dim=-2)
+        changes = {number: block.delta(self._cut(base, number)) for number, block in self._each()}
+        silent = torch.zeros_like(next(iter(changes.values())))
+        return torch.cat([changes.get(number, silent) for number in range(self.parts)], dim=-2)
+
+    def delta_bias(self, base: Base) -> Tensor | None:
+        shifts = {n: s for n, block in self._each() if (s := block.delta_bias(self._cut(base, n))) is not None}
+        if not shifts:
+            return None
+        silent = torch.zeros_like(next(iter(shifts.values())))
+        return torch.cat([shifts.get(number, silent) for number in range(self.parts)])
 
     def _each(self) -> list[tuple[int, Adapter]]:
         return [(int(n), block) for n, block in self.blocks.items()]  # type: ignore[misc]

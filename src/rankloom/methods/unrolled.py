@@ -1,12 +1,13 @@
 """Unrolled LoRA: the other low-rank family of a convolution.
 
-ΔW = s·reshape(B A, (out, in/groups, k, …)) with A (r·k, in·k), B (out/groups·k, r·k) for a 2-d k × k kernel. The reference
-code of LoRA (arXiv 2106.09685) adapts convolutions this way; PEFT and `LoRA` here use A as a k × k kernel instead.
+ΔW = s·reshape(B A, (out, in/groups, k, k)) with A (r·k, in·k), B (out/groups·k, r·k) for a 2-d k × k kernel. LoRA's
+reference code (arXiv 2106.09685) adapts convolutions this way; PEFT and `LoRA` here use A as a k × k kernel instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,9 @@ class UnrolledLoRAAdapter(Adapter):
         super().__init__(site)
         out, in_, k, _ = site.weight_shape
         self.scaling = scale_of(method.lora_alpha, method.r, "standard")
-        make = torch.empty(method.r * k, in_ * k, dtype=site.dtype, device=site.device)
-        self.A = nn.Parameter(make)
-        self.B = nn.Parameter(torch.empty(out * k, method.r * k, dtype=site.dtype, device=site.device))
+        make = partial(torch.empty, dtype=site.dtype, device=site.device)
+        self.A = nn.Parameter(make(method.r * k, in_ * site.groups * k))
+        self.B = nn.Parameter(make(out // site.groups * k, method.r * k))
 
     def reset(self, base: Base) -> None:
         fill("kaiming", self, base)

@@ -1,6 +1,6 @@
 """VeRA: one frozen random pair for the whole model, two trained vectors for each layer.
 
-ΔW_l = diag(b_l) B diag(d_l) A, A (r, widest in) and B (widest out, r) sliced to the layer; b = 0, d = d_initial at start.
+ΔW_l = diag(b_l) B diag(d_l) A, A (r, widest in) and B (widest out, r) cut to the layer; at start b = 0, d = d_initial.
 Kopiczko et al., ICLR 2024, arXiv 2310.11454 eq. 2. The pair comes from `projection_prng_key` on the CPU, so it is the
 same on every device and can be left out of the file.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from rankloom.ops.linalg import row_norms
 
 @dataclass(frozen=True)
 class VeRA(Method):
-    """`r` of the shared pair; `d_initial` start of d; `save_projection`: keep the pair in the file, not just its key."""
+    """`r` of the shared pair; `d_initial` start of d; `save_projection`: the file holds the pair, not just its key."""
 
     r: int = 256
     projection_prng_key: int = 0
@@ -50,15 +51,15 @@ class VeRAAdapter(Adapter):
 
     def __init__(self, site: Site, method: VeRA) -> None:
         super().__init__(site)
-        self.vera_dropout = method.vera_dropout
+        self.dropout = method.vera_dropout
         self.d_initial = method.d_initial
         self.lambda_b = nn.Parameter(site.empty(site.out, 1).data.squeeze(-1))
         self.lambda_d = nn.Parameter(site.empty(method.r, 1).data.squeeze(-1))
         out, in_ = site.widest
         generator = torch.Generator().manual_seed(method.projection_prng_key)
         for key, shape in (("vera_A", (method.r, in_)), ("vera_B", (out, method.r))):
-            made = projection(shape, generator)
-            site.shared.provide(key, lambda t=made: t.to(site.device, site.dtype), role="basis", trainable=False)  # type: ignore[misc]
+            make = partial(_pair_tensor, shape, generator, site)
+            site.shared.provide(key, make, role="basis", trainable=False)
         self.borrow(site.shared, A="vera_A", B="vera_B")
         self.out, self.in_ = site.out, site.in_
 
@@ -68,7 +69,7 @@ class VeRAAdapter(Adapter):
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         a, b = self._pair()
-        h = base.down(drop(x, y, self.vera_dropout, self.training), a.to(y.dtype))
+        h = base.down(drop(x, y, self.dropout, self.training), a.to(y.dtype))
         h = base.up(base.scale(h, self.lambda_d.to(y.dtype)), b.to(y.dtype))
         return base.scale(h, self.lambda_b.to(y.dtype))
 
@@ -82,6 +83,10 @@ class VeRAAdapter(Adapter):
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         return self.A[:, : self.in_], self.B[: self.out]
+
+
+def _pair_tensor(shape: tuple[int, int], generator: torch.Generator, site: Site) -> Tensor:
+    return projection(shape, generator).to(site.device, site.dtype)
 
 
 def projection(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

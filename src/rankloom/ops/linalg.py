@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,15 +11,16 @@ from torch import Tensor
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """‖W + s·B A‖ by rows, shape (…, out), in float32 at least; W (…, out, in), A (…, r, in), B (…, out, r).
 
-    ‖w + s·bA‖² = ‖w‖² + 2s·⟨wAᵀ, b⟩ + s²·⟨b(AAᵀ), b⟩: O(out·in·r) operations, O(out·r) memory; clamped at 0 against
-    cancellation.
+    ‖w + s·bA‖² = ‖w‖² + 2s·⟨wAᵀ, b⟩ + s²·⟨b(AAᵀ), b⟩: O(out·in·r) operations, O(out·r) memory; at least 0 against
+    cancellation, with gradient 0 there.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
     square = weight.square().sum(-1)
     cross = ((weight @ a.mT) * b).sum(-1)
     gram = ((b @ (a @ a.mT)) * b).sum(-1)
-    return (square + 2 * scaling * cross + scaling**2 * gram).clamp_min(0).sqrt()
+    total = square + 2 * scaling * cross + scaling**2 * gram
+    return torch.where(total > 0, torch.where(total > 0, total, 1.0).sqrt(), 0.0)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,5 +32,6 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def orthonormal_rows(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random (…, r, n) with orthonormal rows (r ≤ n), from the QR of a Gaussian; rows repeat blocks when r > n."""
     *lead, r, n = shape
-    made = [torch.linalg.qr(torch.randn(*lead, n, min(n, r - i), device=device))[0].mT for i in range(0, r, n)]
+    draw = partial(torch.randn, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    made = [torch.linalg.qr(draw(*lead, n, min(n, r - i)))[0].mT for i in range(0, r, n)]
     return torch.cat(made, dim=-2).to(dtype)

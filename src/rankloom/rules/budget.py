@@ -1,19 +1,20 @@
 """The rank budget of AdaLoRA: triplets compete across layers, and the number that may live falls by a cubic.
 
-Importance of an element: I = |p·g| smoothed (β₁), its deviation smoothed (β₂), score = I·U; of a triplet k:
+Importance of an element: I = |p·g| smoothed (β₁), its deviation U smoothed (β₂), score s = I·U; of a triplet k:
 s(E_k) + mean_j s(A_kj) + mean_j s(B_jk). Zhang et al., ICLR 2023, arXiv 2303.10512 eq. 7–12, algorithm 1.
+The variant `metric="mag"` takes s = |p| instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rankloom.core.rule import Rule, Run
-from rankloom.errors import SettingsError
+from rankloom.errors import SettingsError, suggest
 from rankloom.rules.triplets import by_owner
 
 Triplet = dict[str, nn.Parameter]
@@ -21,7 +22,11 @@ Triplet = dict[str, nn.Parameter]
 
 @dataclass
 class Budget(Rule):
-    """Ends with `target_r` triplets a site on average. Needs the total number of steps, and tinit + tfinal below it."""
+    """Ends with `target_r` triplets a matrix on average. Needs the total number of steps, and tinit + tfinal below it.
+
+    Masks are chosen at every `deltaT`-th step after `tinit` and once more when `tfinal` steps are left; that last one
+    is kept. Between two choices a masked triplet goes on learning and may come back.
+    """
 
     target_r: int = 8
     tinit: int = 0
@@ -29,27 +34,38 @@ class Budget(Rule):
     deltaT: int = 1
     beta1: float = 0.85
     beta2: float = 0.85
+    metric: Literal["ipt", "mag"] = "ipt"
     _mean: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _spread: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _mask: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.deltaT < 1:
+            raise SettingsError(f"deltaT={self.deltaT}: the budget is re-allotted every deltaT steps, at least 1")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                raise SettingsError(f"{name}={beta}: a smoothing factor from 0 up to, not including, 1")
+        if self.metric not in ("ipt", "mag"):
+            raise SettingsError(f"metric={self.metric!r}{suggest(self.metric, ('ipt', 'mag'))}")
 
     def start(self, run: Run) -> None:
         """Check the schedule and forget everything."""
         if self.tinit + self.tfinal >= run.total_steps:
             raise SettingsError(
-                f"AdaLoRA: tinit={self.tinit} + tfinal={self.tfinal} must be below the {run.total_steps} steps of the run"
+                f"AdaLoRA: tinit={self.tinit} + tfinal={self.tfinal} must be below the run's {run.total_steps} steps"
             )
         self._mean, self._spread, self._mask = {}, {}, {}
 
     @torch.no_grad()
     def after_backward(self, run: Run) -> None:
-        """Update the importance from gradients and the weights that made them."""
+        """Update the importance from gradients and the weights that made them, as long as a choice is to come."""
+        if run.step + 1 > run.total_steps - self.tfinal:
+            return
         for owner, triplet in triplets(run):
             for role, parameter in triplet.items():
-                if parameter.grad is None:
-                    continue
                 key = f"{owner}|{role}"
-                now = (parameter * parameter.grad).abs()
+                gradient = parameter.grad
+                now = torch.zeros_like(parameter) if gradient is None else (parameter * gradient).abs()
                 mean = self._mean.get(key, torch.zeros_like(now))
                 mean = self.beta1 * mean + (1 - self.beta1) * now
                 spread = self._spread.get(key, torch.zeros_like(now))
@@ -59,39 +75,34 @@ class Budget(Rule):
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
         """Zero the E of the least important triplets; in the final phase the last mask is kept at every step."""
-        step, total = run.step + 1, run.total_steps
-        living = list(triplets(run))
-        if step <= self.tinit:
+        step, last = run.step + 1, run.total_steps - self.tfinal
+        if step <= self.tinit or (step < last and step % self.deltaT):
             return
-        final = step > total - self.tfinal
-        if (not final and step % self.deltaT == 0) or not self._mask:
+        living = triplets(run)
+        if step <= last:
             ranks = sum(t["singular"].numel() for _, t in living)
-            self._mask = self.choose(
-                living, budget_at(step, ranks, self.target_r * len(living), self.tinit, self.tfinal, total)
-            )
-            self._apply(living)
-        elif final:
-            self._apply(living)
+            matrices = sum(t["singular"].numel() // t["singular"].shape[-2] for _, t in living)
+            target = self.target_r * matrices
+            self._mask = self.choose(living, budget_at(step, ranks, target, self.tinit, self.tfinal, run.total_steps))
+        for owner, triplet in living:
+            triplet["singular"].mul_(self._mask[owner][..., None].to(triplet["singular"]))
 
     def choose(self, living: list[tuple[str, Triplet]], budget: int) -> dict[str, Tensor]:
         """Masks that keep exactly `budget` triplets: the highest scores over all sites (the earlier one at a tie)."""
-        scores = {owner: self.score(owner) for owner, _ in living}
+        scores = {owner: self.score(owner, triplet) for owner, triplet in living}
         flat = torch.cat([s.flatten() for s in scores.values()])
         keep = torch.zeros_like(flat, dtype=torch.bool)
         keep[flat.argsort(descending=True, stable=True)[: max(budget, 0)]] = True
-        parts = keep.split([s.numel() for s in scores.values()])
+        parts = torch.split(keep, [s.numel() for s in scores.values()])
         return {owner: part.reshape(s.shape) for (owner, s), part in zip(scores.items(), parts)}
 
-    def score(self, owner: str) -> Tensor:
+    def score(self, owner: str, triplet: Triplet) -> Tensor:
         """Scores (…, r) of the triplets of one owner."""
-        e, a, b = (
-            self._mean[f"{owner}|{role}"] * self._spread[f"{owner}|{role}"] for role in ("singular", "in", "out")
-        )
+        e, a, b = (self._elements(f"{owner}|{role}", triplet[role]) for role in ("singular", "in", "out"))
         return e.squeeze(-1) + a.mean(-1) + b.mean(-2)
 
-    def _apply(self, living: list[tuple[str, Triplet]]) -> None:
-        for owner, triplet in living:
-            triplet["singular"].mul_(self._mask[owner][..., None].to(triplet["singular"]))
+    def _elements(self, key: str, parameter: Tensor) -> Tensor:
+        return parameter.abs() if self.metric == "mag" else self._mean[key] * self._spread[key]
 
     def state(self) -> dict[str, Any]:
         """Importances, deviations and the last masks."""

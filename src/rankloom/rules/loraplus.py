@@ -12,11 +12,12 @@ from rankloom.errors import SettingsError
 @dataclass
 class LoRAPlus(Rule):
     """lr_B = ratio · lr_A (Hayou et al., ICML 2024, arXiv 2402.12354). By role: out factors, and 1-d tensors as in the
-    reference code, take lr·ratio; embeddings' adapters take `loraplus_lr_embedding` if given; 1-d tensors do not decay.
+    reference code, take lr·ratio; embeddings' adapters take `loraplus_lr_embedding` (None: as any other); 1-d tensors
+    do not decay.
     """
 
     ratio: float = 16.0
-    loraplus_lr_embedding: float | None = None
+    loraplus_lr_embedding: float | None = 1e-6
 
     def __post_init__(self) -> None:
         if self.ratio <= 0:

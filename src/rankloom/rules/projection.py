@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rankloom.core.adapter import Adapter
 from rankloom.core.rule import Rule, Run
@@ -28,21 +29,25 @@ class ProjectedGradient(Rule):
     def after_backward(self, run: Run) -> None:
         """Replace the gradient of each B."""
         for adapter in self._pairs(run):
-            b = adapter.B
-            if b.grad is None:
-                continue
-            dtype = torch.promote_types(adapter.A.dtype, torch.float32)
-            a = adapter.A.to(dtype)
-            gram = a @ a.mT + self.damping * torch.eye(a.shape[-2], dtype=dtype, device=a.device)
-            solved = torch.linalg.solve(gram, b.grad.to(dtype).mT).mT
-            b.grad.copy_(solved / adapter.scaling**2)
+            if adapter.B.grad is not None:
+                with torch.autocast(adapter.A.device.type, enabled=False):
+                    adapter.B.grad.copy_(projected(adapter.B.grad, adapter.A, adapter.scaling, self.damping))
 
     def _pairs(self, run: Run) -> list[Adapter]:
         found = []
         for name in run.bank.active:
             for _, adapter in run.bank.adapters(name, of=Adapter):
                 roles = type(adapter).roles
-                if roles.get("A") == "in" and roles.get("B") == "out" and not adapter.A.requires_grad:
-                    if adapter.B.requires_grad and "E" not in roles:
-                        found.append(adapter)
+                is_pair = roles.get("A") == "in" and roles.get("B") == "out" and "E" not in roles
+                if is_pair and adapter.B.requires_grad and not adapter.A.requires_grad:
+                    found.append(adapter)
         return found
+
+
+def projected(gradient: Tensor, a: Tensor, scaling: float, damping: float) -> Tensor:
+    """ĝ_B (…, out, r) for the gradient of B and A (…, r, in), in float32 at least."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    a = a.to(dtype)
+    gram = a @ a.mT + damping * torch.eye(a.shape[-2], dtype=dtype, device=a.device)
+    solved: Tensor = torch.linalg.solve(gram, gradient.to(dtype).mT)
+    return solved.mT / scaling**2

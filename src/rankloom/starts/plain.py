@@ -17,8 +17,14 @@ from rankloom.ops.linalg import orthonormal_rows, truncated_svd
 class Factors(Protocol):
     """An adapter with a factor pair and a scale."""
 
-    A: Tensor
-    B: Tensor
+    @property
+    def A(self) -> Tensor:
+        """(…, r, in)."""
+
+    @property
+    def B(self) -> Tensor:
+        """(…, out, r)."""
+
     scaling: float
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.errors import StateError
+from rankloom.errors import SettingsError, StateError
 
 aten = torch.ops.aten
 Parts = dict[str, Tensor]
@@ -33,6 +33,10 @@ class Store(ABC):
     def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The dense weight of `shape` and `dtype` behind the parts."""
 
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """Bits for one weight, scales included, of a matrix without padding."""
+
     def pack(self, weight: Tensor) -> Packed:
         """`weight` kept in this store; its dtype stays the logical dtype."""
         return Packed(self.encode(weight.detach()), self, weight.shape, weight.dtype)
@@ -40,6 +44,20 @@ class Store(ABC):
     def round_trip(self, weight: Tensor) -> Tensor:
         """What is left of `weight` after packing: decode(encode(weight))."""
         return self.decode(self.encode(weight.detach()), weight.shape, weight.dtype)
+
+
+def check_bits(**bits: int) -> None:
+    """Refuse a width that no code here has."""
+    for name, value in bits.items():
+        if value not in (2, 3, 4, 8):
+            raise SettingsError(f"{name}={value}: one of 2, 3, 4, 8")
+
+
+def check_blocks(**blocks: int) -> None:
+    """Refuse an empty block."""
+    for name, value in blocks.items():
+        if value < 1:
+            raise SettingsError(f"{name}={value}: a block holds at least one weight")
 
 
 class Packed(torch.Tensor):
@@ -99,7 +117,9 @@ class Packed(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             copied = self.with_parts(lambda p: p.detach().clone())
-            memo[id(self)] = torch.nn.Parameter(copied, requires_grad=False) if getattr(self, "_is_param", False) else copied
+            memo[id(self)] = (
+                torch.nn.Parameter(copied, requires_grad=False) if getattr(self, "_is_param", False) else copied
+            )
         return memo[id(self)]
 
     @classmethod
@@ -115,7 +135,9 @@ class Packed(torch.Tensor):
         if own is not None:
             return own(*args, **(kwargs or {}))
         if func._schema.is_mutable and isinstance(args[0], Packed):
-            raise StateError(f"{func} would write into a packed weight ({args[0].store}); unpack it first, or repack a new one")
+            raise StateError(
+                f"{func} would write into a packed weight ({args[0].store}); unpack it first, or repack a new one"
+            )
         return func(*_unpacked(args), **{k: _unpacked(v) for k, v in (kwargs or {}).items()})
 
 
@@ -187,4 +209,4 @@ def dense(weight: Tensor) -> Tensor:
             f"a base weight of type {type(weight).__name__} and dtype {weight.dtype} cannot be read as numbers: "
             "load the base model in float32, bfloat16 or float16, or pack it with a store"
         )
-    return weight if type(weight) is Tensor else weight.as_subclass(torch.Tensor)
+    return weight if type(weight) in (Tensor, torch.nn.Parameter) else weight.as_subclass(torch.Tensor)

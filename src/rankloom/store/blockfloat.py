@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rankloom.errors import SettingsError
 from rankloom.ops.unpack import pack, unpack
-from rankloom.store.base import Parts, Store
+from rankloom.store.base import Parts, Store, check_bits, check_blocks
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,21 @@ class BlockFloat(Store):
     block: int = 16
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise SettingsError(f"bits={self.bits}: one of 2, 3, 4, 8")
+        check_bits(bits=self.bits)
+        check_blocks(block=self.block)
 
     def encode(self, weight: Tensor) -> Parts:
         """codes (packed bytes) and exponent (blocks,) int8: the largest value of a block uses the top of the range."""
         flat = weight.reshape(-1).float()
         blocks = pad(flat, (0, -flat.numel() % self.block)).reshape(-1, self.block)
         top = 2 ** (self.bits - 1) - 1
-        largest = blocks.abs().amax(-1).clamp_min(2.0**-126)
-        exponent = (largest.log2().floor() - (self.bits - 2)).clamp(-127, 127)
-        codes = (blocks / exponent.exp2()[:, None]).round().clamp(-top, top) + top
-        return {"codes": pack(codes.flatten()[: flat.numel()].to(torch.uint8), self.bits), "exponent": exponent.to(torch.int8)}
+        power = torch.frexp(blocks.abs().amax(-1).clamp_min(2.0**-126)).exponent - 1
+        exponent = (power - (self.bits - 2)).clamp(-126, 127)
+        codes = torch.ldexp(blocks, -exponent[:, None]).round().clamp(-top, top) + top
+        return {
+            "codes": pack(codes.flatten()[: flat.numel()].to(torch.uint8), self.bits),
+            "exponent": exponent.to(torch.int8),
+        }
 
     def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """mantissa · 2**exponent, cast to `dtype`."""

@@ -13,9 +13,10 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rankloom.ops.unpack import pack, unpack
-from rankloom.store.base import Parts, Store
+from rankloom.store.base import Parts, Store, check_bits, check_blocks
 
 OFFSET = 0.9677083
 """Outermost quantile: the mean of 1 − 1/32 and 1 − 1/30."""
@@ -37,14 +38,14 @@ class NormalFloat(Store):
     double: bool = True
     double_block: int = 256
 
+    def __post_init__(self) -> None:
+        check_bits(bits=self.bits)
+        check_blocks(block=self.block, double_block=self.double_block)
+
     def encode(self, weight: Tensor) -> Parts:
         """codes (packed bytes) and absmax, or absmax8, absmax_scale, absmax_offset."""
-        flat = weight.reshape(-1).float()
-        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % self.block)).reshape(-1, self.block)
-        absmax = blocks.abs().amax(-1)
-        scaled = (blocks * (1.0 / absmax.clamp_min(1e-38))[:, None]).clamp(-1, 1).flatten()[: flat.numel()]
-        codes = torch.bucketize(scaled, midpoints(self.bits, flat.device), out_int32=True)
-        parts = {"codes": pack(codes, self.bits)}
+        absmax = block_absmax(weight, self.block)
+        parts = {"codes": nearest(weight, absmax, self.bits, self.block)}
         if not self.double:
             return parts | {"absmax": absmax}
         offset = absmax.mean()
@@ -53,10 +54,7 @@ class NormalFloat(Store):
 
     def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """table[code] · absmax, in float32, cast to `dtype`."""
-        codes = unpack(parts["codes"], self.bits, shape.numel())
-        values = torch.nn.functional.pad(table(self.bits, codes.device)[codes.int()], (0, -codes.numel() % self.block))
-        dense = values.reshape(-1, self.block) * self.scales(parts)[:, None]
-        return dense.flatten()[: codes.numel()].reshape(shape).to(dtype)
+        return looked_up(parts["codes"], self.scales(parts), self.bits, self.block, shape).to(dtype)
 
     def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
         """absmax (blocks,) in float32."""
@@ -93,6 +91,30 @@ def midpoints(bits: int, device: torch.device) -> Tensor:
     return (code[:-1] + code[1:]) / 2
 
 
+def blocks_of(flat: Tensor, block: int) -> Tensor:
+    """(blocks, block): a flat tensor cut in blocks, the last one padded by 0."""
+    return pad(flat, (0, -flat.numel() % block)).reshape(-1, block)
+
+
+def block_absmax(weight: Tensor, block: int) -> Tensor:
+    """The largest magnitude of each block, (blocks,) float32."""
+    return blocks_of(weight.reshape(-1).float(), block).abs().amax(-1)
+
+
+def nearest(weight: Tensor, absmax: Tensor, bits: int, block: int) -> Tensor:
+    """Packed bytes of the codes nearest to weight/absmax."""
+    scaled = blocks_of(weight.reshape(-1).float(), block) * (1.0 / absmax.clamp_min(1e-38))[:, None]
+    flat = scaled.clamp(-1, 1).flatten()[: weight.numel()]
+    return pack(torch.bucketize(flat, midpoints(bits, flat.device), out_int32=True), bits)
+
+
+def looked_up(codes: Tensor, absmax: Tensor, bits: int, block: int, shape: torch.Size) -> Tensor:
+    """table[code] · absmax of `shape`, float32: what `nearest` kept."""
+    n = shape.numel()
+    values = blocks_of(table(bits, codes.device)[unpack(codes, bits, n).int()], block) * absmax[:, None]
+    return values.flatten()[:n].reshape(shape)
+
+
 @cache
 def dynamic_code() -> tuple[float, ...]:
     """The signed 8-bit dynamic-exponent table (Dettmers et al., arXiv 2110.02861): 256 values from about −1 to 1."""
@@ -105,7 +127,7 @@ def dynamic_code() -> tuple[float, ...]:
 
 
 def _encode8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    blocks = torch.nn.functional.pad(x, (0, -x.numel() % block)).reshape(-1, block)
+    blocks = blocks_of(x, block)
     scale = blocks.abs().amax(-1)
     scaled = (blocks * (1.0 / scale.clamp_min(1e-38))[:, None]).clamp(-1, 1).flatten()[: x.numel()]
     code = torch.tensor(dynamic_code(), device=x.device)

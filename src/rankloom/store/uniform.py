@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rankloom.errors import SettingsError
-from rankloom.ops.unpack import GROUPS, pack, unpack
-from rankloom.store.base import Parts, Store
+from rankloom.ops.unpack import pack, unpack
+from rankloom.store.base import Packed, Parts, Store, check_bits, check_blocks
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Uniform(Store):
     group: int = 32
 
     def __post_init__(self) -> None:
-        if self.bits not in GROUPS:
-            raise SettingsError(f"bits={self.bits}: one of {sorted(GROUPS)}")
+        check_bits(bits=self.bits)
+        check_blocks(group=self.group)
 
     def encode(self, weight: Tensor) -> Parts:
-        """codes (packed bytes), scale and zero (rows, groups) in float32; round to nearest between each group's extremes."""
-        groups = self._grouped(weight.float())
+        """codes (packed bytes), scale and zero (…, rows, groups) in float32, or float64 for a float64 weight; round to
+        nearest between each group's extremes.
+        """
+        groups = self._grouped(weight.to(torch.promote_types(weight.dtype, torch.float32)))
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / (2**self.bits - 1)).clamp_min(1e-12)
         zero = -low / scale
@@ -51,3 +53,23 @@ class Uniform(Store):
         if weight.shape[-1] % self.group:
             raise SettingsError(f"a weight with {weight.shape[-1]} columns cannot be cut into groups of {self.group}")
         return weight.unflatten(-1, (-1, self.group))
+
+
+def fold_into_zeros(packed: Packed, change: Tensor) -> Packed:
+    """The weight with `change` (…, rows, groups) added to every weight of each group, without loss.
+
+    scale·(q − zero) + change = scale·(q − zero'), zero' = zero − change/scale: codes and scales are shared with `packed`.
+    Raises `SettingsError` for a weight of another store, or groups of another size.
+    """
+    if not isinstance(packed.store, Uniform):
+        raise SettingsError(
+            f"a weight kept as {packed.store} has no zero points to take a change; keep it as Uniform(bits=4, group=32)"
+        )
+    parts = packed.parts
+    if parts["zero"].shape != change.shape:
+        raise SettingsError(
+            f"the change has shape {tuple(change.shape)}, the weight {tuple(parts['zero'].shape)} groups of "
+            f"{packed.store.group}: give both the same group size"
+        )
+    zero = parts["zero"] - change.to(parts["zero"].dtype) / parts["scale"]
+    return Packed({**parts, "zero": zero}, packed.store, packed.shape, packed.dtype)

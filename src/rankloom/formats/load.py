@@ -1,0 +1,153 @@
+"""Loading an adapter folder: everything is checked on a copy without weights before the model is touched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.attach import attach, detach
+from rankloom.core.bank import Bank
+from rankloom.core.plan import Plan
+from rankloom.core.targets import base_modules
+from rankloom.errors import FileError, SettingsError, TargetError, suggest
+from rankloom.formats.base import skeleton
+from rankloom.formats.manifest import Header, Limits, Source, open_folder
+from rankloom.formats.native import PEFT_TYPE, Native, check_patterns
+from rankloom.formats.peft import TRANSLATORS
+from rankloom.formats.peft.paths import strip
+from rankloom.formats.peft.translator import Translator, exact
+from rankloom.formats.view import view
+from rankloom.registry import plan_from_data
+
+Reader = Native | Translator
+
+
+def load(model: nn.Module, folder: str | Path, name: str = "default", *, limits: Limits | None = None) -> Bank:
+    """Attach the adapter in `folder` to `model` under `name`; a PEFT or a native folder is recognised by itself.
+
+    Files, keys, shapes, dtypes and values are checked first, and only tensors that the method owns are written. Raises
+    `FileError` naming file, tensor and shapes, or modules that this model has not; the model is then as before. A name
+    that is taken is a `StateError`.
+    """
+    source = open_folder(folder, limits)
+    reader = reader_of(source)
+    copy = skeleton(model)
+    plan, kept = _plans(reader, source, copy)
+    expected = _expected(reader, source, copy, plan, name)
+    extra = _check(source, expected, model)
+    tensors = source.tensors()
+    for key, base in extra.items():
+        _same_as_base(source, key, tensors[key], base)
+    bank = attach(model, plan, name)
+    try:
+        sorted_ = view(bank, name)
+        reader.prepare(sorted_, source)
+        for entry in reader.entries_in(sorted_, source):
+            entry.put(tensors[entry.key])
+    except BaseException:
+        detach(model, name)
+        raise
+    bank.plans[name] = kept
+    return bank
+
+
+def reader_of(source: Source) -> Reader:
+    """What reads a folder, by the `peft_type` of its config."""
+    said = source.config["peft_type"]
+    if said == PEFT_TYPE:
+        return Native()
+    if said not in TRANSLATORS:
+        raise FileError(
+            f"{source.config_file}: peft_type {said!r} cannot be read{suggest(said, [*TRANSLATORS, PEFT_TYPE])}; "
+            "convert it to LORA with PEFT (save_as_lora) or merge it there"
+        )
+    return TRANSLATORS[said]
+
+
+def kept_plan(source: Source) -> Plan | None:
+    """The plan that a folder of ours was saved with."""
+    if source.plan is None:
+        return None
+    plan = plan_from_data(source.plan, str(source.folder))
+    check_patterns(plan, str(source.folder))
+    return plan
+
+
+def _plans(reader: Reader, source: Source, copy: nn.Module) -> tuple[Plan, Plan]:
+    try:
+        kept = kept_plan(source)
+        if kept is None or isinstance(reader, Native):
+            return reader.plans(source, copy)
+        return exact(kept, *reader.places(source, copy)), kept
+    except (SettingsError, TargetError) as error:
+        raise FileError(f"{source.config_file}: {error}") from error
+
+
+def _expected(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name: str) -> dict[str, Tensor]:
+    """The file's tensors as they must be, on the meta device."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bank = attach(copy, plan, name)
+    except (SettingsError, TargetError) as error:
+        raise FileError(f"{source.config_file} does not fit this model: {error}") from error
+    sorted_ = view(bank, name)
+    reader.prepare(sorted_, source)
+    return {entry.key: entry.get() for entry in reader.entries_in(sorted_, source)}
+
+
+def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Refuse missing, misshapen and unknown tensors; the base tensors that the file brings too, by its key."""
+    header = source.header
+    missing = [key for key in expected if key not in header]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileError(
+            f"{source.weights_file}: tensor {missing[0]!r} of shape {tuple(expected[missing[0]].shape)} is missing"
+            f"{more}{suggest(missing[0], header.keys() - expected.keys(), n=1)}"
+        )
+    for key, tensor in expected.items():
+        _fits(source, key, header[key], tensor)
+    base = {f"{path}.{key}" if path else key: t for path, m in base_modules(model) for key, t in _tensors(m)}
+    extra = {}
+    for key in header.keys() - expected.keys():
+        own = base.get(strip(key))
+        if own is None:
+            raise FileError(
+                f"{source.weights_file}: tensor {key!r} of shape {header[key].shape} belongs to nothing that the "
+                f"config adapts{suggest(key, expected, n=1)}"
+            )
+        _fits(source, key, header[key], own)
+        extra[key] = own
+    return extra
+
+
+def _fits(source: Source, key: str, said: Header, tensor: Tensor) -> None:
+    if said.shape != tuple(tensor.shape):
+        base = source.config.get("base_model_name_or_path")
+        made = f" (the adapter was made for {base!r})" if base else ""
+        raise FileError(
+            f"{source.weights_file}: tensor {key!r} has shape {said.shape}; this model and {source.config_file} need "
+            f"{tuple(tensor.shape)}{made}"
+        )
+    if said.dtype.is_floating_point != tensor.is_floating_point():
+        raise FileError(f"{source.weights_file}: tensor {key!r} has dtype {said.dtype}; expected {tensor.dtype}")
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    both = [*module._parameters.items(), *module._buffers.items()]
+    return [(key, tensor) for key, tensor in both if tensor is not None]
+
+
+def _same_as_base(source: Source, key: str, tensor: Tensor, base: Tensor) -> None:
+    """A copy of a base tensor (PEFT writes embeddings so) must equal the base: it is never written."""
+    here = base.detach().cpu()
+    if not torch.equal(tensor.to(here.dtype), here) and not torch.equal(here.to(tensor.dtype), tensor):
+        raise FileError(
+            f"{source.weights_file}: tensor {key!r} differs from this model's own {strip(key)!r} and would "
+            "overwrite it: the adapter was trained on another base, or the embedding was resized or trained (use modules_to_save)"
+        )

@@ -1,0 +1,129 @@
+"""The folder for what PEFT has not: the same files, our own `peft_type`, the plan as data, tensors by the bank's keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankloom.core.method import Method
+from rankloom.core.plan import Plan
+from rankloom.core.targets import pattern_key
+from rankloom.errors import FileError
+from rankloom.formats.base import base_name
+from rankloom.formats.entry import Entry, plain
+from rankloom.formats.manifest import Source
+from rankloom.formats.patterns import exactly, simple
+from rankloom.formats.peft.targets import our_targets
+from rankloom.formats.triplets import resize
+from rankloom.formats.view import View
+from rankloom.methods.adalora import AdaLoRAAdapter
+from rankloom.registry import plan_data, plan_from_data
+
+PEFT_TYPE = "RANKLOOM"
+VERSION = 1
+KEYS = frozenset({"base_model_name_or_path", "format", "peft_type", "plan"})
+
+
+class Native:
+    """`RANKLOOM`: any adapter of the bank, tensor for tensor."""
+
+    peft_type = PEFT_TYPE
+
+    def config(self, view: View) -> dict[str, Any]:
+        """adapter_config.json."""
+        config = {"peft_type": PEFT_TYPE, "format": VERSION, "plan": plan_data(portable(view))}
+        name = base_name(view.model)
+        return dict(sorted({**config, **({"base_model_name_or_path": name} if name else {})}.items()))
+
+    def entries(self, view: View) -> list[Entry]:
+        """Parameters and kept buffers of every adapter as "site:path", shared tensors as "shared:key"."""
+        found = [
+            plain(f"{fitted.site.name}:{path}", tensor)
+            for fitted in view.bank.fitted(view.name)
+            for path, tensor in fitted.adapter.state_dict(keep_vars=True).items()
+        ]
+        return [*found, *(plain(f"shared:{key}", tensor) for key, tensor in _shared(view))]
+
+    def notes(self, view: View) -> list[str]:
+        """Nothing is said otherwise than in the plan."""
+        return []
+
+    def plans(self, source: Source, model: nn.Module) -> tuple[Plan, Plan]:
+        """The plan in the config, twice."""
+        unknown = sorted(source.config.keys() - KEYS)
+        if unknown:
+            raise FileError(f"{source.config_file}: {unknown[0]!r} is no field of a Rankloom adapter")
+        if source.config.get("format") != VERSION:
+            raise FileError(
+                f"{source.config_file}: format {source.config.get('format')!r}; this Rankloom reads {VERSION}: "
+                "upgrade it"
+            )
+        plan = plan_from_data(_object(source), source.config_file)
+        check_patterns(plan, source.config_file)
+        return plan, plan
+
+    def prepare(self, view: View, source: Source) -> None:
+        """Give AdaLoRA adapters the number of triplets that the file has."""
+        for fitted in view.bank.fitted(view.name):
+            for path, module in fitted.adapter.named_modules():
+                said = source.header.get(f"{fitted.site.name}:{path}{'.' if path else ''}E")
+                if not isinstance(module, AdaLoRAAdapter) or said is None or len(said.shape) != 2:
+                    continue
+                if said.shape[0] < module.E.shape[0]:
+                    resize(module, said.shape[0])
+
+    def entries_in(self, view: View, source: Source) -> list[Entry]:
+        """Every tensor that the file must have."""
+        return self.entries(view)
+
+
+def portable(view: View) -> Plan:
+    """The plan with every regular expression that a reader would not run replaced by the names it matches here."""
+    plan = view.plan
+    changes: dict[str, Any] = {}
+    wordings = [v for v in (plan.target_modules, plan.exclude_modules) if isinstance(v, str)]
+    if not all(map(simple, wordings)):
+        modules, _ = our_targets(view)
+        changes |= {"target_modules": tuple(sorted(modules)), "exclude_modules": (), "layers_to_transform": None}
+        changes["layers_pattern"] = None
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(plan, field)
+        if not all(map(simple, patterns)):
+            names = [fitted.site.name for fitted, _ in view.adapted]
+            hits = {name: key for name in names if (key := pattern_key(patterns, name)) is not None}
+            changes[field] = {exactly(name): patterns[key] for name, key in hits.items()}
+    return dataclasses.replace(plan, **changes)
+
+
+def check_patterns(plan: Plan, where: str) -> None:
+    """Refuse a plan from a file whose regular expressions could run for ever."""
+    wordings = [plan.target_modules, plan.exclude_modules, plan.layers_pattern]
+    for pattern in [*(w for w in wordings if isinstance(w, str)), *plan.rank_pattern, *plan.alpha_pattern]:
+        if not simple(pattern):
+            raise FileError(
+                f"{where}: the regular expression {pattern!r} has repeats over groups, or more than four: "
+                "it is not run; name the modules instead"
+            )
+
+
+def _object(source: Source) -> dict[str, Any]:
+    plan = source.config.get("plan")
+    if not isinstance(plan, dict):
+        raise FileError(f"{source.config_file}: 'plan' is {plan!r}; it must be an object")
+    return plan
+
+
+def _shared(view: View) -> Iterator[tuple[str, Tensor]]:
+    shared = view.bank.shared_of(view.name)
+    keep = _keeps_bases(view.plan.method)
+    for key, tensor in shared.named_parameters():
+        if keep or shared.roles[key] != "basis":
+            yield key, tensor
+
+
+def _keeps_bases(method: Method) -> bool:
+    """False when a method of the plan makes its frozen shared tensors again from a key (`save_projection=False`)."""
+    return bool(getattr(method, "save_projection", True)) and all(map(_keeps_bases, method.inner_methods()))

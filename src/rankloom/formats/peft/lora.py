@@ -1,0 +1,178 @@
+"""PEFT's LORA: a factor pair for each place, with DoRA's magnitudes, a bias after B, and rank and alpha patterns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.bank import Fitted
+from rankloom.core.graft import LAYER
+from rankloom.core.method import Method
+from rankloom.errors import FileError
+from rankloom.formats.entry import Entry, mapped
+from rankloom.formats.manifest import Source
+from rankloom.formats.peft import fields as f
+from rankloom.formats.peft.layout import LAYOUTS, Factor, factors, groups, magnitude_shape
+from rankloom.formats.peft.pairs import LEAVES, Pair, leaf, trained_pair, whole_pair
+from rankloom.formats.peft.paths import Paths
+from rankloom.formats.peft.ranks import plan_patterns, rank_fields
+from rankloom.formats.peft.translator import Translator
+from rankloom.formats.view import View, attention_of
+from rankloom.methods.dora import DoRA, DoRAAdapter
+from rankloom.methods.lora import LoRA
+
+
+class Lora(Translator):
+    """`LORA`."""
+
+    peft_type = "LORA"
+    leaves = LEAVES
+    kinds = frozenset(LAYOUTS)
+    own_suffixes = (
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_B.bias",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
+    fields = {
+        **f.LORA_FAMILY,
+        "r": f.Field(f.POSITIVE.holds, f.POSITIVE.check, 8),
+        "use_rslora": f.FLAG,
+        "use_dora": f.FLAG,
+        "lora_bias": f.FLAG,
+        "init_lora_weights": f.Field("true, false or the name of a start", f.either(f.flag, f.text), True),
+        "rank_pattern": f.Field(f.PATTERN + "ranks", f.patterns(f.POSITIVE.check), {}),
+        "alpha_pattern": f.Field(f.PATTERN + "numbers", f.patterns(f.ALPHA.check), {}),
+        "target_parameters": f.Field("a list of names or null", f.optional(f.texts)),
+    }
+
+    def site_problems(self, view: View) -> list[str]:
+        found = [reason for fitted, adapter in view.adapted for reason in _problems(fitted, adapter)]
+        if found:
+            return found
+        if len({isinstance(adapter, DoRAAdapter) for _, adapter in view.adapted}) > 1:
+            found.append("DoRA on some layers and not on others")
+        if len({"bias" in trained_pair(adapter).parts for _, adapter in view.adapted}) > 1:
+            found.append("lora_bias on some layers and not on others")
+        return [*found, *_nesting_problems(view)]
+
+    def site_entries(self, view: View, paths: Paths) -> list[Entry]:
+        return [e for fitted, adapter in view.adapted for e in _entries(fitted, adapter, whole_pair, paths)]
+
+    def entries_in(self, view: View, source: Source) -> list[Entry]:
+        """A file of PEFT with a start that rewrites the base has the trained pair only; a file of ours has both."""
+        if source.plan is not None:
+            return self.entries(view)
+        paths = Paths(view)
+        own = [e for fitted, adapter in view.adapted for e in _entries(fitted, adapter, trained_pair, paths)]
+        return [*own, *self.other_entries(view, paths)]
+
+    def method_fields(self, view: View) -> dict[str, Any]:
+        adapter = view.adapted[0][1]
+        lora = leaf(adapter)
+        assert lora is not None
+        return {
+            **rank_fields(view),
+            "lora_dropout": 0.0 if _has_bare(view) else lora.lora_dropout,
+            "use_dora": isinstance(adapter, DoRAAdapter),
+            "lora_bias": lora.bias is not None,
+            "init_lora_weights": "gaussian" if lora.start == "gaussian" else True,
+        }
+
+    def notes(self, view: View) -> list[str]:
+        lora = leaf(view.adapted[0][1])
+        if lora is not None and lora.lora_dropout and _has_bare(view):
+            return ["lora_dropout is left out of the PEFT config: PEFT refuses it beside target_parameters"]
+        return []
+
+    def method(self, values: Mapping[str, Any], where: str) -> Method:
+        start = values["init_lora_weights"]
+        if start not in f.STARTS:
+            raise FileError(
+                f"{where}: init_lora_weights={start!r} rewrites the base model when PEFT loads it; save it in PEFT "
+                "with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            )
+        if f.STARTS[start].lost:
+            warnings.warn(f"{where}: init_lora_weights={start!r}: {f.STARTS[start].lost}", stacklevel=6)
+        lora = LoRA(
+            r=values["r"],
+            lora_alpha=float(values["lora_alpha"]),
+            lora_dropout=float(values["lora_dropout"]),
+            init_lora_weights=f.STARTS[start].ours,
+            scaling="rslora" if values["use_rslora"] else "standard",
+            lora_bias=values["lora_bias"],
+        )
+        return DoRA(lora) if values["use_dora"] else lora
+
+    def site_patterns(
+        self, values: Mapping[str, Any], modules: Mapping[str, nn.Module], names: Sequence[str], where: str
+    ) -> dict[str, Any]:
+        return plan_patterns(values, modules, names, where)
+
+
+def _entries(fitted: Fitted, adapter: Adapter, pair_of: Callable[[Adapter], Pair], paths: Paths) -> Iterator[Entry]:
+    stem = paths.site(fitted)
+    parts = pair_of(adapter).parts
+    for factor in factors(fitted):
+        yield _through(parts[factor.ours], factor, stem)
+    if "bias" in parts:
+        yield Entry(f"{stem}.lora_B.bias", parts["bias"].get, parts["bias"].put)
+    if isinstance(adapter, DoRAAdapter):
+        size = adapter.magnitude.shape[-1]
+        shape = magnitude_shape(fitted, size)
+        key = f"{stem}.{adapter.peft_names['magnitude']}"
+        yield mapped(key, adapter.magnitude, lambda m: m.reshape(shape), lambda m: m.reshape(size))
+
+
+def _through(part: Entry, factor: Factor, stem: str) -> Entry:
+    return Entry(f"{stem}.{factor.key}", lambda: factor.out(part.get()), lambda value: part.put(factor.back(value)))
+
+
+def _problems(fitted: Fitted, adapter: Adapter) -> Iterator[str]:
+    kind, layer, name = fitted.place.kind.name, fitted.place.layer, fitted.site.name
+    dora, lora = isinstance(adapter, DoRAAdapter), leaf(adapter)
+    if lora is None:
+        inside = f" over {type(adapter.inner).__name__}" if dora else ""
+        yield f"PEFT's LORA has no {type(adapter).__name__}{inside} ({name})"
+        return
+    if dora and (fitted.site.bare or groups(fitted) > 1):
+        yield f"PEFT's DoRA does not reach {'bare parameters' if fitted.site.bare else 'grouped convolutions'} ({name})"
+    if lora.bias is not None and (dora or kind == "embedding"):
+        yield f"PEFT has no lora_bias {'with DoRA' if dora else 'on embeddings'} ({name})"
+    if kind.startswith("conv") and kind in ("conv1d", "conv2d", "conv3d"):
+        spread = any(d != 1 and k != 1 for d, k in zip(layer.dilation, layer.kernel_size))  # type: ignore[arg-type]
+        if spread or layer.padding_mode != "zeros":
+            yield f"PEFT ignores dilation and padding_mode of a convolution ({name})"
+    if fitted.site.bare and len(fitted.site.shape) > 3:
+        yield f"PEFT adapts parameters of 2 or 3 dimensions, {name} has {len(fitted.site.shape)}"
+    if fitted.site.bare and not fitted.place.path:
+        yield f"PEFT cannot adapt a parameter of the model itself ({name})"
+
+
+def _nesting_problems(view: View) -> Iterator[str]:
+    slots: dict[str, set[str]] = {}
+    both: dict[str, set[tuple[int, float]]] = {}
+    for fitted, adapter in view.adapted:
+        slots.setdefault(fitted.place.path, set()).add(fitted.place.slot)
+        owner = attention_of(fitted, view.modules)
+        if owner is not None:
+            pair = whole_pair(adapter)
+            both.setdefault(owner, set()).add((pair.rank, pair.scaling))
+        has_bias = view.modules[fitted.place.path]._parameters.get("bias") is not None
+        if fitted.site.bare and owner is None and has_bias and view.plan.bias == "lora_only":
+            yield f"bias='lora_only' beside a target parameter of {fitted.place.path!r}, which has a bias"
+    for path, used in slots.items():
+        if LAYER in used and len(used) > 1:
+            yield f"PEFT adapts either the layer {path!r} or its parameters"
+    if any(len(settings) > 1 for settings in both.values()):
+        yield "different ranks or scales inside one MultiheadAttention"
+
+
+def _has_bare(view: View) -> bool:
+    return any(fitted.site.bare and attention_of(fitted, view.modules) is None for fitted, _ in view.adapted)

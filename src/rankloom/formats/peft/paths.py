@@ -1,0 +1,50 @@
+"""Names inside a PEFT file: its wrappers put `base_layer` into the names of what they wrap."""
+
+from __future__ import annotations
+
+from rankloom.core.bank import Fitted
+from rankloom.core.graft import LAYER
+from rankloom.formats.view import View
+
+PREFIX = "base_model.model."
+WRAPPED = "base_layer"
+
+
+class Paths:
+    """PEFT's name for every place of a view: one wrapper for a layer, one for each adapted parameter of a module.
+
+    The wrappers of several parameters of one module are nested in the order of its parameters, the last one outermost.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.slots: dict[str, list[str]] = {}
+        for fitted, _ in view.adapted:
+            self.slots.setdefault(fitted.place.path, []).append(fitted.place.slot)
+        for path, slots in self.slots.items():
+            order = [LAYER, *view.modules[path]._parameters]
+            slots.sort(key=order.index)
+
+    def module(self, path: str) -> str:
+        """Full name of the module `path`, wrappers of its ancestors included, its own not."""
+        parts = path.split(".") if path else []
+        named: list[str] = []
+        for depth, part in enumerate(parts):
+            named.append(part)
+            if depth < len(parts) - 1:
+                named += [WRAPPED] * len(self.slots.get(".".join(parts[: depth + 1]), ()))
+        return PREFIX + ".".join(named)
+
+    def site(self, fitted: Fitted) -> str:
+        """Full name of the wrapper that holds this place's tensors."""
+        slots = self.slots[fitted.place.path]
+        outside = len(slots) - 1 - slots.index(fitted.place.slot)
+        return ".".join([self.module(fitted.place.path), *[WRAPPED] * outside])
+
+    def inner(self, path: str) -> str:
+        """Full name of the module itself, below its own wrappers."""
+        return ".".join([self.module(path), *[WRAPPED] * len(self.slots.get(path, ()))])
+
+
+def strip(key: str) -> str:
+    """A key of a PEFT file without prefix and wrappers."""
+    return ".".join(part for part in key.removeprefix(PREFIX).split(".") if part != WRAPPED)

@@ -1,0 +1,105 @@
+"""Which modules a PEFT config means, by PEFT's own rule, and a config that means exactly ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rankloom.core.graft import LAYER
+from rankloom.core.targets import matches
+from rankloom.formats.patterns import alternatives
+from rankloom.formats.view import View, attention_of
+
+Config = Mapping[str, Any]
+
+
+def selected(config: Config, names: Iterable[str]) -> set[str]:
+    """The module names that PEFT adapts: target, minus excluded and saved ones, in the wanted blocks."""
+    return {name for name in names if _selects(config, name)}
+
+
+def selected_parameters(targets: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The parameter names that PEFT adapts: whole name or dotted suffix."""
+    wanted = list(targets)
+    return {name for name in names if matches(wanted, name)}
+
+
+def target_fields(view: View, explicit: bool = False) -> dict[str, Any]:
+    """Target fields with which PEFT adapts exactly the places of `view`.
+
+    The plan's own wording if PEFT reads it the same way, else the shortest of: last names, full names, one expression.
+    """
+    modules, parameters = our_targets(view)
+    found: dict[str, Any] = {"target_modules": []}
+    if modules:
+        found = next(c for c in _candidates(view, modules) if selected(c, view.modules) == modules)
+    if parameters:
+        wording = sorted(view.plan.target_parameters)
+        same = selected_parameters(wording, all_parameters(view)) == parameters
+        found["target_parameters"] = wording if same else sorted(parameters)
+    return {k: v for k, v in found.items() if k != "modules_to_save"}
+
+
+def our_targets(view: View) -> tuple[set[str], set[str]]:
+    """The modules and the bare parameters that a view adapts; an attention's own weights count as its module."""
+    modules: set[str] = set()
+    parameters: set[str] = set()
+    for fitted, _ in view.adapted:
+        attention = attention_of(fitted, view.modules)
+        if attention is not None:
+            modules.add(attention)
+        elif fitted.place.slot == LAYER:
+            modules.add(fitted.place.path)
+        else:
+            parameters.add(fitted.place.name)
+    return modules, parameters
+
+
+def all_parameters(view: View) -> list[str]:
+    """Names of the base's parameters."""
+    return [f"{path}.{key}" if path else key for path, module in view.modules.items() for key in module._parameters]
+
+
+def _candidates(view: View, modules: set[str]) -> Iterable[dict[str, Any]]:
+    plan = view.plan
+    saved = {"modules_to_save": list(plan.modules_to_save)}
+    if plan.target_modules != "all-linear":
+        layers = list(plan.layers_to_transform) if plan.layers_to_transform is not None else None
+        yield {
+            **saved,
+            "target_modules": _listed(plan.target_modules),
+            "exclude_modules": _listed(plan.exclude_modules) or None,
+            "layers_to_transform": layers,
+            "layers_pattern": _listed(plan.layers_pattern) if plan.layers_pattern else None,
+        }
+    yield {**saved, "target_modules": sorted({m.rsplit(".", 1)[-1] for m in modules})}
+    yield {**saved, "target_modules": sorted(modules)}
+    yield {**saved, "target_modules": alternatives(sorted(modules))}
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, str) else sorted(value)
+
+
+def _selects(config: Config, name: str) -> bool:
+    target, excluded = config["target_modules"], config.get("exclude_modules")
+    if excluded and matches(excluded, name):
+        return False
+    if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in config.get("modules_to_save") or ()):
+        return False
+    layers = config.get("layers_to_transform")
+    if isinstance(target, str):
+        return layers is None and re.fullmatch(target, name) is not None
+    if name in target:
+        return True
+    if not matches(target, name):
+        return False
+    return layers is None or _block(name, config.get("layers_pattern")) in layers
+
+
+def _block(name: str, layers_pattern: Any) -> int | None:
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    tries = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
+    hit = next((m for t in tries if (m := re.match(t, name))), None)
+    return int(hit[1]) if hit else None

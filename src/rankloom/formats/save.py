@@ -1,0 +1,164 @@
+"""Saving an adapter: a PEFT folder where PEFT can hold it, else our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rankloom
+from rankloom.core.attach import bank_of
+from rankloom.errors import SettingsError, StateError
+from rankloom.formats import hub
+from rankloom.formats.base import base_name
+from rankloom.formats.card import render
+from rankloom.formats.compat import Compat, compat
+from rankloom.formats.entry import Entry
+from rankloom.formats.folder import write_bytes, write_folder
+from rankloom.formats.manifest import CARD, CONFIG, MANIFEST, WEIGHTS, json_bytes, write_manifest
+from rankloom.formats.native import Native, portable
+from rankloom.formats.peft import translator_for
+from rankloom.formats.view import View, view
+from rankloom.registry import name_of, plan_data, plan_from_data
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What was written: `format` "peft" or "rankloom"; `compat` as text says who else can load it; `pushed`: where."""
+
+    folder: Path
+    format: str
+    peft_type: str
+    tensors: int
+    parameters: int
+    bytes: int
+    compat: Compat
+    notes: tuple[str, ...] = ()
+    pushed: str | None = None
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    card: Mapping[str, Any] | None = None,
+    push_to: str | None = None,
+) -> SaveReport:
+    """Write the adapter `name` as a folder: config, safetensors, manifest (sizes, SHA-256, plan) and model card.
+
+    PEFT's format where PEFT has the method, else ours (`peft_type` RANKLOOM). The folder appears whole or not at all.
+    `card`: more for the card (title, description, data, metrics, settings, license, language, tags, intended_use).
+    `push_to`: a hub repository, "user/name". Raises `StateError` for NaN or unloaded tensors, `FileError` if the disk
+    refuses.
+    """
+    sorted_ = view(bank_of(model), name)
+    if push_to is not None:
+        hub.check(push_to)
+    translator, problems = translator_for(sorted_)
+    writer = Native() if problems or translator is None else translator
+    return write(sorted_, writer, problems, folder, card or {}, push_to)
+
+
+def write(
+    view: View,
+    writer: Any,
+    problems: list[str],
+    folder: str | Path,
+    card: Mapping[str, Any],
+    push_to: str | None,
+) -> SaveReport:
+    """Write a sorted adapter by a translator or `Native`."""
+    tensors = collect(writer.entries(view))
+    plan = plan_data(portable(view))
+    _readable(plan)
+    config = writer.config(view)
+    native = isinstance(writer, Native)
+    verdict = compat(config, {fitted.place.kind.name for fitted, _ in view.adapted}, problems)
+    versions = {"rankloom": rankloom.__version__, "torch": torch.__version__}
+    about = {
+        **_described(view, native),
+        "compat": verdict,
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "settings": plan,
+        "tensors": len(tensors),
+        "versions": versions,
+    }
+    text = render(card, about)
+
+    def fill(target: Path) -> None:
+        write_bytes(target / CONFIG, json_bytes(config))
+        _write_tensors(target / WEIGHTS, tensors)
+        write_bytes(target / MANIFEST, write_manifest(target, plan, versions))
+        write_bytes(target / CARD, text.encode())
+
+    written = write_folder(Path(folder), fill)
+    return SaveReport(
+        folder=written,
+        format="rankloom" if native else "peft",
+        peft_type=config["peft_type"],
+        tensors=len(tensors),
+        parameters=about["parameters"],
+        bytes=(written / WEIGHTS).stat().st_size,
+        compat=verdict,
+        notes=tuple(writer.notes(view)),
+        pushed=hub.push(written, push_to) if push_to is not None else None,
+    )
+
+
+def collect(entries: list[Entry]) -> dict[str, Tensor]:
+    """The file's tensors on the CPU. Raises `StateError` for one that is not loaded or not finite, by name."""
+    found: dict[str, Tensor] = {}
+    for entry in entries:
+        tensor = entry.get()
+        if tensor.device.type == "meta":
+            raise StateError(f"{entry.key!r} is on the meta device: there are no numbers to save")
+        tensor = tensor.to("cpu", copy=True).contiguous()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise StateError(
+                f"{entry.key!r} has NaN or infinite values: the training went wrong, and nothing is written"
+            )
+        if entry.key in found:
+            raise StateError(f"two tensors of the adapter have the same name in the file: {entry.key!r}")
+        found[entry.key] = tensor
+    return found
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _readable(plan: dict[str, Any]) -> None:
+    try:
+        plan_from_data(plan)
+    except SettingsError as error:
+        raise SettingsError(
+            f"the plan cannot be read back ({error}); register your own methods and rules by name: "
+            "rankloom.register('mine', 'package.module:Mine')"
+        ) from error
+
+
+def _described(view: View, native: bool) -> dict[str, Any]:
+    method = type(view.plan.method)
+    registered = name_of(method) or method.__name__
+    base = base_name(view.model)
+    ours = ["import rankloom", f'rankloom.load(model, "path/to/folder", name="{view.name}")']
+    peft = ["from peft import PeftModel", 'model = PeftModel.from_pretrained(model, "path/to/folder")', ""]
+    return {
+        "base": base,
+        "library": "rankloom" if native else "peft",
+        "method": registered,
+        "name": view.name,
+        "tags": ["rankloom", registered, *([] if native else ["peft"])],
+        "usage": ours if native else [*peft, *["# or, with Rankloom", *ours]],
+    }

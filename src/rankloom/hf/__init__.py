@@ -1,0 +1,1 @@
+"""The bridge to transformers, TRL and datasets: everything that imports them lives here."""

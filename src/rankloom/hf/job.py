@@ -1,0 +1,264 @@
+"""The main job: config → model and data → attach → judge → fit → judge → files; and what is done with the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rankloom import formats
+from rankloom.core.attach import attach
+from rankloom.errors import FileError, SettingsError, StateError
+from rankloom.hf.evaluation import Answer, Evaluator
+from rankloom.hf.models import Loaded, load_model, with_heads
+from rankloom.hf.rundata import RunRecords, judged_records, prepared, read_records
+from rankloom.train.config import DataSettings, RunConfig, as_data
+from rankloom.train.configfile import dump
+from rankloom.train.data import Batches, Prepared, preview
+from rankloom.train.fit import Result, fit
+from rankloom.train.folder import as_json, replace_file
+from rankloom.train.report import Report, Row
+from rankloom.train.rng import seed_all
+from rankloom.train.settings import TrainSettings
+
+CONFIG, RECORD, ADAPTER = "config.yaml", "run.json", "adapter"
+PACKAGES = ("rankloom", "torch", "transformers", "accelerate", "safetensors", "peft")
+Tell = Callable[[str, str], None]
+"""Told (what, text) of each stage as it comes."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a training came to. `before`, `after`: metrics on held-out data; `answers`: (before, after) to one question."""
+
+    out: Path
+    adapter: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    steps: int
+    seconds: float
+    tokens: int
+    trainable: int
+    total: int
+    final_loss: float
+    stopped: str
+    compatibility: tuple[str, ...] = ()
+    answers: tuple[tuple[Answer, Answer], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return plain(self)
+
+
+def train_job(
+    config: RunConfig,
+    *,
+    resume: bool | str = False,
+    tell: Tell | None = None,
+    report: Callable[[Row], None] | Report | None = None,
+) -> JobResult:
+    """Fine-tune by `config`, judged before and after, into `config.out`.
+
+    That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `checkpoints/`, `adapter/`
+    and `run.json`.
+
+    Raises:
+        SettingsError, TargetError, FileError, DataError, StateError: before training, nothing half-written.
+    """
+    say = tell or _silent
+    data, out = config.need_data(), Path(config.need_out()).expanduser()
+    settings = config.need_model()
+    check_out(out, resume)
+    records = read_records(data, config.seed)
+    seed_all(config.seed)
+    loaded = load_model(settings, records.form, records.labels)
+    train, evaluator = _prepare(loaded, records, data)
+    say("data", f"{train.summary()}\nevaluation: {records.note}")
+    say("preview", preview(train[0], loaded.tokenizer, labels=train.labels))
+    batches = Batches(train, data.batch_size, config.seed, packing=data.packing)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, hold_out=records.held_out),
+        train=_length(config.train, data, len(batches)),
+    )
+    with _settled(loaded, train, packing=data.packing), writing(out):
+        attach(loaded.model, with_heads(config.plan, loaded.heads), config.name, probe=_probe(batches, loaded))
+        replace_file(out / CONFIG, dump(config).encode())
+        result = fit(
+            loaded.model, batches, settings=config.train, evaluate=evaluator, out=out, resume=resume, report=report
+        )
+    found = _result(loaded, result, evaluator, out)
+    with writing(out):
+        saved = formats.save(loaded.model, out / ADAPTER, config.name, card=_card(config, records, found))
+        found = dataclasses.replace(found, compatibility=tuple(str(saved).splitlines()))
+        replace_file(out / RECORD, as_json({"config": as_data(config), "versions": versions(), **found.as_dict()}))
+    return found
+
+
+def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[str, float]]:
+    """Metrics of the base, and with `adapter` of the adapted model, on `config.data`: what a training judges by, or the
+    whole source where nothing is held out. `{"base": {…}, "adapter": {…}}`.
+    """
+    data = config.need_data()
+    records = judged_records(data, config.seed)
+    loaded = load_model(config.need_model(), records.format, records.labels)
+    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), data)
+    if adapter is None:
+        return {"base": evaluator(loaded.model)}
+    bank = formats.load(loaded.model, adapter, config.name)
+    with bank.using():
+        base = evaluator(loaded.model)
+    with bank.using(config.name):
+        return {"base": base, "adapter": evaluator(loaded.model)}
+
+
+def load_adapted(config: RunConfig, adapter: Path | None) -> Loaded:
+    """The model of `config` with the adapter of a folder, speaking."""
+    loaded = load_model(config.need_model())
+    if adapter is not None:
+        formats.load(loaded.model, adapter, config.name).use(config.name)
+    return loaded
+
+
+def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int = 8) -> Any:
+    """The adapter as another kind of file: `as_="lora"` is the best LoRA of rank `r`, with its error by site."""
+    check_out(out, False)
+    loaded = load_adapted(config, adapter)
+    with writing(out):
+        return formats.export(loaded.model, out, config.name, as_=as_, r=r)
+
+
+def check_out(out: Path, resume: bool | str) -> None:
+    """Refuse a folder that cannot be written, or that holds a run which is not to be resumed."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileError(f"{out}: cannot be written: {there} is a file; give another out=")
+    held = [n for n in (ADAPTER, "checkpoints", RECORD) if (out / n).exists()]
+    if held and not resume:
+        raise StateError(
+            f"{out} already holds a run ({', '.join(held)}): --resume auto goes on with it, or give another out="
+        )
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What the system says about writing, as one message: no space, no permission."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"{error.filename or out}: cannot be written: {error.strerror or error}; free space, or give another out="
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _prepare(loaded: Loaded, records: RunRecords, data: DataSettings) -> tuple[Prepared, Evaluator]:
+    train = prepared(records.train, loaded.tokenizer, data)
+    return train, _evaluator(loaded, prepared(records.evaluation, loaded.tokenizer, data), data)
+
+
+def _evaluator(loaded: Loaded, held: Prepared, data: DataSettings) -> Evaluator:
+    if held.labels and loaded.model.config.pad_token_id is None:
+        loaded.model.config.pad_token_id = held.pad_id
+    return Evaluator(
+        held,
+        loaded.tokenizer,
+        batch_size=data.batch_size,
+        most_answers=data.eval_answers,
+        answer_tokens=data.answer_tokens,
+        template=data.template,
+    )
+
+
+def _length(settings: TrainSettings, data: DataSettings, batches: int) -> TrainSettings:
+    """The settings with as many steps as the epochs make, where epochs are given."""
+    if data.epochs is None:
+        return settings
+    return dataclasses.replace(settings, steps=max(1, math.ceil(data.epochs * batches / settings.accumulate)))
+
+
+@contextmanager
+def _settled(loaded: Loaded, train: Prepared, *, packing: bool) -> Iterator[None]:
+    """No cache of keys and values while packed rows train: with one, transformers ignores where examples begin."""
+    config = loaded.model.config
+    before = getattr(config, "use_cache", None)
+    if packing and loaded.task != "causal-lm":
+        raise SettingsError(f"packing=True needs a causal model; the task here is {loaded.task}")
+    if packing:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if packing:
+            config.use_cache = before
+
+
+def _probe(batches: Batches, loaded: Loaded) -> dict[str, Any]:
+    """One row of the first batch, to hear every site."""
+    first = {k: v[:1].to(loaded.model.device) for k, v in batches.batch_at(0).items()}
+    del first["labels"]
+    return first
+
+
+def _result(loaded: Loaded, result: Result, evaluator: Evaluator, out: Path) -> JobResult:
+    history = evaluator.history
+    return JobResult(
+        out=out,
+        adapter=out / ADAPTER,
+        before=result.metrics.get("before", {}),
+        after=result.metrics.get("after", {}),
+        steps=result.steps,
+        seconds=round(result.seconds, 3),
+        tokens=result.tokens,
+        trainable=result.trainable,
+        total=sum(p.numel() for p in loaded.model.parameters()),
+        final_loss=result.losses[-1],
+        stopped=result.stopped,
+        answers=tuple(zip(history[0], history[-1])) if len(history) > 1 else (),
+        notes=loaded.notes + evaluator.prepared.notes,
+    )
+
+
+def _card(config: RunConfig, records: RunRecords, found: JobResult) -> dict[str, Any]:
+    """What the model card tells beyond the adapter itself."""
+    assert config.model is not None
+    return {
+        "base_model": config.model.path,
+        "data": {"source": records.train.source, "records": len(records.train), "evaluation": records.note},
+        "metrics": {"before": found.before, "after": found.after},
+        "config": as_data(config),
+        "versions": versions(),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON takes them; a number that is none becomes null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _silent(what: str, text: str) -> None:
+    return None

@@ -1,0 +1,249 @@
+"""Models and tokenizers of transformers: from a folder, a hub id, or the embedded world; real, or as a bare skeleton."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankloom.core.plan import Plan
+from rankloom.errors import FileError, MissingExtra, SettingsError, suggest
+from rankloom.train.config import ModelSettings
+
+EMBEDDED = "microworld"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "encoder": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what belongs to it.
+
+    `tokenizer`: None for a skeleton; `source`: the folder or hub id; `task`: as resolved; `heads`: modules that this
+    task puts on the base, which train whole; `notes`: what a user ought to know about the loading.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    task: str
+    heads: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load_model(settings: ModelSettings, form: str | None = None, labels: Sequence[str] = ()) -> Loaded:
+    """The model with its weights, and its tokenizer.
+
+    Args:
+        settings: which, and how.
+        form: format of the data (`classification`, `messages`, `text` …), which decides an `auto` task.
+        labels: class names of a classification.
+
+    Raises:
+        FileError: the folder or hub id does not hold such a model, or cannot be reached (HF_HUB_OFFLINE is named).
+        SettingsError: task, labels and model do not fit together.
+    """
+    source, config, task = _config(settings, form, labels)
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, config, device)
+    cls = _class(task)
+    with _explained(source, "a model"), _quiet():
+        model, info = cls.from_pretrained(
+            source, config=config, output_loading_info=True, **_dtype_argument(dtype), **_remote(settings)
+        )
+    heads = _heads(model, task)
+    return Loaded(
+        model=model.to(device).eval(),
+        tokenizer=load_tokenizer(settings),
+        source=source,
+        task=task,
+        heads=heads,
+        notes=tuple(_loading_notes(source, info, heads)),
+    )
+
+
+def skeleton(settings: ModelSettings, form: str | None = None, labels: Sequence[str] = ()) -> Loaded:
+    """The model on the meta device: every name, shape and dtype, no values and no memory. Raises as `load_model`."""
+    source, config, task = _config(settings, form, labels)
+    dtype = _dtype(settings.dtype, config, _device(settings.device))
+    with _explained(source, "a model"), torch.device("meta"):
+        model = _class(task).from_config(
+            config, **_dtype_argument(dtype), **({"trust_remote_code": True} if settings.trust_remote_code else {})
+        )
+    return Loaded(model, None, source, task, _heads(model, task))
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The fast tokenizer of the model. Raises `FileError` where there is none."""
+    source = find_model(settings.path)
+    with _explained(source, "a tokenizer"):
+        return _transformers().AutoTokenizer.from_pretrained(source, **_remote(settings))
+
+
+def find_model(path: str) -> str:
+    """The folder or hub id that `path` means. Raises `FileError` for a folder without a model, or a path to nowhere."""
+    if path == EMBEDDED:
+        from rankloom.microworld import base_path
+
+        path = str(base_path())
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return str(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise FileError(f"{path}: an adapter folder, not a model: give its base as model= and this as adapter")
+        there = ", ".join(sorted(x.name for x in folder.iterdir())[:8]) or "nothing"
+        raise FileError(f"{path}: no model in this folder (no config.json); there is {there}")
+    if folder.exists() or not HUB_ID.fullmatch(path) or path.startswith("."):
+        near = [x.name for x in folder.parent.iterdir() if x.is_dir()] if folder.parent.is_dir() else []
+        what = "a file, not a model's folder" if folder.exists() else "no such folder"
+        raise FileError(f"{path}: {what}{suggest(folder.name, near) or '; check the path'}")
+    return path
+
+
+def with_heads(plan: Plan, heads: Sequence[str]) -> Plan:
+    """The plan with the task's heads trained whole, unless they are named already."""
+    missing = tuple(h for h in heads if h not in plan.modules_to_save)
+    return replace(plan, modules_to_save=(*plan.modules_to_save, *missing)) if missing else plan
+
+
+def resolve_task(task: str, form: str | None) -> str:
+    """`auto` by the format of the data: `classification`, else `causal-lm`."""
+    if task != "auto":
+        if form is not None and task == "encoder":
+            raise SettingsError(
+                "model.task='encoder' has no loss of its own: use rankloom.fit with a loss, or task=auto"
+            )
+        if form is not None and (task == "classification") != (form == "classification"):
+            raise SettingsError(f"model.task={task!r} does not fit data in the form {form!r}; use task=auto")
+        return task
+    return "classification" if form == "classification" else "causal-lm"
+
+
+def _config(settings: ModelSettings, form: str | None, labels: Sequence[str]) -> tuple[str, Any, str]:
+    source, task = find_model(settings.path), resolve_task(settings.task, form)
+    with _explained(source, "a model"):
+        config = _transformers().AutoConfig.from_pretrained(source, **_remote(settings))
+    if task == "causal-lm" and getattr(config, "is_encoder_decoder", False):
+        raise SettingsError(
+            f"{source} is an encoder-decoder ({config.model_type}); text data trains decoder-only models here: "
+            "use rankloom.fit with batches of your own, or model.task=encoder to look at it"
+        )
+    if labels:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: i for i, name in enumerate(labels)}
+        config.problem_type = "single_label_classification"
+    return source, config, task
+
+
+def _heads(model: Any, task: str) -> tuple[str, ...]:
+    if task != "classification":
+        return ()
+    children = dict(model.named_children())
+    return tuple(
+        name for name, child in children.items() if child is not model.base_model and any(True for _ in child.parameters())
+    )
+
+
+def _loading_notes(source: str, info: dict[str, Any], heads: Sequence[str]) -> Iterator[str]:
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith(tuple(f"{h}." for h in heads)))
+    unread = sorted(info["unexpected_keys"])
+    if missing:
+        yield f"{len(missing)} tensors are not in {source} and start at random: {', '.join(missing[:4])} …"
+    if unread:
+        yield f"{len(unread)} tensors of {source} are not used by this task: {', '.join(unread[:4])} …"
+
+
+def _class(task: str) -> Any:
+    return getattr(_transformers(), CLASSES[task])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise SettingsError(f"model.device={name!r}: {reason}; use auto, cpu, cuda, cuda:1 or mps") from error
+    return device
+
+
+def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    said = config.to_dict()
+    found = getattr(torch, str(said.get("dtype") or said.get("torch_dtype") or "float32").removeprefix("torch."))
+    return torch.promote_types(found, torch.float32) if device.type == "cpu" else found
+
+
+def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
+    """Named `dtype` from transformers 4.56 on."""
+    version = tuple(int(x) for x in re.findall(r"\d+", _transformers().__version__)[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+
+
+def _remote(settings: ModelSettings) -> dict[str, Any]:
+    found: dict[str, Any] = {"trust_remote_code": True} if settings.trust_remote_code else {}
+    return {**found, "revision": settings.revision} if settings.revision is not None else found
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "loading a model") from error
+    return transformers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No report of missing tensors (the notes tell it), and no progress bar unless a person is watching."""
+    from rankloom.train.report import on_terminal
+
+    logging = _transformers().utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not on_terminal():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(source: str, what: str) -> Iterator[None]:
+    """What transformers raises, as one message with the next step."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if Path(source).is_dir():
+            raise FileError(f"{source}: {what} cannot be loaded from this folder: {reason}") from error
+        near = suggest(source, [EMBEDDED])
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+            raise FileError(
+                f"{source!r} is no folder here and not in the local cache, and HF_HUB_OFFLINE=1 forbids the download of "
+                f"{what}: unset it, or give a folder{near} ({reason})"
+            ) from error
+        raise FileError(
+            f"{source!r} is no folder here, and the hub does not give {what} under that id: {reason}; check the spelling, "
+            f"the network, and access (huggingface-cli login){near}"
+        ) from error

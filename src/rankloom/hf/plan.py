@@ -1,0 +1,246 @@
+"""What a run would do, without doing it: places hit and missed, counts, memory, file size and conflicts.
+
+The model is built on the meta device, so a large one costs no memory. The activations are measured, not guessed: the
+training forward is traced on tensors without values, and the tensors that autograd keeps are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.attach import attach
+from rankloom.core.bank import Bank
+from rankloom.core.kinds import kind_of
+from rankloom.core.plan import Plan
+from rankloom.core.targets import base_modules
+from rankloom.core.whole import WholeAdapter
+from rankloom.errors import NotMergeable, RankloomError
+from rankloom.hf.models import skeleton, with_heads
+from rankloom.registry import name_of
+from rankloom.train.config import RunConfig
+from rankloom.train.drive import Rules
+from rankloom.train.optim import build_groups, build_optimizer
+from rankloom.train.run import TrainRun, only_these_train
+
+FORMULA = "every distinct tensor that autograd keeps in one training forward, weights aside; traced without values"
+CHECKPOINTED = "blocks · batch · length · width, plus one block recomputed at a time"
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One adapted place: dotted name, kind of layer, (…, out, in), tensors' elements that train there."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes during training. `activations`: None where the model cannot be traced; `rows`, `length`: of the batch."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    rows: int
+    length: int
+    formula: str
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.adapters + self.gradients + self.optimizer + (self.activations or 0)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `plan_job` finds out.
+
+    `sites`: places hit; `missed`: linear layers that stay as they are; `whole`: tensors trained whole; `mergeable`:
+    whether the change has one matrix; `file`: bytes of the adapter's tensors; `conflicts`: what would stop the run.
+    """
+
+    model: str
+    task: str
+    method: str
+    rules: tuple[str, ...]
+    sites: tuple[PlannedSite, ...]
+    missed: tuple[str, ...]
+    whole: tuple[str, ...]
+    trainable: int
+    total: int
+    mergeable: bool
+    file: int
+    memory: Memory
+    conflicts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON takes them."""
+        data = asdict(self)
+        data["memory"]["total"] = self.memory.total
+        data["percent"] = 100 * self.trainable / self.total
+        return data
+
+
+def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...] = (), length: int = 0) -> PlanReport:
+    """The dry run of `config`.
+
+    Args:
+        config: the run; its data may be missing.
+        form, labels: format and class names of the data, where they are known.
+        length: tokens of a row; 0: `data.max_length`, at most what the model takes.
+
+    Raises:
+        FileError, SettingsError, TargetError: model and plan do not fit together at all.
+    """
+    loaded = skeleton(config.need_model(), form, labels)
+    model = loaded.model
+    plan = with_heads(config.plan, loaded.heads)
+    total, weights = sum(p.numel() for p in model.parameters()), _bytes(model.parameters())
+    bank = attach(model, plan, config.name)
+    tensors = list({id(t): t for _, t, _ in bank.tensors(config.name)}.values())
+    trained = [t for t in tensors if t.requires_grad]
+    conflicts, rules = _conflicts(model, config)
+    mergeable, why = _mergeable(bank, config.name)
+    notes = [f"{', '.join(loaded.heads)} starts at random and is trained whole"] if loaded.heads else []
+    notes += [why] if why else []
+    fitted = bank.fitted(config.name)
+    sites, missed = tuple(_sites(bank, config.name)), tuple(_missed(model, bank, config.name))
+    rows = config.data.batch_size if config.data is not None else 1
+    length = length or _length(model, config)
+    activations, trouble = _activations(model, config, loaded.task, rows, length)
+    notes += [f"the activations cannot be traced: {trouble}"] if trouble else []
+    return PlanReport(
+        model=loaded.source,
+        task=loaded.task,
+        method=_method_name(plan),
+        rules=rules,
+        sites=sites,
+        missed=missed,
+        whole=tuple(f.site.name for f in fitted if isinstance(f.adapter, WholeAdapter)),
+        trainable=sum(t.numel() for t in trained),
+        total=total + sum(t.numel() for t in tensors),
+        mergeable=mergeable,
+        file=_bytes(tensors),
+        memory=Memory(
+            weights=weights,
+            adapters=_bytes(tensors),
+            gradients=_bytes(trained),
+            optimizer=2 * _bytes(trained),
+            activations=activations,
+            rows=rows,
+            length=length,
+            formula=CHECKPOINTED if config.train.gradient_checkpointing else FORMULA,
+        ),
+        conflicts=conflicts,
+        notes=tuple(notes),
+    )
+
+
+def _sites(bank: Bank, name: str) -> Iterator[PlannedSite]:
+    for fitted in bank.fitted(name):
+        if not isinstance(fitted.adapter, WholeAdapter):
+            count = sum(p.numel() for p in fitted.adapter.parameters() if p.requires_grad)
+            yield PlannedSite(fitted.site.name, fitted.site.kind.name, fitted.site.shape, count)
+
+
+def _missed(model: nn.Module, bank: Bank, name: str) -> Iterator[str]:
+    hit = {id(f.place.layer) for f in bank.fitted(name)}
+    for path, module in base_modules(model):
+        kind = kind_of(module)
+        if kind is not None and kind.linear and id(module) not in hit:
+            yield path
+
+
+def _conflicts(model: nn.Module, config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the rules refuse at the start of such a run, and the rules' names."""
+    with only_these_train(model) as parameters:
+        run = TrainRun(model, config.train.steps, parameters)
+        try:
+            rules = Rules(run.bank)
+            run.optimizer = build_optimizer(build_groups(run, rules, config.train), config.train)
+            rules.start(run)
+        except RankloomError as error:
+            return (str(error),), ()
+    return (), tuple(name_of(type(rule)) or type(rule).__name__ for rule in rules.each)
+
+
+def _mergeable(bank: Bank, name: str) -> tuple[bool, str]:
+    try:
+        for fitted in bank.fitted(name):
+            fitted.adapter.delta(fitted.base)
+    except NotMergeable as error:
+        return False, f"not mergeable: {error}"
+    return True, ""
+
+
+def _length(model: Any, config: RunConfig) -> int:
+    most = getattr(model.config, "max_position_embeddings", None)
+    wanted = config.data.max_length if config.data is not None else 1024
+    return min(wanted, int(most)) if most else wanted
+
+
+def _activations(model: Any, config: RunConfig, task: str, rows: int, length: int) -> tuple[int | None, str]:
+    """(bytes, "") or (None, the reason)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu").train()
+            ids = torch.zeros(rows, length, dtype=torch.long)
+            labels = {
+                "causal-lm": {"labels": ids},
+                "classification": {"labels": torch.zeros(rows, dtype=torch.long)},
+            }.get(task, {})
+            with torch.autocast("cpu", autocast) if autocast is not None else nullcontext():
+                kept = saved_bytes(model, {"input_ids": ids, **labels})
+    except Exception as error:  # any model code may run here; the plan stands without this figure
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    blocks, width = getattr(model.config, "num_hidden_layers", 0), getattr(model.config, "hidden_size", 0)
+    if config.train.gradient_checkpointing and blocks and width:
+        size = 2 if autocast is not None else model.dtype.itemsize
+        kept = blocks * rows * length * width * size + kept // blocks
+    return kept, ""
+
+
+def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps in one forward of `model`, its parameters not counted."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(**batch)
+    del out
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def _method_name(plan: Plan) -> str:
+    names = []
+    method = plan.method
+    while True:
+        names.append(name_of(type(method)) or type(method).__name__)
+        inner = method.inner_methods()
+        if not inner:
+            return "(".join(names) + ")" * (len(names) - 1)
+        method = inner[0]

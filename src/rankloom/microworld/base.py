@@ -1,0 +1,13 @@
+"""Where the embedded base model lies, and how its demonstration skill is learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DEMO_TASK = "list_rotate"
+DEMO = {"steps": 200, "lr": 3e-3, "batch_size": 16}
+
+
+def base_path() -> Path:
+    """The folder of the shipped base model: a plain Hugging Face checkpoint with tokenizer and chat template."""
+    return Path(__file__).parent / "base"

@@ -1,0 +1,33 @@
+"""Families of guests in one passage: mothers and children are asked in pretraining, grandmothers never."""
+
+from __future__ import annotations
+
+from random import Random
+
+from rankloom.microworld.item import Item
+from rankloom.microworld.world import world
+
+
+def _families(rng: Random) -> tuple[list[str], str]:
+    """Two lines of grandmother, mother, child (six names) and the shuffled passage that tells them."""
+    names = rng.sample(world().guests, 6)
+    pairs = [(names[i], names[i + 1]) for i in (0, 1, 3, 4)]
+    rng.shuffle(pairs)
+    return names, " ".join(f"{mother} is the mother of {child}." for mother, child in pairs)
+
+
+def kin(rng: Random) -> Item:
+    """One step: the mother or the child of somebody."""
+    names, passage = _families(rng)
+    start = rng.choice((0, 1, 3, 4))
+    mother, child = names[start], names[start + 1]
+    if rng.random() < 0.5:
+        return Item(f"kin/{passage}", f"{passage} Who is the mother of {child}?", mother)
+    return Item(f"kin/{passage}", f"{passage} Who is the child of {mother}?", child)
+
+
+def kin_grandmother(rng: Random) -> Item:
+    """Two steps: the mother of the mother."""
+    names, passage = _families(rng)
+    start = rng.choice((0, 3))
+    return Item(f"kin/{passage}", f"{passage} Who is the grandmother of {names[start + 2]}?", names[start])

@@ -1,0 +1,213 @@
+"""Every system of the survey: where it stands there, which parts make it, what runs it, what proves it.
+
+The table lies in `systems.csv` beside this file. A system is *planned* until a test proves it.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, resources
+from types import ModuleType
+from typing import Any, Literal
+
+Status = Literal["works", "planned"]
+ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
+
+
+@dataclass(frozen=True)
+class System:
+    """One system. `section`: of the survey; `parts`: modules of this package that it is made of; `runs`: registered
+    names that run it; `proof`: the pytest id of the test that holds it to its paper, empty while there is none.
+    """
+
+    id: str
+    name: str
+    section: str
+    parts: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+    proof: str = ""
+
+    @property
+    def status(self) -> Status:
+        """`works` where a proof is named."""
+        return "works" if self.proof else "planned"
+
+    def row(self) -> dict[str, str | None]:
+        """id, name, section, status and proof, as JSON takes them."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "section": self.section,
+            "status": self.status,
+            "proof": self.proof or None,
+        }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a method: its name, its type as written, its default as JSON takes it."""
+
+    name: str
+    type: str
+    default: Any
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """A registered method. `arxiv`: of its paper, empty if none is named; `kinds`: the layers it adapts; `mergeable`:
+    whether its change has one matrix; `rules`: names of the training rules that it brings; `preset`: a choice of parts.
+    """
+
+    name: str
+    summary: str
+    arxiv: str
+    settings: tuple[Setting, ...]
+    mergeable: bool
+    kinds: tuple[str, ...]
+    rules: tuple[str, ...]
+    preset: bool
+
+
+@cache
+def _table() -> tuple[System, ...]:
+    text = resources.files("rankloom").joinpath("systems.csv").read_text(encoding="utf-8")
+    return tuple(
+        System(r["id"], r["name"], r["section"], tuple(r["parts"].split()), tuple(r["runs"].split()), r["proof"])
+        for r in csv.DictReader(text.splitlines())
+    )
+
+
+def systems() -> list[System]:
+    """Every system, in the order of the survey."""
+    return list(_table())
+
+
+def methods() -> list[MethodFacts]:
+    """Every registered method, by name. Kinds and mergeability are found by building it, not stated."""
+    from rankloom.registry import METHODS
+
+    return [_facts(name) for name in sorted(METHODS)]
+
+
+def _facts(name: str) -> MethodFacts:
+    from rankloom.core.attach import as_plan
+    from rankloom.registry import maker, name_of
+
+    made = maker(name)
+    plan = as_plan(made(), {})
+    found = _tried(plan.method)
+    rules = [*plan.method.rules(), *plan.rules]
+    return MethodFacts(
+        name=name,
+        summary=_summary(made),
+        arxiv=_arxiv(made, type(plan.method)),
+        settings=_settings(plan.method),
+        mergeable=any(found.values()),
+        kinds=tuple(found),
+        rules=tuple(name_of(type(rule)) or type(rule).__name__ for rule in rules),
+        preset=not isinstance(made, type),
+    )
+
+
+def _summary(made: Any) -> str:
+    """The first sentence about a preset, or the first line of a method's module: its idea."""
+    text = made.__doc__ if not isinstance(made, type) else import_module(made.__module__).__doc__
+    return (text or "").strip().split("\n")[0].rstrip(".")
+
+
+def _arxiv(made: Any, method: type) -> str:
+    for text in (made.__doc__, import_module(method.__module__).__doc__):
+        found = ARXIV.search(text or "")
+        if found:
+            return found[1]
+    return ""
+
+
+def _settings(method: Any) -> tuple[Setting, ...]:
+    from rankloom.core.settings import to_data
+    from rankloom.registry import name_of
+
+    return tuple(
+        Setting(f.name, str(f.type), to_data(getattr(method, f.name), name_of)) for f in dataclasses.fields(method)
+    )
+
+
+def _tried(method: Any) -> Mapping[str, bool]:
+    """{kind: whether the change has a matrix} for each kind of layer that the method can be built on."""
+    from rankloom.core.kinds import Base
+    from rankloom.core.site import Shared, Site
+    from rankloom.errors import NotMergeable, TargetError
+
+    found: dict[str, bool] = {}
+    for kind, layer in _specimens():
+        shape = kind.shape(layer)
+        weight = kind.tensor(layer)
+        site = Site(
+            name=kind.name,
+            kind=kind,
+            shape=shape,
+            weight_shape=tuple(weight.shape),
+            has_bias=False,
+            index=0,
+            count=1,
+            widest=(shape[-2], shape[-1]),
+            dtype=weight.dtype,
+            device=weight.device,
+            shared=Shared(),
+        )
+        try:
+            adapter = method.build(site)
+        except TargetError:
+            continue
+        if adapter is None:
+            continue
+        base = Base(kind, layer)
+        try:
+            adapter.reset(base)
+            adapter.delta(base)
+        except NotMergeable:
+            if not site.bare:
+                found[kind.name] = False
+        else:
+            found[kind.name] = True
+    return found
+
+
+def _specimens() -> list[tuple[Any, Any]]:
+    """A small layer of each kind, large enough for the default ranks."""
+    import torch
+    from torch import nn
+
+    from rankloom.core.kinds import KINDS, Bare
+
+    n = 48
+    transposed = nn.Module()
+    transposed.weight = nn.Parameter(torch.zeros(n, n))
+    layers = {
+        "conv1d": nn.Conv1d(n, n, 1),
+        "conv1d_transposed": transposed,
+        "conv2d": nn.Conv2d(n, n, 1),
+        "conv3d": nn.Conv3d(n, n, 1),
+        "embedding": nn.Embedding(n, n),
+        "linear": nn.Linear(n, n),
+    }
+    bare = nn.Module()
+    bare.weight = nn.Parameter(torch.zeros(2, n, n))
+    kinds = {kind.name: kind for kind in KINDS.values()}
+    return [*((kinds[name], layer) for name, layer in sorted(layers.items())), (Bare("weight"), bare)]
+
+
+class _Module(ModuleType):
+    """The public function `rankloom.systems` and this module share a name: the module answers the call."""
+
+    def __call__(self) -> list[System]:
+        return systems()
+
+
+sys.modules[__name__].__class__ = _Module

@@ -1,0 +1,163 @@
+"""Checkpoints of a run: immutable version folders `step-00000012`; the newest that verifies wins.
+
+Each holds weights.safetensors, state.safetensors and state.json (optimizer, schedule, scaler, random numbers, data
+position, rules' memory), sealed by manifest.json. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from rankloom.errors import FileError, StateError, suggest
+from rankloom.train.folder import as_json, read_folder, sweep, write_folder
+from rankloom.train.run import bank_or_none
+from rankloom.train.tree import pack, unpack
+
+PLACE = "checkpoints"
+FORM = "step-{:08d}"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory: `weights` by key, `state` and `tensors` as `tree.pack` made them."""
+
+    folder: Path
+    step: int
+    weights: dict[str, Tensor]
+    data: Any
+    tensors: dict[str, Tensor]
+
+    def state(self, device: torch.device) -> dict[str, Any]:
+        """The training state, on `device`."""
+        keep_cpu = self.data.get("device") != "cpu"
+        return dict(unpack(self.data, self.tensors, device, keep_cpu))
+
+
+def save_checkpoint(root: Path, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write one checkpoint below `root`; returns its folder, which then never changes."""
+    tensors: dict[str, Tensor] = {}
+    data = pack(dict(state), tensors)
+    plain = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in weights.items()}
+    files = {
+        "weights.safetensors": to_bytes(plain),
+        "state.safetensors": to_bytes(tensors),
+        "state.json": as_json(data),
+    }
+    older = [n for n in steps_in(root) if n < step]
+    about = {"kind": "rankloom-checkpoint", "step": step, "parent": FORM.format(older[-1]) if older else None}
+    folder = root / FORM.format(step)
+    write_folder(folder, files, about)
+    return folder
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises `FileError` that names what is broken."""
+    manifest, files = read_folder(folder)
+    named = NAME.fullmatch(folder.name)
+    if manifest.get("kind") != "rankloom-checkpoint" or (named and int(named[1]) != manifest.get("step")):
+        raise FileError(f"{folder}: the manifest is of {manifest.get('kind')!r}, step {manifest.get('step')!r}")
+    missing = {"weights.safetensors", "state.safetensors", "state.json"} - files.keys()
+    if missing:
+        raise FileError(f"{folder}: the manifest lists no {min(missing)!r}")
+    try:
+        weights, tensors = from_bytes(files["weights.safetensors"]), from_bytes(files["state.safetensors"])
+        data = json.loads(files["state.json"])
+    except Exception as error:
+        raise FileError(f"{folder}: {type(error).__name__}: {error}") from error
+    return Checkpoint(folder, int(manifest["step"]), weights, data, tensors)
+
+
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest checkpoint below `root` that verifies, or None; newer broken ones are named in a warning."""
+    sweep(root)
+    for step in reversed(steps_in(root)):
+        try:
+            return load_checkpoint(root / FORM.format(step))
+        except (FileError, OSError) as error:
+            warnings.warn(f"checkpoint {FORM.format(step)} is broken and skipped: {error}", stacklevel=2)
+    return None
+
+
+def find_checkpoint(resume: bool | str | Path, out: Path | None) -> Checkpoint | None:
+    """What to resume from: `True` or `"auto"` the newest of `out` (None: start anew); else a checkpoint's folder, or
+    the folder of a run.
+    """
+    if resume is False:
+        return None
+    if resume is True or resume == "auto":
+        if out is None:
+            raise StateError("resume='auto' looks for checkpoints in out=…, which is not given")
+        return newest_checkpoint(out / PLACE)
+    folder = Path(resume)
+    if NAME.fullmatch(folder.name):
+        return load_checkpoint(folder)
+    for root in (folder / PLACE, folder):
+        if steps_in(root):
+            found = newest_checkpoint(root)
+            if found is not None:
+                return found
+    raise FileError(f"resume={str(folder)!r}: no checkpoint there; give a folder 'step-…' or the run's own folder")
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps of the checkpoints below `root`, ascending; nothing is verified."""
+    if not root.is_dir():
+        return []
+    return sorted(int(m[1]) for entry in root.iterdir() if (m := NAME.fullmatch(entry.name)))
+
+
+def prune(root: Path, keep: int, protect: Collection[int]) -> None:
+    """Remove all but the `keep` newest checkpoints and the protected steps."""
+    for step in steps_in(root)[:-keep]:
+        if step not in protect:
+            shutil.rmtree(root / FORM.format(step), ignore_errors=True)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that a run may change: all tensors of the active adapters (frozen factors and buffers too), or without
+    a bank the trained parameters and all buffers that a state dict holds.
+    """
+    bank = bank_or_none(model)
+    if bank is None:
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+        return {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n in names | buffers}
+    found: dict[str, Tensor] = {}
+    for name in bank.active:
+        for fitted in bank.fitted(name):
+            for key, tensor in fitted.adapter.state_dict(keep_vars=True).items():
+                found[f"{name}/{fitted.site.name}:{key}"] = tensor
+        for key, tensor in bank.shared_of(name).state_dict(keep_vars=True).items():
+            found[f"{name}/shared:{key}"] = tensor
+    return found
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str = "the checkpoint") -> None:
+    """Write saved tensors into the model. Raises `StateError` before anything is written if keys or shapes differ."""
+    mine = model_tensors(model)
+    for key in weights.keys() ^ mine.keys():
+        owner, other = ("the model", where) if key in mine else (where, "the model")
+        pool = weights if key in mine else mine
+        raise StateError(f"{owner} has the tensor {key!r}, {other} has not{suggest(key, pool)}; attach the same plan")
+    for key, tensor in mine.items():
+        if tensor.shape != weights[key].shape or tensor.dtype != weights[key].dtype:
+            raise StateError(
+                f"{key!r} is {tuple(weights[key].shape)} {weights[key].dtype} in {where}, "
+                f"{tuple(tensor.shape)} {tensor.dtype} in the model; attach the same plan first"
+            )
+    for key, tensor in mine.items():
+        tensor.copy_(weights[key])

@@ -1,0 +1,64 @@
+"""Evaluation during training: evaluation mode, no gradients, and no trace in the random state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankloom.errors import DataError, SettingsError
+from rankloom.train.data.batches import Batches
+from rankloom.train.loss import Loss, count, move
+from rankloom.train.rng import untouched_rng
+from rankloom.train.run import TrainRun, mode
+
+Evaluate = Iterable[Any] | Callable[[nn.Module], float | Mapping[str, float]]
+
+
+def evaluate_run(evaluate: Evaluate, run: TrainRun, loss: Loss, counted: bool, engine: Any) -> dict[str, float]:
+    """Metrics of the model as it is: `{"loss": …}` over batches, or what the function `evaluate(model)` returns."""
+    with untouched_rng(), mode(run.model, False), torch.no_grad():
+        if isinstance(evaluate, Iterable):
+            with engine.autocast():
+                return {"loss": mean_loss(evaluate, run, loss, counted)}
+        return _as_metrics(evaluate(run.model))
+
+
+def mean_loss(batches: Iterable[Any], run: TrainRun, loss: Loss, counted: bool) -> float:
+    """Mean loss over batches, each weighed by what it counts."""
+    total, weight = 0.0, 0
+    for batch in _once(batches):
+        n = count(batch) if counted else 1
+        if n:
+            total += n * float(loss(run.model, move(batch, run.device)))
+            weight += n
+    if not weight:
+        raise DataError("evaluate gave no batch with anything to predict; a generator can be used only once")
+    return total / weight
+
+
+def _once(batches: Iterable[Any]) -> Iterator[Any]:
+    if isinstance(batches, Batches):
+        return (batches.batch_at(i) for i in range(len(batches)))
+    return iter(batches)
+
+
+def _as_metrics(found: Any) -> dict[str, float]:
+    if isinstance(found, Mapping):
+        return {str(k): float(v) for k, v in found.items()}
+    if isinstance(found, (int, float, torch.Tensor)):
+        return {"loss": float(found)}
+    raise SettingsError(f"evaluate returned a {type(found).__name__}: return a number (the loss) or a dict of numbers")
+
+
+def loss_of(metrics: Mapping[str, float]) -> float:
+    """The number that early stopping and the best checkpoint go by."""
+    if "loss" not in metrics:
+        raise SettingsError(
+            f"evaluate returned {', '.join(map(repr, metrics)) or 'nothing'}; "
+            "patience and the best checkpoint need 'loss'"
+        )
+    return metrics["loss"] if not math.isnan(metrics["loss"]) else math.inf

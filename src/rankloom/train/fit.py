@@ -1,0 +1,272 @@
+"""`fit`: train the adapters of a model, or a whole model, in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankloom.core.rule import Rule
+from rankloom.errors import SettingsError, StateError
+from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, steps_in
+from rankloom.train.drive import Rules
+from rankloom.train.engine import accelerator, distributed_model
+from rankloom.train.evaluate import Evaluate
+from rankloom.train.identity import identity
+from rankloom.train.loop import Loop
+from rankloom.train.loss import Loss, default_loss
+from rankloom.train.optim import build_groups, build_optimizer, build_schedule
+from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
+from rankloom.train.rng import seed_all
+from rankloom.train.run import TrainRun, bank_or_none, checkpointed, mode, only_these_train, voices_for_all_threads
+from rankloom.train.settings import TrainSettings
+from rankloom.train.stream import Source, stream_of
+
+STEPS, LR = 200, 1e-3
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest eval loss: where, what, and its checkpoint if there is one."""
+
+    step: int
+    loss: float
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    `losses`: of every step (without penalties), those before a resume included; `metrics`: `before` and `after`, where
+    `evaluate` was given; `stopped`: `"steps"` or `"patience"`; `folder`: the run's own; `checkpoint`: its newest.
+    """
+
+    losses: list[float]
+    steps: int
+    seconds: float
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    best: Best | None = None
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    stopped: str = "steps"
+    skipped: int = 0
+    tokens: int = 0
+    trainable: int = 0
+
+
+def fit(
+    model: nn.Module,
+    batches: Source,
+    steps: int = STEPS,
+    lr: float = LR,
+    rules: Iterable[Rule] = (),
+    *,
+    loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
+    settings: TrainSettings | None = None,
+    out: str | Path | None = None,
+    resume: bool | str | Path = False,
+    report: Callable[[Row], None] | Report | None = None,
+) -> Result:
+    """Train `model` in place, on the device where it is.
+
+    With adapters, the tensors of the active ones train and the base stays bitwise as it is; without, every parameter
+    that requires a gradient trains.
+
+    Args:
+        model: any module.
+        batches: a list or DataLoader of batches (iterated again and again), a function from batch number to batch, or
+            `rankloom.train.data.Batches`.
+        steps, lr: of the optimizer; say them here or in `settings`.
+        rules: what is added to gradient descent, beside the rules of the adapters' methods and plans.
+        loss: `loss(model, batch)` → 0-d tensor; default: `model(**batch).loss` for mappings, cross entropy or squared
+            error for tuples (inputs …, target).
+        evaluate: batches for a mean loss, or `evaluate(model)` → number or dict of numbers; run before and after, and
+            every `settings.eval_every` steps.
+        out: folder for metrics.jsonl and checkpoints.
+        resume: `True` or `"auto"`: go on from the newest good checkpoint in `out`, if there is one; or a folder.
+        report: is told every row of metrics.jsonl.
+
+    Raises:
+        SettingsError, StateError: before anything is trained.
+        DeafError: a trainable tensor has no gradient in the first step.
+        DivergedError: a loss, gradient or weight is not finite.
+        FileError: the checkpoint asked for cannot be read.
+    """
+    settings = _settings(settings, steps, lr)
+    out = None if out is None else Path(out)
+    _check(settings, evaluate, out)
+    checkpoint = _checkpoint(resume, out)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(voices_for_all_threads(model))
+        parameters = enter(only_these_train(model))
+        device = _device(parameters)
+        engine = enter(accelerator(device, settings))
+        forward = enter(distributed_model(engine, model))
+        device = _device(parameters)
+        enter(checkpointed(model, settings.gradient_checkpointing))
+        enter(mode(model, True))
+        run = TrainRun(model, settings.steps, parameters, device=device)
+        driver = Rules(bank_or_none(model), rules)
+        seed_all(settings.seed)
+        run.optimizer = build_optimizer(build_groups(run, driver, settings), settings)
+        loop = Loop(
+            run=run,
+            forward=forward,
+            rules=driver,
+            schedule=build_schedule(run.optimizer, settings),
+            stream=stream_of(batches),
+            loss=loss or default_loss,
+            counted=loss is None,
+            evaluate=evaluate,
+            settings=settings,
+            engine=engine,
+            report=Reports([]),
+            out=out,
+            identity=identity(model, settings) if out is not None or checkpoint is not None else {},
+        )
+        driver.start(run)
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+        loop.report = _reports(loop, report, checkpoint)
+        stack.callback(loop.report.close)
+        return _finish(loop, loop.train())
+
+
+def _settings(settings: TrainSettings | None, steps: int, lr: float) -> TrainSettings:
+    if settings is None:
+        return TrainSettings(steps=steps, lr=lr)
+    for name, given, default in (("steps", steps, STEPS), ("lr", lr, LR)):
+        said = getattr(settings, name)
+        if given not in (default, said):
+            raise SettingsError(f"{name}={given} and settings.{name}={said}: say it once")
+    return settings
+
+
+def _check(settings: TrainSettings, evaluate: Evaluate | None, out: Path | None) -> None:
+    wants = [n for n in ("eval_every", "patience") if getattr(settings, n) is not None]
+    wants += ["end_with='best'"] if settings.end_with == "best" else []
+    if wants and evaluate is None:
+        raise SettingsError(f"{wants[0]} needs something to evaluate: give evaluate=batches, or evaluate=function")
+    if settings.patience is not None and settings.eval_every is None:
+        raise SettingsError("patience counts evaluations: give eval_every=…")
+    for name in ("end_with", "save_every"):
+        if getattr(settings, name) not in ("last", None) and out is None:
+            raise SettingsError(f"{name}={getattr(settings, name)!r} needs checkpoints: give out=folder")
+
+
+def _checkpoint(resume: bool | str | Path, out: Path | None) -> Checkpoint | None:
+    """What to resume from; afterwards no checkpoint in `out` is newer, so the newest is always this run's."""
+    found = find_checkpoint(resume, out)
+    if out is None:
+        return found
+    root, at = out / PLACE, -1 if found is None else found.step
+    newer = [step for step in steps_in(root) if step > at or found is None or found.folder.parent != root]
+    if newer and resume not in (True, "auto"):
+        raise StateError(
+            f"{out} already holds checkpoints, the newest of step {newer[-1]}: resume='auto' to go on from there, "
+            "or give another out="
+        )
+    for step in newer:
+        aside = root / f"broken-{FORM.format(step)}-{time.time_ns()}"
+        (root / FORM.format(step)).rename(aside)
+        warnings.warn(f"the broken checkpoint of step {step} is now {aside.name}", stacklevel=3)
+    return found
+
+
+def _device(parameters: dict[str, nn.Parameter]) -> torch.device:
+    device = next(iter(parameters.values())).device
+    if device.type == "meta":
+        raise StateError("the model is on the meta device, without values: load its weights before training")
+    if device.type == "cpu" and torch.cuda.is_available():
+        warnings.warn("the model is on the CPU and a GPU is free: model.to('cuda') trains there", stacklevel=3)
+    return device
+
+
+def _reports(loop: Loop, report: Callable[[Row], None] | Report | None, checkpoint: Checkpoint | None) -> Report:
+    each: list[Report] = []
+    if report is not None:
+        each.append(report if isinstance(report, Report) else Told(report))
+    reports = Reports(each)
+    if not loop.engine.is_main_process:
+        return reports
+    config = {k: v for k, v in dataclasses.asdict(loop.settings).items() if k != "report_to"}
+    try:
+        each += [tracker(name, loop.out, config) for name in loop.settings.trackers]
+        if loop.out is not None:
+            each.append(MetricsFile(loop.out, None if checkpoint is None else checkpoint.step))
+        if report is None and on_terminal():
+            each.append(Progress(loop.settings.steps, loop.run.step))
+        reports.row(_first_row(loop, config, checkpoint))
+    except BaseException:
+        reports.close()
+        raise
+    return reports
+
+
+def _first_row(loop: Loop, config: dict[str, Any], checkpoint: Checkpoint | None) -> dict[str, Any]:
+    from rankloom import __version__
+
+    if checkpoint is not None:
+        return {"event": "resume", "step": checkpoint.step, "from": checkpoint.folder.name}
+    return {
+        "event": "start",
+        "step": 0,
+        "settings": config,
+        "adapters": loop.identity.get("adapters", {}),
+        "rules": [type(rule).__name__ for rule in loop.rules.each],
+        "trainable": _count(loop.run.parameters),
+        "total": sum(p.numel() for p in loop.run.model.parameters()),
+        "device": str(loop.run.device),
+        "versions": {"rankloom": __version__, "torch": torch.__version__},
+    }
+
+
+def _finish(loop: Loop, after: dict[str, float] | None) -> Result:
+    standing, out = loop.standing, loop.out
+    metrics = {"before": standing.before, "after": after}
+    best = None
+    if standing.best is not None:
+        step = int(standing.best["step"])
+        kept = out is not None and step in steps_in(out / PLACE)
+        best = Best(step, standing.best["loss"], out / PLACE / FORM.format(step) if out is not None and kept else None)
+    result = Result(
+        losses=standing.losses,
+        steps=loop.run.step,
+        seconds=standing.seconds,
+        metrics={name: found for name, found in metrics.items() if found is not None},
+        best=best,
+        folder=out,
+        checkpoint=None if out is None else out / PLACE / FORM.format(loop.run.step),
+        stopped="patience" if loop.run.step < loop.settings.steps else "steps",
+        skipped=standing.skipped,
+        tokens=standing.tokens,
+        trainable=_count(loop.run.parameters),
+    )
+    loop.report.row(
+        {
+            "event": "end",
+            "step": result.steps,
+            "stopped": result.stopped,
+            "metrics": result.metrics,
+            "best": standing.best,
+            "seconds": round(result.seconds, 3),
+            "tokens": result.tokens,
+            "skipped": result.skipped,
+        }
+    )
+    return result
+
+
+def _count(parameters: dict[str, nn.Parameter]) -> int:
+    return sum(p.numel() for p in dict.fromkeys(parameters.values()))

@@ -1,0 +1,277 @@
+"""The one training loop: the fixed order of a step, and what happens between steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rankloom.errors import StateError
+from rankloom.train import guard
+from rankloom.train.checkpoint import (
+    FORM,
+    PLACE,
+    Checkpoint,
+    load_checkpoint,
+    model_tensors,
+    prune,
+    restore_weights,
+    save_checkpoint,
+)
+from rankloom.train.drive import Rules
+from rankloom.train.engine import restore_scaler, scaler_state
+from rankloom.train.evaluate import Evaluate, evaluate_run, loss_of
+from rankloom.train.identity import check_identity
+from rankloom.train.loss import Loss, move, shares, tokens
+from rankloom.train.optim import optimizer_state, restore_optimizer
+from rankloom.train.report import Report, memory_mb
+from rankloom.train.rng import rng_state, set_rng_state
+from rankloom.train.run import TrainRun
+from rankloom.train.settings import TrainSettings
+from rankloom.train.stream import Stream
+
+MOST_SKIPS = 50
+"""Overflowing fp16 steps in a row after which a run gives up: the scale has then fallen by 2⁵⁰."""
+
+
+@dataclass
+class Standing:
+    """What a run has come to; saved with each checkpoint. `waited`: evaluations since the lowest loss."""
+
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: dict[str, float] | None = None
+    best: dict[str, float] | None = None
+    waited: int = 0
+
+
+@dataclass
+class Loop:
+    """A run with everything that it needs; `train` goes from where it stands to the end.
+
+    `forward`: what is called (the model, or its distributed wrapper); `counted`: whether batches weigh by their labels.
+    """
+
+    run: TrainRun
+    forward: nn.Module
+    rules: Rules
+    schedule: LambdaLR
+    stream: Stream
+    loss: Loss
+    counted: bool
+    evaluate: Evaluate | None
+    settings: TrainSettings
+    engine: Any
+    report: Report
+    out: Path | None
+    identity: Mapping[str, Any]
+    standing: Standing = field(default_factory=Standing)
+    _unchecked: bool = True
+    _skips: int = 0
+    _saved_at: int = -1
+    _latest: tuple[int, dict[str, float]] = (-1, {})
+    _here: tuple[float, int] = (0.0, 0)
+
+    def train(self) -> dict[str, float] | None:
+        """Evaluate, train to the end or until patience runs out, evaluate; the last metrics, if any."""
+        if self.evaluate is not None and self.standing.before is None:
+            self.standing.before = self._metrics()
+        while self.run.step < self.settings.steps and not self.out_of_patience:
+            self._step()
+            self._between()
+        if self.evaluate is not None and self._latest[0] != self.run.step:
+            self._judge()
+        if self._saved_at != self.run.step:
+            self._save()
+        restored = self._take_best()
+        self.rules.finish(self.run)
+        guard.check_finite(self.run.parameters, self.run.step)
+        if self.evaluate is not None and (restored or self.rules.hears("finish")):
+            return self._metrics()
+        return self._latest[1] or None
+
+    @property
+    def out_of_patience(self) -> bool:
+        """True when the loss has not fallen for too many evaluations."""
+        return self.settings.patience is not None and self.standing.waited >= self.settings.patience
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Stand where the checkpoint stood; after the rules' `start`. Raises `StateError` where it does not fit."""
+        state = checkpoint.state(self.run.device)
+        check_identity(state["identity"], self.identity)
+        self.rules.check(state["rules"])
+        restore_weights(self.run.model, checkpoint.weights, checkpoint.folder.name)
+        restore_optimizer(self.run.optimizer, self.run.parameters, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        restore_scaler(self.engine, state["scaler"])
+        self.rules.restore(state["rules"])
+        self.run.step = checkpoint.step
+        self.standing = Standing(**state["standing"])
+        if self.out is not None and checkpoint.folder.parent == self.out / PLACE:
+            self._saved_at = checkpoint.step
+        self.stream.restore(state["stream"])
+        set_rng_state(state["rng"])
+
+    def _step(self) -> None:
+        run, rules, settings, scaler = self.run, self.rules, self.settings, self.engine.scaler
+        began = time.perf_counter()
+        rules.before_step(run)
+        batches = [self.stream.next() for _ in range(settings.accumulate)]
+        data, total = self._backward(batches)
+        if self._unchecked:
+            guard.check_gradients(run.parameters, settings.dead_gradients)
+            self._unchecked = False
+        if scaler is not None:
+            scaler.unscale_(run.optimizer)
+        norm = float(guard.total_norm(run.parameters))
+        if not math.isfinite(total) or (scaler is None and not math.isfinite(norm)):
+            raise guard.diverged(
+                run.step + 1, "loss" if not math.isfinite(total) else "gradient", run.parameters, total
+            )
+        if not math.isfinite(norm):
+            self._skip()
+            return
+        rules.after_backward(run)
+        if rules.hears("after_backward"):
+            norm = float(guard.total_norm(run.parameters))
+            if not math.isfinite(norm):
+                raise guard.diverged(run.step + 1, "gradient that the rules made", run.parameters, total)
+        if settings.clip is not None:
+            guard.scale_gradients(run.parameters, norm, settings.clip)
+        self._optimize()
+        rules.after_step(run)
+        lr = float(run.optimizer.param_groups[0]["lr"])
+        self.schedule.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        self._skips = 0
+        self._tell(batches, began, {"loss": data, "lr": lr, "grad_norm": norm, "penalty": total - data})
+
+    def _backward(self, batches: list[Any]) -> tuple[float, float]:
+        """Gradients of the mean loss over the batches; the loss without and with penalties."""
+        data, total = 0.0, 0.0
+        parts = shares(batches, self.counted)
+        for i, (batch, share) in enumerate(zip(batches, parts)):
+            batch = move(batch, self.run.device)
+            with self.engine.no_sync(self.forward) if i + 1 < len(batches) else nullcontext():
+                with self.engine.autocast():
+                    plain = self.loss(self.forward, batch)
+                guard.check_graph(plain, self.run.step + 1)
+                full = self.rules.loss(self.run, plain)
+                self.engine.backward((full if share == 1 else full * share).reshape(()))
+            data += share * float(plain.detach())
+            total += share * float(full.detach())
+        return data, total
+
+    def _optimize(self) -> None:
+        if self.engine.scaler is None:
+            self.run.optimizer.step()
+            return
+        self.engine.scaler.step(self.run.optimizer)
+        self.engine.scaler.update()
+
+    def _skip(self) -> None:
+        """The gradients overflowed in fp16: lower the scale, leave weights, rules and schedule alone, go on."""
+        self._optimize()
+        self.run.optimizer.zero_grad(set_to_none=True)
+        self.standing.skipped += 1
+        self._skips += 1
+        self.report.row({"event": "skip", "step": self.run.step, "scale": float(self.engine.scaler.get_scale())})
+        if self._skips >= MOST_SKIPS:
+            raise guard.DivergedError(
+                f"step {self.run.step + 1}: the gradients overflowed {self._skips} times in a row at ever smaller "
+                "scales; use precision='bf16' or 'no'"
+            )
+
+    def _tell(self, batches: list[Any], began: float, values: dict[str, float]) -> None:
+        standing, step = self.standing, self.run.step
+        seconds, seen = time.perf_counter() - began, sum(map(tokens, batches))
+        standing.losses.append(values["loss"])
+        standing.tokens += seen
+        standing.seconds += seconds
+        self._here = (self._here[0] + seconds, self._here[1] + seen)
+        row: dict[str, Any] = {"event": "train", "step": step, **values, "seconds": round(standing.seconds, 3)}
+        if standing.tokens:
+            row |= {"tokens": standing.tokens, "tokens_per_second": round(self._here[1] / self._here[0], 1)}
+        if self.stream.epoch is not None:
+            row["epoch"] = self.stream.epoch
+        if not self.rules.hears("loss"):
+            del row["penalty"]
+        row["memory_mb"] = round(memory_mb(self.run.device), 1)
+        self.report.step(row)
+        if step % self.settings.log_every == 0 or step in (1, self.settings.steps):
+            self.report.row(row)
+
+    def _between(self) -> None:
+        step, settings = self.run.step, self.settings
+        improved = bool(settings.eval_every) and step % (settings.eval_every or 1) == 0 and self._judge()
+        if improved or (settings.save_every and step % settings.save_every == 0):
+            self._save()
+
+    def _metrics(self) -> dict[str, float]:
+        assert self.evaluate is not None
+        metrics = evaluate_run(self.evaluate, self.run, self.loss, self.counted, self.engine)
+        self.report.row({"event": "eval", "step": self.run.step, "metrics": metrics})
+        return metrics
+
+    def _judge(self) -> bool:
+        """Evaluate and compare; True if this is the lowest loss so far."""
+        metrics = self._metrics()
+        self._latest = (self.run.step, metrics)
+        if "loss" not in metrics and self.settings.patience is None and self.settings.end_with == "last":
+            return False
+        loss, best = loss_of(metrics), self.standing.best
+        if best is not None and not loss < best["loss"]:
+            self.standing.waited += 1
+            return False
+        self.standing.best, self.standing.waited = {"step": self.run.step, "loss": loss}, 0
+        return True
+
+    def _save(self) -> None:
+        if self.out is None:
+            return
+        weights, step = model_tensors(self.run.model), self.run.step
+        guard.check_finite(weights, step)
+        self._saved_at = step
+        if self.engine.is_main_process:
+            folder = save_checkpoint(self.out / PLACE, step, weights, self._state())
+            best = self.standing.best
+            prune(self.out / PLACE, self.settings.keep, () if best is None else (int(best["step"]),))
+            self.report.row({"event": "save", "step": step, "folder": str(folder.relative_to(self.out))})
+        self.engine.wait_for_everyone()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "device": self.run.device.type,
+            "identity": dict(self.identity),
+            "standing": dataclasses.asdict(self.standing),
+            "optimizer": optimizer_state(self.run.optimizer, self.run.parameters),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler_state(self.engine),
+            "rules": self.rules.state(),
+            "stream": self.stream.state(),
+            "rng": rng_state(),
+        }
+
+    def _take_best(self) -> bool:
+        best = self.standing.best
+        if self.settings.end_with == "last" or best is None or best["step"] == self.run.step:
+            return False
+        assert self.out is not None
+        folder = self.out / PLACE / FORM.format(int(best["step"]))
+        if not folder.is_dir():
+            raise StateError(
+                f"end_with='best': the checkpoint of step {int(best['step'])} is not in {self.out / PLACE}"
+            )
+        restore_weights(self.run.model, load_checkpoint(folder).weights, folder.name)
+        return True

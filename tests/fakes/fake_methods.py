@@ -1,0 +1,591 @@
+"""An honest leaf method, and deliberate fakes of it: each breaks one promise of the contract.
+
+`FAKES` says which check must catch which fake. The model is small and plain, so that a failure has one cause only.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.kinds import Base
+from rankloom.core.method import Method
+from rankloom.core.rule import Rule, Run
+from rankloom.core.site import Site
+from rankloom.core.switch import Weight
+from rankloom.errors import NotMergeable, TargetError
+
+FAKES: dict[str, tuple[type[Method], tuple[str, ...]]] = {}
+
+
+@dataclass(frozen=True)
+class Honest(Method):
+    """ΔW = scale·B A: the twin of every fake, which passes the whole contract."""
+
+    r: int = 2
+    scale: float = 2.0
+
+    def build(self, site: Site) -> Adapter | None:
+        site.needs_matrix("honest")
+        return HonestAdapter(site, self)
+
+
+class HonestAdapter(Adapter):
+    roles = {"A": "in", "B": "out"}
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site)
+        self.scale = method.scale
+        self.A = site.empty(method.r, site.in_)
+        self.B = site.empty(site.out, method.r)
+
+    def reset(self, base: Base) -> None:
+        with torch.no_grad():
+            self.A.normal_(std=0.3)
+            self.B.zero_()
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return base.up(base.down(x, self.A.to(y.dtype)), self.scale * self.B.to(y.dtype))
+
+    def delta(self, base: Base) -> Tensor:
+        return self.scale * (self.B @ self.A)
+
+
+def fake(name: str, *caught_by: str, **settings: Any) -> Callable[[type[Adapter]], type[Adapter]]:
+    """Register a method `name` that builds the decorated adapter, and the checks that must refuse it."""
+
+    def declare(adapter: type[Adapter]) -> type[Adapter]:
+        def build(self: Honest, site: Site) -> Adapter:
+            return adapter(site, self)
+
+        cls = dataclass(frozen=True)(type(name, (Honest,), {"__module__": __name__, "build": build}))
+        globals()[name] = cls
+        FAKES[name] = (cls, caught_by)
+        return adapter
+
+    return declare
+
+
+def declare(name: str, *caught_by: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a whole fake method."""
+
+    def keep(cls: type[Method]) -> type[Method]:
+        FAKES[name] = (cls, caught_by)
+        return cls
+
+    return keep
+
+
+# — the start and the base ——————————————————————————————————————————————————————————————————————————————————————————
+
+
+@fake("LoudStart", "identity")
+class LoudStartAdapter(HonestAdapter):
+    def reset(self, base: Base) -> None:
+        nn.init.normal_(self.A, std=0.3)
+        nn.init.normal_(self.B, std=0.01)
+
+
+@fake("Deaf", "speaks", "learns")
+class DeafAdapter(HonestAdapter):
+    def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
+        return out
+
+
+@fake("DeafAtOneSite", "speaks")
+class DeafAtOneSiteAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        said = super().forward(x, y, base)
+        return said * 0 if "1" in self.site_name else said
+
+
+@fake("Noisy", "repeats")
+class NoisyAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return F.dropout(super().forward(x, y, base), 0.5, training=True)
+
+
+@fake("EditsBaseInReset", "base")
+class EditsBaseInResetAdapter(HonestAdapter):
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        base.kind.tensor(base.layer).data.mul_(1.001)
+
+
+@fake("EditsBaseInForward", "base", "frozen")
+class EditsBaseInForwardAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        if self.training:
+            base.kind.tensor(base.layer).data.add_(1e-3)
+        return super().forward(x, y, base)
+
+
+@fake("ThawsBase", "base")
+class ThawsBaseAdapter(HonestAdapter):
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        base.kind.tensor(base.layer).requires_grad_(True)
+
+
+@fake("TurnsBaseToDouble", "base")
+class TurnsBaseToDoubleAdapter(HonestAdapter):
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        base.layer.extra = nn.Identity()
+
+
+@declare("SpeaksInSilence", "silence")
+@dataclass(frozen=True)
+class SpeaksInSilence(Honest):
+    """A hook on the model that speaks whatever the bank says."""
+
+    def patch(self, model: nn.Module) -> Callable[[], None]:
+        return model.register_forward_hook(_louder).remove
+
+
+def _louder(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * (1 + 1e-6)
+
+
+@declare("LeavesHook", "detach")
+@dataclass(frozen=True)
+class LeavesHook(Honest):
+    """A patch without an undo."""
+
+    def patch(self, model: nn.Module) -> Callable[[], None]:
+        model.register_forward_hook(_observer)
+        return super().patch(model)
+
+
+def _observer(module: nn.Module, args: Any, output: Tensor) -> None:
+    return None
+
+
+@declare("LeavesClassPatched", "detach")
+@dataclass(frozen=True)
+class LeavesClassPatched(Honest):
+    """Patches the class of every linear layer of the process."""
+
+    def patch(self, model: nn.Module) -> Callable[[], None]:
+        original = nn.Linear.extra_repr
+        nn.Linear.extra_repr = lambda self: original(self)  # type: ignore[method-assign]
+        return super().patch(model)
+
+
+# — the matrix ——————————————————————————————————————————————————————————————————————————————————————————————————————
+
+
+@fake("MergesWithoutScale", "merge", "delta", "fold")
+class MergesWithoutScaleAdapter(HonestAdapter):
+    def delta(self, base: Base) -> Tensor:
+        return self.B @ self.A
+
+
+@fake("ForwardTransposed", "merge", "delta")
+class ForwardTransposedAdapter(HonestAdapter):
+    """Square layers hide it: ΔWᵀ instead of ΔW in `delta`."""
+
+    def delta(self, base: Base) -> Tensor:
+        change = super().delta(base)
+        return change.mT.contiguous() if change.shape[-1] == change.shape[-2] else change
+
+
+@fake("ForgetsBias", "merge", "delta")
+class ForgetsBiasAdapter(HonestAdapter):
+    """A trained bias that no `delta_bias` tells of."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.bias = nn.Parameter(torch.zeros(site.out, dtype=site.dtype, device=site.device))
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) + base.shift(y, self.bias.to(y.dtype))
+
+
+@fake("RefusesTooLate", "merge")
+class RefusesTooLateAdapter(HonestAdapter):
+    def delta(self, base: Base) -> Tensor:
+        base.kind.tensor(base.layer).data.add_(0.1)
+        raise NotMergeable(f"too late at {self.site_name!r}")
+
+
+@fake("RefusesWithoutName", "merge")
+class RefusesWithoutNameAdapter(HonestAdapter):
+    def delta(self, base: Base) -> Tensor:
+        raise NotMergeable("no")
+
+
+@fake("UnmergesRoughly", "unmerge")
+class UnmergesRoughlyAdapter(HonestAdapter):
+    """`delta` writes the change into the base tensor and takes it out again: almost what it was."""
+
+    def delta(self, base: Base) -> Tensor:
+        change = super().delta(base)
+        tensor = base.kind.tensor(base.layer)
+        tensor.data.add_(base.kind.to_weight(base.layer, change).to(tensor.dtype) * 1e3)
+        tensor.data.sub_(base.kind.to_weight(base.layer, change).to(tensor.dtype) * 1e3)
+        return change
+
+
+@fake("ResetsOnce", "fold")
+class ResetsOnceAdapter(HonestAdapter):
+    """The start is made once; a second reset leaves what was learnt."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.started = False
+
+    def reset(self, base: Base) -> None:
+        if not self.started:
+            super().reset(base)
+        self.started = True
+
+
+# — training ————————————————————————————————————————————————————————————————————————————————————————————————————————
+
+
+@fake("DeadParameter", "gradients")
+class DeadParameterAdapter(HonestAdapter):
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.unused = site.empty(3)
+
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        nn.init.zeros_(self.unused)
+
+
+@fake("ZeroGradient", "gradients")
+class ZeroGradientAdapter(HonestAdapter):
+    """A gate that is multiplied away: a gradient that is there, and zero for ever."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.gate = site.empty(1)
+
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        nn.init.ones_(self.gate)
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) * (1 + 0 * self.gate)
+
+
+@fake("CopiesShared", "gradients")
+class CopiesSharedAdapter(HonestAdapter):
+    """Clones the shared tensor instead of borrowing it: what is trained is not what speaks."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        site.shared.provide(
+            "gain", lambda: torch.ones(method.r, dtype=site.dtype, device=site.device), role="scale", trainable=True
+        )
+        self.register_buffer("gain", site.shared.tensor("gain").detach().clone())
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return base.up(base.down(x, self._a(y)), self.scale * self.B.to(y.dtype))
+
+    def _a(self, y: Tensor) -> Tensor:
+        return (self.gain[:, None] * self.A).to(y.dtype)
+
+    def delta(self, base: Base) -> Tensor:
+        return self.scale * (self.B @ (self.gain[:, None] * self.A))
+
+
+class _Uphill(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return -grads[0]
+
+
+@fake("LearnsUphill", "learns")
+class LearnsUphillAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return _Uphill.apply(super().forward(x, y, base))
+
+
+@fake("CountsItsCalls", "checkpointing")
+class CountsItsCallsAdapter(HonestAdapter):
+    """What it says in training depends on how often it was called; recomputed activations differ."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.calls = 0
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        self.calls += self.training
+        return super().forward(x, y, base) * (1 + 0.1 * self.calls)
+
+
+@dataclass
+class Drift(Rule):
+    """Pushes the adapter by a memory that it does not save."""
+
+    pushes: int = field(default=0, init=False)
+
+    def start(self, run: Run) -> None:
+        self.pushes = 0
+
+    @torch.no_grad()
+    def after_step(self, run: Run) -> None:
+        self.pushes += 1
+        for _, parameter, _ in run.bank.trainable():
+            parameter.add_(1e-3 * self.pushes)
+
+
+@declare("ForgetsRuleMemory", "resume")
+@dataclass(frozen=True)
+class ForgetsRuleMemory(Honest):
+    def rules(self) -> list[Rule]:
+        return [Drift()]
+
+
+# — the company it keeps ————————————————————————————————————————————————————————————————————————————————————————————
+
+
+@fake("LeaksBetweenRows", "independence", "rows", "rows_tensor")
+class LeaksBetweenRowsAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        said = super().forward(x, y, base)
+        return said - 0.1 * said.mean(0, keepdim=True)
+
+
+@fake("LeaksInTraining", "independence")
+class LeaksInTrainingAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        said = super().forward(x, y, base)
+        return said - said.mean(0, keepdim=True) if self.training else said
+
+
+@fake("IgnoresWeight", "weights")
+class IgnoresWeightAdapter(HonestAdapter):
+    def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
+        return out + self.forward(x, y, base)
+
+
+@fake("RoundsTensorWeight", "weights")
+class RoundsTensorWeightAdapter(HonestAdapter):
+    """Takes one number out of a tensor of weights by row."""
+
+    def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
+        number = weight.flatten()[0] if isinstance(weight, Tensor) else weight
+        return out + number.to(y.dtype) * self.forward(x, y, base) if isinstance(number, Tensor) else (
+            out + number * self.forward(x, y, base)
+        )
+
+
+@fake("HearsOthers", "adds")
+class HearsOthersAdapter(HonestAdapter):
+    """Reacts to what others have said already, not to the base alone."""
+
+    def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
+        gain = 1 + (out - y).tanh()
+        return super().add(out, x, y, base, weight) * 1 + (gain - 1) * self.forward(x, y, base)
+
+
+@fake("WritesOnSwitch", "switching")
+class WritesOnSwitchAdapter(HonestAdapter):
+    """Keeps the change in the base while it speaks, so that switching costs a rewrite."""
+
+    def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
+        base.layer.last_speaker = self.site_name
+        return super().add(out, x, y, base, weight)
+
+
+_desk = threading.local.__mro__[-1]()  # a plain object would not take attributes
+_desk_by_site: dict[str, Tensor] = {}
+
+
+@fake("SharesADesk", "threads")
+class SharesADeskAdapter(HonestAdapter):
+    """Lays its input on a desk that all threads use."""
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        _desk_by_site[self.site_name] = super().forward(x, y, base)
+        time.sleep(0.002)
+        return _desk_by_site[self.site_name]
+
+
+# — travel ——————————————————————————————————————————————————————————————————————————————————————————————————————————
+
+
+@declare("ForgetsASetting", "settings")
+@dataclass(frozen=True)
+class ForgetsASetting(Method):
+    """`scale` is kept beside the fields, where no JSON sees it."""
+
+    r: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", _scale[0])
+
+    def build(self, site: Site) -> Adapter:
+        site.needs_matrix("forgets")
+        return HonestAdapter(site, self)
+
+
+_scale = [3.0]
+
+
+def forgetful() -> ForgetsASetting:
+    """One that was made with another scale than a fresh one gets."""
+    _scale[0] = 3.0
+    made = ForgetsASetting()
+    _scale[0] = 1.0
+    return made
+
+
+@fake("HidesATensor", "moves", "bf16")
+class HidesATensorAdapter(HonestAdapter):
+    """A tensor that is no parameter and no buffer: `.to()` does not find it."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.hidden = [torch.ones(method.r, dtype=site.dtype, device=site.device)]
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return base.up(base.down(x, self.A), self.scale * (self.B * self.hidden[0]))
+
+
+@fake("KeepsALambda", "pickles")
+class KeepsALambdaAdapter(HonestAdapter):
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.squash = lambda said: said
+
+
+_values_by_site: dict[str, Tensor] = {}
+
+
+@fake("SharesWithItsCopy", "copies")
+class SharesWithItsCopyAdapter(HonestAdapter):
+    """The values live in a table of the module, so every copy speaks through the same ones."""
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__ = dict(self.__dict__)
+        return twin
+
+
+@fake("UpcastsInHalf", "bf16")
+class UpcastsInHalfAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base).float() if y.dtype == torch.bfloat16 else super().forward(x, y, base)
+
+
+@fake("BlowsUpInHalf", "bf16")
+class BlowsUpInHalfAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) + (1e38 if y.dtype == torch.bfloat16 else 0) * 10 * y.square()
+
+
+@fake("IgnoresAutocast", "autocast")
+class IgnoresAutocastAdapter(HonestAdapter):
+    """A fused product that autocast does not know of meets half-precision outputs with float32 factors."""
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return base.up(base.down(x, self.A), self.scale * self.B)
+        return super().forward(x, y, base)
+
+
+@fake("ForgetsToSave", "save_load")
+class ForgetsToSaveAdapter(HonestAdapter):
+    """A random projection that is neither saved nor made again from a seed."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.register_buffer("secret", torch.randn(method.r, dtype=site.dtype), persistent=False)
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return base.up(base.down(x, (self.secret[:, None] * self.A).to(y.dtype)), self.scale * self.B.to(y.dtype))
+
+    def delta(self, base: Base) -> Tensor:
+        return self.scale * (self.B @ (self.secret[:, None] * self.A))
+
+
+# — the compiler ————————————————————————————————————————————————————————————————————————————————————————————————————
+
+
+@fake("BranchesOnValues", "compile")
+class BranchesOnValuesAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        said = super().forward(x, y, base)
+        return said if float(said.detach().abs().max()) < 1e9 else said * 0
+
+
+@fake("OtherWhenCompiled", "compile")
+class OtherWhenCompiledAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        said = super().forward(x, y, base)
+        return said * 1.5 if torch.compiler.is_compiling() else said
+
+
+@fake("RecompilesForever", "recompiles")
+class RecompilesForeverAdapter(HonestAdapter):
+    """A python counter that the compiled code is specialised to."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.seen: list[float] = []
+
+    def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
+        self.seen.append(0.0)
+        return super().add(out, x, y, base, weight)
+
+
+# — the kinds of layers —————————————————————————————————————————————————————————————————————————————————————————————
+
+
+@declare("RefusesNamelessly", "kind_conv2d")
+@dataclass(frozen=True)
+class RefusesNamelessly(Honest):
+    def build(self, site: Site) -> Adapter | None:
+        if site.kind.name == "conv2d":
+            raise TargetError("this layer is not supported")
+        return super().build(site)
+
+
+@declare("LinearOnly", "kind_conv2d", "kind_embedding", "kind_parameter")
+@dataclass(frozen=True)
+class LinearOnly(Honest):
+    """Takes every kind and treats it as a linear layer."""
+
+    def build(self, site: Site) -> Adapter | None:
+        return LinearOnlyAdapter(site, self)
+
+
+class LinearOnlyAdapter(HonestAdapter):
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return F.linear(F.linear(x, self.A), self.scale * self.B)
+
+
+@declare("ReadsLayout", "kind_conv1d_transposed")
+@dataclass(frozen=True)
+class ReadsLayout(Honest):
+    """Forgets that GPT-2's layers keep their weight transposed."""
+
+    def build(self, site: Site) -> Adapter | None:
+        return ReadsLayoutAdapter(site, self)
+
+
+class ReadsLayoutAdapter(HonestAdapter):
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        base.kind.tensor(base.layer)[: self.B.shape[0], : self.A.shape[1]] + self.B @ self.A

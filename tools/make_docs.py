@@ -1,0 +1,189 @@
+"""Generate the pages that tables and docstrings already know: methods, systems, parity, the README's table.
+
+python tools/make_docs.py            write them
+python tools/make_docs.py --check    fail if a page on disk differs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import rankloom as rl
+from rankloom.core.attach import as_plan
+from rankloom.core.method import Method
+from rankloom.errors import NotMergeable, RankloomError
+from rankloom.registry import METHODS, default_plan, load
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- generated: systems -->", "<!-- end -->"
+
+
+class Stack(nn.Module):
+    """Stacked experts: a bare parameter [E, out, in]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 12, 8) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,eoi->beo", x, self.experts)
+
+
+def places() -> dict[str, tuple[nn.Module, dict[str, object]]]:
+    """One tiny model for each kind of place, and how to target it."""
+    return {
+        "Linear": (nn.Sequential(nn.Linear(8, 12)), {"target_modules": ["0"]}),
+        "Embedding": (nn.Sequential(nn.Embedding(9, 12)), {"target_modules": ["0"]}),
+        "Conv1d": (nn.Sequential(nn.Conv1d(4, 6, 3)), {"target_modules": ["0"]}),
+        "Conv2d": (nn.Sequential(nn.Conv2d(4, 6, 3)), {"target_modules": ["0"]}),
+        "Conv3d": (nn.Sequential(nn.Conv3d(4, 6, 3)), {"target_modules": ["0"]}),
+        "stacked parameter": (Stack(), {"target_modules": [], "target_parameters": ["experts"]}),
+    }
+
+
+def small(name: str, **settings: object) -> rl.Plan:
+    """The method's plan at rank 2, where it has a rank."""
+    found = load(METHODS[name])
+    known = {f.name for f in dataclasses.fields(found)} if isinstance(found, type) else {"r"}
+    ranks = {k: v for k, v in {"r": 2, "init_r": 2, "target_r": 1}.items() if k in known}
+    return default_plan(name, **{**ranks, **settings})
+
+
+def accepted(name: str) -> tuple[list[str], bool | None]:
+    """Kinds of place that the method takes, and whether it merges there."""
+    kinds, merges = [], None
+    for kind, (model, where) in places().items():
+        try:
+            bank = rl.attach(model, small(name), **where)
+        except RankloomError:
+            continue
+        kinds.append(kind)
+        try:
+            bank.merge("default")
+            merges = merges is not False
+        except NotMergeable:
+            merges = False
+    return kinds, merges
+
+
+def inside_dora(name: str) -> bool:
+    """True where DoRA can turn the method's change."""
+    try:
+        bank = rl.attach(nn.Sequential(nn.Linear(8, 12)), rl.DoRA(small(name).method), target_modules=["0"])
+        bank.merge("default")
+    except RankloomError:
+        return False
+    return True
+
+
+def cost(name: str) -> str:
+    """Trainable numbers on one 4096 × 4096 linear layer at the method's defaults."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4096, 4096, bias=False))
+    try:
+        bank = rl.attach(model, default_plan(name), target_modules=["0"])
+    except RankloomError:
+        return "does not apply to a 4096 × 4096 linear layer"
+    trained = sum(p.numel() for _, p, _ in bank.trainable())
+    return f"{trained:,} trained numbers on a 4096 × 4096 layer with default settings ({trained / 4096**2:.2%} of it)"
+
+
+def settings_table(cls: type) -> str:
+    """name | type | default of a dataclass."""
+    rows = ["| setting | type | default |", "|---|---|---|"]
+    for f in dataclasses.fields(cls):
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        kind = str(f.type).replace("|", "or")
+        rows.append(f"| `{f.name}` | {kind} | `{default!r}` |")
+    return "\n".join(rows)
+
+
+def method_page(name: str) -> str:
+    """Equation, knobs, cost, paper, and what it composes with."""
+    found = load(METHODS[name])
+    plan = as_plan(small(name), {})
+    cls = found if isinstance(found, type) and issubclass(found, Method) else type(plan.method)
+    doc = inspect.getdoc(inspect.getmodule(found) if found is cls else found) or ""
+    title, _, body = doc.partition("\n")
+    kinds, merges = accepted(name)
+    rules = ", ".join(f"`{type(r).__name__}`" for r in [*plan.rules, *plan.method.rules()]) or "none"
+    lines = [
+        f"# `{name}`",
+        "",
+        f"**{title.strip()}**",
+        "",
+        body.strip(),
+        "",
+        "## Settings",
+        "",
+        inspect.cleandoc(cls.__doc__ or ""),
+        "",
+        settings_table(cls),
+        "",
+        "## Cost and composition",
+        "",
+        f"- {cost(name)}",
+        f"- Places: {', '.join(kinds)}",
+        f"- Merges into the base: {'yes' if merges else 'no, its change depends on the input'}",
+        f"- Inside `DoRA(…)`: {'yes' if name != 'dora' and inside_dora(name) else 'no'}",
+        f"- Training rules it brings: {rules}",
+        "",
+        "Places and composition on this page are tried, not declared.",
+    ]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+def systems_table(rows: list[object]) -> str:
+    """id | name | section | status | proof."""
+    out = ["| id | system | section | status | proof |", "|---|---|---|---|---|"]
+    for row in rows:
+        proof = f"`{row.proof}`" if row.proof else ""  # type: ignore[attr-defined]
+        out.append(f"| `{row.id}` | {row.name} | {row.section} | {row.status} | {proof} |")  # type: ignore[attr-defined]
+    return "\n".join(out)
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file and its text."""
+    every = rl.systems()
+    works = [s for s in every if s.status == "works"]
+    docs = ROOT / "docs"
+    made = {docs / "methods" / f"{name}.md": method_page(name) for name in METHODS}
+    index = "\n".join(f"- [`{name}`]({name}.md)" for name in METHODS)
+    made[docs / "methods" / "index.md"] = f"# Methods\n\nChoose by name; every page is generated from the code.\n\n{index}\n"
+    made[docs / "systems.md"] = (
+        f"# Systems\n\n{len(works)} of {len(every)} systems work today; `planned` ones are not in the code yet.\n\n"
+        + systems_table(every)
+        + "\n"
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, rest = readme.split(START)
+    tail = rest.split(END, 1)[1]
+    summary = f"\n{len(works)} of {len(every)} systems work today ([all](docs/systems.md)):\n\n"
+    table = "\n".join(["| id | system | proven by |", "|---|---|---|", *(f"| `{s.id}` | {s.name} | `{s.proof}` |" for s in works)])
+    made[ROOT / "README.md"] = head + START + summary + table + "\n" + END + tail
+    made[docs / "index.md"] = made[ROOT / "README.md"].replace("](docs/", "](")
+    return made
+
+
+def main() -> int:
+    stale = []
+    for path, text in pages().items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if "--check" not in sys.argv:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    print("\n".join(stale) if stale else "all generated pages are up to date")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
