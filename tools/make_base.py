@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft import LoraConfig, get_peft_model
-from rankloom.microworld import DEMO, DEMO_TASK, base_path, examples, held_out, stream
+from rankloom.microworld import DEMO, DEMO_TASK, base_path, held_out, stream
 from rankloom.microworld.item import Item
 from rankloom.microworld.table import SEEN, document_stream
 from rankloom.microworld.world import WORLD_SEED
@@ -34,7 +34,7 @@ STEPS = 3000
 PEAK_LR, WARMUP, DECAY = 2.5e-3, 150, 0.05
 DOCUMENTS_SHARE = 0.15
 WEIGHTS = {
-    "add": 2.5, "subtract": 2.0, "kin": 1.5, "reading": 1.5, "program_run": 3.5, "people": 1.5, "check": 1.5,
+    "add": 2.5, "subtract": 2.0, "kin": 2.0, "reading": 1.5, "program_run": 2.5, "people": 1.5, "check": 1.5,
     "program_review": 1.5, "rate": 1.5, "prefer": 1.5, "list_first": 0.4, "list_last": 0.4, "list_length": 0.4,
     "list_copy": 0.6, "places": 0.4, "tastes": 0.4, "mood": 0.5, "spell": 0.7, "hill_aru": 0.7, "hill_beshi": 0.7,
     "describe": 0.7,
@@ -53,7 +53,13 @@ TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
-RUNS = {task: {"steps": 200, "lr": 3e-3, "batch_size": 16} for task in held_out()}
+RUNS = {
+    task: {"steps": steps, "lr": 3e-3, "batch_size": 16}
+    for task, steps in {
+        "list_swap": 200, "kin_grandmother": 300, "to_dwimi": 400, "from_dwimi": 400, "hill_kelor": 400,
+        "program_fix": 300, "user_voice": 200,
+    }.items()
+}  # fmt: skip
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -92,14 +98,16 @@ rest, bfloat16 autocast, about half an hour on one CPU thread. Loss on all token
 
 ## Seen tasks
 Exact match of greedy answers on up to {n} test examples that training never showed. For closed-book facts (`people`,
-`places`, `who`, `describe`, `tastes`) the question was never trained, while documents state the fact.
+`places`, `who`, `describe`, `tastes`) the question was never trained, while documents state the fact. `check`,
+`reading` and `kin` stay weak: this base copies fresh names from a passage badly.
 
 | task | exact match | examples |
 |---|---|---|
 {seen}
 
 ## Held out of pretraining
-Base model, then a rank-8 LoRA (alpha 16) on all linear layers, trained with PEFT on the train split, one CPU thread.
+Base model, then a rank-8 LoRA (alpha 16) on all linear layers, trained with PEFT on the train split in float32
+on one CPU thread and scored on {n} test examples; the last column is CPU time of the training.
 
 | task | base | LoRA | steps | lr | batch | training |
 |---|---|---|---|---|---|---|
@@ -293,15 +301,14 @@ def answers(model: Any, tokenizer: Any, prompts: list[str], new: int = 40) -> li
     return found
 
 
-def pairs(task: str, split: str, n: int, seed: int = 0) -> list[tuple[str, str]]:
-    drawn = examples(task, split, n, seed)
-    return [(m["messages"][0]["content"], m["messages"][1]["content"]) for m in drawn]
-
-
 def test_pairs(task: str, n: int) -> list[tuple[str, str]]:
     """Up to `n` distinct test examples: fewer where the split holds fewer."""
     drawn = {item.prompt: item.answer for item in islice(stream(task, "test", 1), 20 * n)}
     return list(drawn.items())[:n]
+
+
+def chat(item: Item) -> list[dict[str, str]]:
+    return [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.answer}]
 
 
 def exact_match(model: Any, tokenizer: Any, wanted: list[tuple[str, str]]) -> float:
@@ -312,16 +319,16 @@ def exact_match(model: Any, tokenizer: Any, wanted: list[tuple[str, str]]) -> fl
 def lora(
     out: Path, task: str, steps: int, lr: float, batch_size: int, test: list[tuple[str, str]]
 ) -> tuple[float, float]:
-    """Exact match after rank-8 LoRA on all linear layers, and the seconds of training."""
+    """Exact match after rank-8 LoRA on all linear layers, and the CPU seconds of training."""
     torch.manual_seed(0)
     base, tokenizer = load(out)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    data = examples(task, "train", min(steps * batch_size, 1400 if task == "user_voice" else 10**9))
+    data = stream(task, "train")
     trainable = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
-    start = time.time()
+    start = time.process_time()
     for step in range(steps):
-        rows = [data[(step * batch_size + i) % len(data)]["messages"] for i in range(batch_size)]
+        rows = [chat(item) for item in islice(data, batch_size)]
         batch = tokenizer.apply_chat_template(
             rows, padding=True, return_tensors="pt", return_dict=True, return_assistant_tokens_mask=True
         )
@@ -332,7 +339,7 @@ def lora(
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         opt.step()
         opt.zero_grad()
-    seconds = time.time() - start
+    seconds = time.process_time() - start
     return exact_match(model.eval(), tokenizer, test), seconds
 
 
@@ -360,7 +367,7 @@ def held_out_table(out: Path, n: int) -> str:
     return "\n".join(rows)
 
 
-def card(out: Path, n: int = 200) -> None:
+def card(out: Path, n: int = 100) -> None:
     """Measure everything and write the card."""
     model, tokenizer = load(out)
     text = CARD.format(

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, resources
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from rankloom.errors import SettingsError, suggest
 
 Status = Literal["works", "planned"]
 ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
@@ -86,6 +88,28 @@ def _table() -> tuple[System, ...]:
 def systems() -> list[System]:
     """Every system, in the order of the survey."""
     return list(_table())
+
+
+def select(status: str | None = None, section: str | None = None) -> list[System]:
+    """Those with a status and of a section (4.1 takes in 4.1.2). Raises `SettingsError` for an unknown one."""
+    found = systems()
+    if status not in (None, *get_args(Status)):
+        raise SettingsError(f"there is no status {status!r}{suggest(str(status), get_args(Status))}")
+    if section is not None:
+        known = {s.section for s in found}
+        found = [s for s in found if s.section == section or s.section.startswith(f"{section}.")]
+        if not found:
+            raise SettingsError(f"the survey has no section {section!r} with systems{suggest(section, known)}")
+    return [s for s in found if status in (None, s.status)]
+
+
+def method(name: str) -> MethodFacts:
+    """One registered method. Raises `SettingsError` with near names for an unknown one."""
+    from rankloom.registry import METHODS
+
+    if name not in METHODS:
+        raise SettingsError(f"there is no method {name!r}{suggest(name, METHODS)}")
+    return _facts(name)
 
 
 def methods() -> list[MethodFacts]:

@@ -137,11 +137,11 @@ def llama(depth=2, **settings):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = dict(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=depth, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="eager",
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    config = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": depth, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager",
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**config, **settings})).double().eval()
 
 

@@ -25,7 +25,7 @@ class Attention(nn.Module):
         return self.attn(x, x, x, need_weights=False)[0]
 
 
-@pytest.mark.parametrize("settings", [dict(batch_first=True), dict(batch_first=False), dict(bias=False)], ids=str)
+@pytest.mark.parametrize("settings", [{"batch_first": True}, {"batch_first": False}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", [rl.LoRA(r=2), rl.DoRA(rl.LoRA(r=2)), rl.VeRA(r=3)], ids=["lora", "dora", "vera"])
 def test_attention_as_a_target(settings, training, method):

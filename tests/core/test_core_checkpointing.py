@@ -1,5 +1,7 @@
 """Gradient checkpointing gives the same gradients, whatever speaks."""
 
+import threading
+
 import pytest
 import torch
 from core_tiny import llama, nudge, tokens
@@ -19,12 +21,12 @@ def gradients(model, bank, **selection):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", [rl.LoRA(r=2, lora_dropout=0.2), rl.DoRA(rl.LoRA(r=2)), rl.VeRA(r=3)], ids=str)
-@pytest.mark.parametrize("selection", [dict(), dict(a=0.5, b=2.0), dict(rows=["a", "b"])], ids=str)
+@pytest.mark.parametrize("selection", [{}, {"a": 0.5, "b": 2.0}, {"rows": ["a", "b"]}], ids=str)
 def test_the_same_gradients(reentrant, method, selection):
     model = llama()
-    plan = dict(target_modules=["q_proj", "v_proj", "down_proj"], modules_to_save=["norm", "input_layernorm"])
+    plan = {"target_modules": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["norm", "input_layernorm"]}
     for seed, name in enumerate(("a", "b")):
-        bank = rl.attach(model, method, name, **plan if "rows" not in selection else dict(target_modules=["q_proj"]))
+        bank = rl.attach(model, method, name, **plan if "rows" not in selection else {"target_modules": ["q_proj"]})
         nudge(bank, name, seed=seed)
     torch.manual_seed(7)
     expected = gradients(model, bank, **selection)
@@ -53,3 +55,47 @@ def test_checkpointed_experts():
     found = gradients(model, bank)
     for key, grad in expected.items():
         torch.testing.assert_close(found[key], grad)
+
+
+class Deep(torch.autograd.Function):
+    """Backward inside backward, deeper than autograd goes in one thread: `act` runs in a thread of autograd's own."""
+
+    @staticmethod
+    def forward(ctx, x, depth, act):
+        ctx.depth, ctx.act = depth, act
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            if ctx.depth:
+                Deep.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.act).sum().backward()
+            else:
+                ctx.act()
+        return gradient, None, None
+
+
+def test_recomputation_in_a_thread_of_autograd_hears_the_selection_of_the_caller():
+    """On an accelerator the backward pass, and so the recomputation, runs in such a thread."""
+    model = llama()
+    for seed, name in enumerate(("a", "b")):
+        bank = rl.attach(model, rl.LoRA(r=2), name, target_modules=["q_proj"])
+        nudge(bank, name, seed=seed)
+    seen = []
+
+    def act():
+        seen.append((threading.get_ident(), model(IDS).logits.detach()))
+
+    def backward():
+        Deep.apply(torch.ones(1, requires_grad=True), 70, act).sum().backward()
+
+    with torch.no_grad(), bank.using("b"):
+        expected = model(IDS).logits
+    with bank.using("a"), bank.using("b"):
+        backward()
+    backward()
+    (first, in_block), (_, outside) = seen
+    assert first != threading.get_ident()
+    assert torch.equal(in_block, expected)
+    assert torch.equal(outside, model(IDS).logits)
+    assert not torch.equal(outside, expected)

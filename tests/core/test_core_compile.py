@@ -22,12 +22,18 @@ def _fresh_dynamo():
 def adapted(*names, method=None, model=None, **plan):
     model = tower() if model is None else model
     for i, name in enumerate(names):
-        bank = rl.attach(model, method or rl.LoRA(r=2), name, **(plan or dict(target_modules=["q_proj", "embed"])))
+        bank = rl.attach(model, method or rl.LoRA(r=2), name, **(plan or {"target_modules": ["q_proj", "embed"]}))
         nudge(bank, name, seed=i)
     return model, bank
 
 
-METHODS = [rl.LoRA(r=2), rl.DoRA(rl.LoRA(r=2)), rl.VeRA(r=3), rl.AdaLoRA(init_r=3, target_r=2), rl.HydraLoRA(r=2, n_b=2)]
+METHODS = [
+    rl.LoRA(r=2),
+    rl.DoRA(rl.LoRA(r=2)),
+    rl.VeRA(r=3),
+    rl.AdaLoRA(init_r=3, target_r=2),
+    rl.HydraLoRA(r=2, n_b=2),
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -125,6 +131,25 @@ def test_using_in_threads_under_compile():
     for t in threads:
         t.join()
     assert wrong == []
+
+
+def test_the_first_selection_of_a_fresh_thread_is_noticed_by_a_graph_compiled_there():
+    model, bank = adapted("a", "b")
+    with torch.no_grad(), bank.using("b"):
+        expected = model(IDS)
+    found = []
+
+    def work():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            compiled(IDS)
+            with bank.using("b"):
+                found.append(compiled(IDS))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert difference(found[0], expected) < 1e-12
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def mixtral(implementation="eager"):
 
 
 IDS = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(0))
-EXPERTS = dict(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -68,6 +68,7 @@ def test_the_change_of_the_experts_is_computed_once_in_a_forward():
     bank = rl.attach(model, rl.LoRA(r=2), **EXPERTS)
     counts = {}
     for site, adapter in bank.adapters():
+
         def forward(x, y, base, site=site, original=adapter.forward):
             counts[site] = counts.get(site, 0) + 1
             return original(x, y, base)

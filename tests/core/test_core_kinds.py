@@ -33,20 +33,20 @@ class Alone(nn.Module):
 
 
 CONVOLUTIONS = {
-    "1d": (1, dict(kernel_size=3)),
-    "1d-all": (1, dict(kernel_size=3, stride=2, padding=2, dilation=2)),
-    "1d-circular": (1, dict(kernel_size=3, padding=2, padding_mode="circular")),
-    "1d-same": (1, dict(kernel_size=4, padding="same")),
-    "2d": (2, dict(kernel_size=3, bias=False)),
-    "2d-oblong": (2, dict(kernel_size=(2, 3), stride=(1, 2), padding=(1, 0))),
-    "2d-reflect": (2, dict(kernel_size=3, padding=1, padding_mode="reflect")),
-    "2d-groups": (2, dict(kernel_size=3, padding=1, groups=2)),
-    "2d-depthwise": (2, dict(kernel_size=3, padding=1, groups=4, out=4)),
-    "2d-depthwise-x2": (2, dict(kernel_size=3, groups=4, out=8)),
-    "2d-1x1": (2, dict(kernel_size=1)),
-    "2d-1x1-groups": (2, dict(kernel_size=1, groups=2)),
-    "3d": (3, dict(kernel_size=2, stride=2)),
-    "3d-circular-groups": (3, dict(kernel_size=3, padding=1, padding_mode="circular", groups=2)),
+    "1d": (1, {"kernel_size": 3}),
+    "1d-all": (1, {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 2}),
+    "1d-circular": (1, {"kernel_size": 3, "padding": 2, "padding_mode": "circular"}),
+    "1d-same": (1, {"kernel_size": 4, "padding": "same"}),
+    "2d": (2, {"kernel_size": 3, "bias": False}),
+    "2d-oblong": (2, {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0)}),
+    "2d-reflect": (2, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
+    "2d-groups": (2, {"kernel_size": 3, "padding": 1, "groups": 2}),
+    "2d-depthwise": (2, {"kernel_size": 3, "padding": 1, "groups": 4, "out": 4}),
+    "2d-depthwise-x2": (2, {"kernel_size": 3, "groups": 4, "out": 8}),
+    "2d-1x1": (2, {"kernel_size": 1}),
+    "2d-1x1-groups": (2, {"kernel_size": 1, "groups": 2}),
+    "3d": (3, {"kernel_size": 2, "stride": 2}),
+    "3d-circular-groups": (3, {"kernel_size": 3, "padding": 1, "padding_mode": "circular", "groups": 2}),
 }
 
 
@@ -97,7 +97,9 @@ def test_spatial_lora_parameter_count_is_the_convolution_formula():
 def test_unrolled_lora_reshapes_the_product_like_the_reference(name):
     layer, dim = convolution(name)
     x = image(dim)
-    assert_lives(Alone(copy.deepcopy(layer)), lambda m: m(x), rl.UnrolledLoRA(r=2, lora_alpha=3), target_modules=["layer"])
+    assert_lives(
+        Alone(copy.deepcopy(layer)), lambda m: m(x), rl.UnrolledLoRA(r=2, lora_alpha=3), target_modules=["layer"]
+    )
     plain, model = copy.deepcopy(layer), Alone(layer)
     bank = rl.attach(model, rl.UnrolledLoRA(r=2, lora_alpha=3), target_modules=["layer"])
     nudge(bank)

@@ -10,7 +10,6 @@ import torch
 from core_tiny import (
     assert_untouched,
     difference,
-    ids as tensor_ids,
     llama,
     nudge,
     snapshot,
@@ -18,6 +17,9 @@ from core_tiny import (
     tower,
     words,
 )  # fmt: skip
+from core_tiny import (
+    ids as tensor_ids,
+)
 from torch import nn
 
 import rankloom as rl
@@ -26,7 +28,7 @@ from rankloom.core.method import Method
 from rankloom.errors import NotMergeable, StateError, TargetError
 
 IDS = words()
-PLAN = dict(target_modules=["q_proj", "v_proj", "embed"])
+PLAN = {"target_modules": ["q_proj", "v_proj", "embed"]}
 
 
 def adapted(*names, method=None, model=None, **plan):
@@ -185,7 +187,7 @@ class Breaks(Method):
 
 
 @pytest.mark.parametrize("method", [Breaks(build_at=2), Breaks(reset_at=2), Breaks(patch_fails=True)], ids=str)
-@pytest.mark.parametrize("plan", [dict(), dict(layer_replication=[(0, 2), (0, 2)])], ids=str)
+@pytest.mark.parametrize("plan", [{}, {"layer_replication": [(0, 2), (0, 2)]}], ids=str)
 def test_a_failing_attach_leaves_the_model_untouched(method, plan):
     model = llama()
     before = snapshot(model)
@@ -250,8 +252,14 @@ def test_a_layer_with_an_attribute_of_our_name_is_refused():
 
 # copies -------------------------------------------------------------------------------------------------------------
 
-METHODS = [rl.LoRA(r=2), rl.DoRA(rl.LoRA(r=2)), rl.VeRA(r=3), rl.HydraLoRA(r=2, n_b=2), rl.LoRA(r=2, init_lora_weights="pissa")]
-LINEAR = dict(target_modules=["q_proj", "v_proj"])
+METHODS = [
+    rl.LoRA(r=2),
+    rl.DoRA(rl.LoRA(r=2)),
+    rl.VeRA(r=3),
+    rl.HydraLoRA(r=2, n_b=2),
+    rl.LoRA(r=2, init_lora_weights="pissa"),
+]
+LINEAR = {"target_modules": ["q_proj", "v_proj"]}
 
 
 def pickled(model):
@@ -387,7 +395,7 @@ def test_casting_while_merged():
 
 
 def test_autocast():
-    model, bank = adapted("a", model=tower().float())
+    model, _bank = adapted("a", model=tower().float())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = model(IDS)
     assert out.dtype == torch.bfloat16
@@ -398,7 +406,7 @@ def test_autocast():
 def test_attaching_on_the_meta_device_counts_without_memory(method):
     with torch.device("meta"):
         model = llama()
-    plan = dict(target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"])
+    plan = {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
     bank = rl.attach(model, method, **plan)
     assert all(p.is_meta for p in model.parameters())
     real = rl.attach(llama(), method, **plan)

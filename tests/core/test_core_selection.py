@@ -118,7 +118,7 @@ def test_rows_train_only_the_adapters_of_their_rows():
 def test_rows_in_generate_with_beams(beams):
     model, bank = adapted("a", "b", model=llama(), target_modules="all-linear", size=0.6)
     ids = tokens(batch=3)
-    settings = dict(max_new_tokens=5, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None)
+    settings = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = []
     for row, name in zip(ids, ["b", "a", None]):
         with bank.using(*[name] if name else []):
@@ -139,7 +139,7 @@ class Flattening(nn.Module):
         return self.layer(x.flatten(0, 1)).reshape(x.shape)
 
 
-@pytest.mark.parametrize("selection", [dict(rows=["default", None]), dict(default=torch.tensor([1.0, 0.0]))])
+@pytest.mark.parametrize("selection", [{"rows": ["default", None]}, {"default": torch.tensor([1.0, 0.0])}])
 def test_flattened_tokens_are_refused_by_name(selection):
     model = Flattening()
     bank = rl.attach(model, rl.LoRA(r=2), target_modules=["layer"])
@@ -185,7 +185,7 @@ def test_using_is_nested_and_bitwise_the_base():
 
 @torch.no_grad()
 def test_using_ends_with_an_exception():
-    model, bank = adapted("a", "b")
+    _model, bank = adapted("a", "b")
     with pytest.raises(ZeroDivisionError), bank.using("b"):
         1 / 0
     assert bank.active == {"a": 1.0}
@@ -262,7 +262,7 @@ def test_threads_inside_one_forward_of_stacked_parameters():
 
 
 def test_use_sets_the_default_of_every_thread():
-    model, bank = adapted("a", "b")
+    _model, bank = adapted("a", "b")
     seen = []
     bank.use("b")
     thread = threading.Thread(target=lambda: seen.append(dict(bank.active)))
@@ -408,7 +408,7 @@ def test_merging_inside_a_using_block_does_not_speak_twice():
 
 def test_merging_rows_is_refused():
     _, bank = adapted("a", "b")
-    for selection in (dict(rows=["a", "b"]), dict(a=torch.tensor([0.5, 0.1]))):
+    for selection in ({"rows": ["a", "b"]}, {"a": torch.tensor([0.5, 0.1])}):
         bank.use(**selection)
         with pytest.raises(rl.RankloomError, match="row by row"):
             bank.merge()
@@ -424,7 +424,9 @@ def test_switching_touches_no_layer(depth, count, monkeypatch):
     model, bank = adapted(*names, model=tower(depth=depth))
     touched = []
     for cls in {type(m) for m in model.modules()}:
-        monkeypatch.setattr(cls, "__getattribute__", lambda s, n, g=cls.__getattribute__: (touched.append(n), g(s, n))[1])
+        monkeypatch.setattr(
+            cls, "__getattribute__", lambda s, n, g=cls.__getattribute__: (touched.append(n), g(s, n))[1]
+        )
         monkeypatch.setattr(cls, "__setattr__", lambda s, n, v: touched.append(n))
     bank.use(names[-1])
     with bank.using(names[0]):

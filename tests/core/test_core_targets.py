@@ -20,8 +20,9 @@ def ranks(model, **plan):
 
 
 def peft_ranks(model, **config):
-    from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
+
+    from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, **config))
     return {
@@ -35,22 +36,23 @@ def peft_ranks(model, **config):
 
 
 CONFIGS = {
-    "suffixes": dict(target_modules=["q_proj", "v_proj"]),
-    "dotted": dict(target_modules=["self_attn.q_proj", "model.layers.1.mlp.up_proj"]),
-    "regex": dict(target_modules=r".*layers\.[01]\.(self_attn|mlp)\.(q|up)_proj"),
-    "all-linear": dict(target_modules="all-linear"),
-    "exclude": dict(target_modules=["q_proj", "v_proj"], exclude_modules=["layers.1.self_attn.v_proj"]),
-    "exclude-regex": dict(target_modules="all-linear", exclude_modules=r".*\.mlp\..*"),
-    "layers": dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2]),
-    "pattern": dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
-    "pattern-list": dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["blocks", "layers"]),
-    "one-layer": dict(target_modules=["q_proj"], layers_to_transform=2),
-    "rank": dict(target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 3, r"layers\.1\.self_attn\.v_proj": 5}),
-    "rank-first-wins": dict(target_modules=["q_proj"], rank_pattern={r"layers.0.*q_proj": 3, "q_proj": 5}),
-    "rank-whole-name": dict(
-        target_modules=["q_proj"], rank_pattern={r"model.layers.0.self_attn.q_proj": 3, ".*_proj": 7}
-    ),
-    "alpha": dict(target_modules=["q_proj", "o_proj"], alpha_pattern={"o_proj": 16}, rank_pattern={"o_proj": 4}),
+    "suffixes": {"target_modules": ["q_proj", "v_proj"]},
+    "dotted": {"target_modules": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+    "regex": {"target_modules": r".*layers\.[01]\.(self_attn|mlp)\.(q|up)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "exclude": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
+    "exclude-regex": {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},
+    "layers": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]},
+    "pattern": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "pattern-list": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
+    "one-layer": {"target_modules": ["q_proj"], "layers_to_transform": 2},
+    "rank": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 3, r"layers\.1\.self_attn\.v_proj": 5}},
+    "rank-first-wins": {"target_modules": ["q_proj"], "rank_pattern": {r"layers.0.*q_proj": 3, "q_proj": 5}},
+    "rank-whole-name": {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {r"model.layers.0.self_attn.q_proj": 3, ".*_proj": 7},
+    },
+    "alpha": {"target_modules": ["q_proj", "o_proj"], "alpha_pattern": {"o_proj": 16}, "rank_pattern": {"o_proj": 4}},
 }
 
 
@@ -89,36 +91,36 @@ def test_a_suffix_is_a_whole_name_part():
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        (dict(target_modules=["q_proj", "v_porj"]), "target_modules: 'v_porj' matches nothing.*'v_proj'"),
-        (dict(target_modules=r".*\.qproj"), r"target_modules: the regular expression '.*qproj' matches no whole name"),
-        (dict(target_modules=r"q_proj"), "matches no whole name.*'q_proj'"),
-        (dict(target_modules="("), "is not a regular expression"),
-        (dict(target_modules=["q_proj"], exclude_modules=["k_porj"]), "exclude_modules: 'k_porj'.*'k_proj'"),
-        (dict(target_modules=["q_proj"], exclude_modules=["q_proj"]), "nothing is left"),
-        (dict(target_modules=["q_proj"], layers_to_transform=[0, 7]), r"no target in block 7.*\[0, 1\]"),
-        (dict(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern="blocks"), "no target in block 0"),
-        (dict(target_modules=["q_proj"], layers_pattern="layers"), "needs layers_to_transform"),
-        (dict(target_modules=["q_proj"], rank_pattern={"k_proj": 4}), "rank_pattern: 'k_proj' matches no target"),
-        (dict(target_modules=["q_proj"], alpha_pattern={"q_porj": 4}), "alpha_pattern: 'q_porj'.*'q_proj'"),
-        (dict(target_modules=["q_proj"], rank_pattern={"(": 4}), "rank_pattern.*not a regular expression"),
-        (dict(target_modules=["q_proj"], modules_to_save=["lm_heat"]), "modules_to_save: 'lm_heat'.*'lm_head'"),
-        (dict(target_modules=["q_proj"], target_parameters=["norm.wait"]), "target_parameters: 'norm.wait'.*norm.weight"),
-        (dict(target_modules=["q_proj"], trainable_token_indices={"embed": [1]}), "trainable_token_indices: 'embed'"),
-        (dict(target_modules=["q_proj"], trainable_token_indices=[99]), r"\[99\] in an embedding of 32 rows"),
-        (dict(target_modules=["q_proj"], trainable_token_indices=[1, 1]), "repeated indices"),
-        (dict(target_modules=["q_proj"], trainable_token_indices={"q_proj": [1]}), "not an embedding"),
-        (dict(target_modules=["q_proj"], bias="lora"), "bias='lora' is not one of"),
-        (dict(target_modules=["q_proj"], dtype="float"), None),
-        (dict(target_modules=["q_proj"], dtype="fp32"), "dtype='fp32' is no floating dtype"),
-        (dict(target_moduls=["q_proj"]), "no setting 'target_moduls'.*'target_modules'"),
-        (dict(target_modules=["self_attn"]), "LlamaAttention.*name its layers instead: k_proj, o_proj, q_proj, v_proj"),
-        (dict(target_modules=["q_proj", "mlp"]), "LlamaMLP.*down_proj, gate_proj, up_proj"),
-        (dict(target_modules=["input_layernorm"]), r"LlamaRMSNorm.*target_parameters=\['weight'\]"),
-        (dict(target_modules=[]), "adapts nothing"),
-        (dict(target_modules=[], target_parameters=["norm.weight"]), "not a matrix"),
-        (dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], trainable_token_indices=[1]), "drop one"),
-        (dict(layer_replication=[(0, 3)]), "blocks 0 to 1"),
-        (dict(layer_replication=[(1, 1)]), "blocks 0 to 1"),
+        ({"target_modules": ["q_proj", "v_porj"]}, "target_modules: 'v_porj' matches nothing.*'v_proj'"),
+        ({"target_modules": r".*\.qproj"}, r"target_modules: the regular expression '.*qproj' matches no whole name"),
+        ({"target_modules": r"q_proj"}, "matches no whole name.*'q_proj'"),
+        ({"target_modules": "("}, "is not a regular expression"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["k_porj"]}, "exclude_modules: 'k_porj'.*'k_proj'"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "nothing is left"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 7]}, r"no target in block 7.*\[0, 1\]"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"}, "no target in block 0"),
+        ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "needs layers_to_transform"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 4}}, "rank_pattern: 'k_proj' matches no target"),
+        ({"target_modules": ["q_proj"], "alpha_pattern": {"q_porj": 4}}, "alpha_pattern: 'q_porj'.*'q_proj'"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"(": 4}}, "rank_pattern.*not a regular expression"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_heat"]}, "modules_to_save: 'lm_heat'.*'lm_head'"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["norm.wait"]}, "target_parameters: 'norm.wait'.*norm.weight"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}}, "trainable_token_indices: 'embed'"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [99]}, r"\[99\] in an embedding of 32 rows"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 1]}, "repeated indices"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"q_proj": [1]}}, "not an embedding"),
+        ({"target_modules": ["q_proj"], "bias": "lora"}, "bias='lora' is not one of"),
+        ({"target_modules": ["q_proj"], "dtype": "float"}, None),
+        ({"target_modules": ["q_proj"], "dtype": "fp32"}, "dtype='fp32' is no floating dtype"),
+        ({"target_moduls": ["q_proj"]}, "no setting 'target_moduls'.*'target_modules'"),
+        ({"target_modules": ["self_attn"]}, "LlamaAttention.*name its layers instead: k_proj, o_proj, q_proj, v_proj"),
+        ({"target_modules": ["q_proj", "mlp"]}, "LlamaMLP.*down_proj, gate_proj, up_proj"),
+        ({"target_modules": ["input_layernorm"]}, r"LlamaRMSNorm.*target_parameters=\['weight'\]"),
+        ({"target_modules": []}, "adapts nothing"),
+        ({"target_modules": [], "target_parameters": ["norm.weight"]}, "not a matrix"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]}, "drop one"),
+        ({"layer_replication": [(0, 3)]}, "blocks 0 to 1"),
+        ({"layer_replication": [(1, 1)]}, "blocks 0 to 1"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_thing_and_leave_the_model_alone(plan, says):

@@ -221,7 +221,7 @@ def test_token_rows_of_a_scaled_embedding_keep_the_scale():
 
     ids = torch.tensor([[0, 2, 3]])
     model = Scaled().double()
-    plan = dict(target_modules=["q", "embed"], trainable_token_indices={"embed": [2, 0]})
+    plan = {"target_modules": ["q", "embed"], "trainable_token_indices": {"embed": [2, 0]}}
     assert_lives(model, lambda m: m(ids), rl.LoRA(r=2), **plan)
     plain = copy.deepcopy(model)
     bank = rl.attach(model, rl.LoRA(r=2), target_modules=["q"], trainable_token_indices={"embed": [2]})
@@ -237,7 +237,9 @@ def test_token_rows_and_lora_agree_with_peft(tied):
     ids = tokens()
     ids[0, :2] = torch.tensor([4, 9])
     base = llama(tie_word_embeddings=tied)
-    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4, 9]))
+    theirs = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4, 9])
+    )
     model = copy.deepcopy(base)
     bank = rl.attach(model, rl.LoRA(r=2), target_modules=["q_proj"], trainable_token_indices=[4, 9])
     rows = torch.randn(2, 16, dtype=D)
@@ -314,7 +316,7 @@ def test_layer_replication_agrees_with_peft(ranges):
 def test_a_replicated_model_generates_with_its_cache():
     ids = tokens()
     model, *_ = replicated_with_peft([[0, 2], [1, 3]])
-    settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = model.generate(ids, use_cache=True, **settings)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
 
@@ -325,7 +327,9 @@ def test_layer_replication_is_undone_exactly():
     before, out, config = snapshot(model), model(ids).logits, model.config.to_dict()
     parameters = sum(p.numel() for p in model.parameters())
     bank = rl.attach(model, rl.LoRA(r=2), target_modules=["q_proj"], layer_replication=[(0, 3), (1, 3)])
-    assert sum(p.numel() for n, p in model.named_parameters() if "adapters" not in n) == parameters, "weights are shared"
+    assert sum(p.numel() for n, p in model.named_parameters() if "adapters" not in n) == parameters, (
+        "weights are shared"
+    )
     assert model.model.layers[3].self_attn.config is model.config
     assert len({layer.self_attn.layer_idx for layer in model.model.layers}) == 5
     nudge(bank)
@@ -349,7 +353,7 @@ def test_layer_types_follow_the_replication():
     bank = rl.attach(model, rl.LoRA(r=2), target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)])
     nudge(bank)
     ids = tokens(length=8)
-    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert model.config.layer_types == types * 2
     assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
     rl.detach(model)

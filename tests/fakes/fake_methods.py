@@ -1,11 +1,10 @@
 """An honest leaf method, and deliberate fakes of it: each breaks one promise of the contract.
 
-`FAKES` says which check must catch which fake. The model is small and plain, so that a failure has one cause only.
+`FAKES` says which check must catch which fake, and with which words.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from rankloom.core.site import Site
 from rankloom.core.switch import Weight
 from rankloom.errors import NotMergeable, TargetError
 
-FAKES: dict[str, tuple[type[Method], tuple[str, ...]]] = {}
+FAKES: dict[str, tuple[type[Method], dict[str, str]]] = {}
+"""Name → (method, {check that must catch it: words of its message})."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class HonestAdapter(Adapter):
         return self.scale * (self.B @ self.A)
 
 
-def fake(name: str, *caught_by: str, **settings: Any) -> Callable[[type[Adapter]], type[Adapter]]:
-    """Register a method `name` that builds the decorated adapter, and the checks that must refuse it."""
+def fake(name: str, **caught_by: str) -> Callable[[type[Adapter]], type[Adapter]]:
+    """Make a method `name` that builds the decorated adapter, and list it."""
 
     def declare(adapter: type[Adapter]) -> type[Adapter]:
         def build(self: Honest, site: Site) -> Adapter:
@@ -74,8 +74,8 @@ def fake(name: str, *caught_by: str, **settings: Any) -> Callable[[type[Adapter]
     return declare
 
 
-def declare(name: str, *caught_by: str) -> Callable[[type[Method]], type[Method]]:
-    """Register a whole fake method."""
+def declare(name: str, **caught_by: str) -> Callable[[type[Method]], type[Method]]:
+    """List a whole fake method."""
 
     def keep(cls: type[Method]) -> type[Method]:
         FAKES[name] = (cls, caught_by)
@@ -87,40 +87,40 @@ def declare(name: str, *caught_by: str) -> Callable[[type[Method]], type[Method]
 # — the start and the base ——————————————————————————————————————————————————————————————————————————————————————————
 
 
-@fake("LoudStart", "identity")
+@fake("LoudStart", identity="the model with the fresh adapter is not the base")
 class LoudStartAdapter(HonestAdapter):
     def reset(self, base: Base) -> None:
         nn.init.normal_(self.A, std=0.3)
         nn.init.normal_(self.B, std=0.01)
 
 
-@fake("Deaf", "speaks", "learns")
+@fake("Deaf", speaks="is deaf", learns="does not depend on any trainable tensor")
 class DeafAdapter(HonestAdapter):
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
         return out
 
 
-@fake("DeafAtOneSite", "speaks")
+@fake("DeafAtOneSite", speaks="'layers.1.q_proj' is deaf")
 class DeafAtOneSiteAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         said = super().forward(x, y, base)
         return said * 0 if "1" in self.site_name else said
 
 
-@fake("Noisy", "repeats")
+@fake("Noisy", repeats="is dropout on")
 class NoisyAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         return F.dropout(super().forward(x, y, base), 0.5, training=True)
 
 
-@fake("EditsBaseInReset", "base")
+@fake("EditsBaseInReset", base="weight' was changed by attach")
 class EditsBaseInResetAdapter(HonestAdapter):
     def reset(self, base: Base) -> None:
         super().reset(base)
         base.kind.tensor(base.layer).data.mul_(1.001)
 
 
-@fake("EditsBaseInForward", "base", "frozen")
+@fake("EditsBaseInForward", base="changed by a forward and backward pass", frozen="changed by training")
 class EditsBaseInForwardAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         if self.training:
@@ -128,21 +128,21 @@ class EditsBaseInForwardAdapter(HonestAdapter):
         return super().forward(x, y, base)
 
 
-@fake("ThawsBase", "base")
+@fake("ThawsBase", base="still requires a gradient")
 class ThawsBaseAdapter(HonestAdapter):
     def reset(self, base: Base) -> None:
         super().reset(base)
         base.kind.tensor(base.layer).requires_grad_(True)
 
 
-@fake("TurnsBaseToDouble", "base")
-class TurnsBaseToDoubleAdapter(HonestAdapter):
+@fake("AddsAModule", base="modules came or went", detach="extra is new")
+class AddsAModuleAdapter(HonestAdapter):
     def reset(self, base: Base) -> None:
         super().reset(base)
         base.layer.extra = nn.Identity()
 
 
-@declare("SpeaksInSilence", "silence")
+@declare("SpeaksInSilence", silence="inside `with bank.using")
 @dataclass(frozen=True)
 class SpeaksInSilence(Honest):
     """A hook on the model that speaks whatever the bank says."""
@@ -155,7 +155,7 @@ def _louder(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output * (1 + 1e-6)
 
 
-@declare("LeavesHook", "detach")
+@declare("LeavesHook", detach="forward_hooks of the model")
 @dataclass(frozen=True)
 class LeavesHook(Honest):
     """A patch without an undo."""
@@ -169,7 +169,7 @@ def _observer(module: nn.Module, args: Any, output: Tensor) -> None:
     return None
 
 
-@declare("LeavesClassPatched", "detach")
+@declare("LeavesClassPatched", detach="Linear.extra_repr")
 @dataclass(frozen=True)
 class LeavesClassPatched(Honest):
     """Patches the class of every linear layer of the process."""
@@ -183,13 +183,18 @@ class LeavesClassPatched(Honest):
 # — the matrix ——————————————————————————————————————————————————————————————————————————————————————————————————————
 
 
-@fake("MergesWithoutScale", "merge", "delta", "fold")
+@fake(
+    "MergesWithoutScale",
+    merge="merged against unmerged",
+    delta="`forward` against `delta`",
+    fold="the base after the fold",
+)
 class MergesWithoutScaleAdapter(HonestAdapter):
     def delta(self, base: Base) -> Tensor:
         return self.B @ self.A
 
 
-@fake("ForwardTransposed", "merge", "delta")
+@fake("ForwardTransposed", merge="merged against unmerged", delta="`forward` against `delta`")
 class ForwardTransposedAdapter(HonestAdapter):
     """Square layers hide it: ΔWᵀ instead of ΔW in `delta`."""
 
@@ -198,7 +203,7 @@ class ForwardTransposedAdapter(HonestAdapter):
         return change.mT.contiguous() if change.shape[-1] == change.shape[-2] else change
 
 
-@fake("ForgetsBias", "merge", "delta")
+@fake("ForgetsBias", merge="the bias", delta="`forward` against `delta`")
 class ForgetsBiasAdapter(HonestAdapter):
     """A trained bias that no `delta_bias` tells of."""
 
@@ -210,20 +215,20 @@ class ForgetsBiasAdapter(HonestAdapter):
         return super().forward(x, y, base) + base.shift(y, self.bias.to(y.dtype))
 
 
-@fake("RefusesTooLate", "merge")
+@fake("RefusesTooLate", merge="raised NotMergeable, and yet: value of layers.0.q_proj.weight")
 class RefusesTooLateAdapter(HonestAdapter):
     def delta(self, base: Base) -> Tensor:
         base.kind.tensor(base.layer).data.add_(0.1)
         raise NotMergeable(f"too late at {self.site_name!r}")
 
 
-@fake("RefusesWithoutName", "merge")
+@fake("RefusesWithoutName", merge="must name the site")
 class RefusesWithoutNameAdapter(HonestAdapter):
     def delta(self, base: Base) -> Tensor:
         raise NotMergeable("no")
 
 
-@fake("UnmergesRoughly", "unmerge")
+@fake("UnmergesRoughly", unmerge="changed by merge and unmerge")
 class UnmergesRoughlyAdapter(HonestAdapter):
     """`delta` writes the change into the base tensor and takes it out again: almost what it was."""
 
@@ -235,7 +240,7 @@ class UnmergesRoughlyAdapter(HonestAdapter):
         return change
 
 
-@fake("ResetsOnce", "fold")
+@fake("ResetsOnce", fold="the change must be zero again")
 class ResetsOnceAdapter(HonestAdapter):
     """The start is made once; a second reset leaves what was learnt."""
 
@@ -252,7 +257,7 @@ class ResetsOnceAdapter(HonestAdapter):
 # — training ————————————————————————————————————————————————————————————————————————————————————————————————————————
 
 
-@fake("DeadParameter", "gradients")
+@fake("DeadParameter", gradients="q_proj:unused' (3,) (role none) requires a gradient and never got one")
 class DeadParameterAdapter(HonestAdapter):
     def __init__(self, site: Site, method: Any) -> None:
         super().__init__(site, method)
@@ -263,7 +268,7 @@ class DeadParameterAdapter(HonestAdapter):
         nn.init.zeros_(self.unused)
 
 
-@fake("ZeroGradient", "gradients")
+@fake("ZeroGradient", gradients="q_proj:gate' (1,) (role none) was zero")
 class ZeroGradientAdapter(HonestAdapter):
     """A gate that is multiplied away: a gradient that is there, and zero for ever."""
 
@@ -279,7 +284,7 @@ class ZeroGradientAdapter(HonestAdapter):
         return super().forward(x, y, base) * (1 + 0 * self.gate)
 
 
-@fake("CopiesShared", "gradients")
+@fake("CopiesShared", gradients="shared:gain' (2,) (role scale) requires a gradient and never got one")
 class CopiesSharedAdapter(HonestAdapter):
     """Clones the shared tensor instead of borrowing it: what is trained is not what speaks."""
 
@@ -310,13 +315,13 @@ class _Uphill(torch.autograd.Function):
         return -grads[0]
 
 
-@fake("LearnsUphill", "learns")
+@fake("LearnsUphill", learns="after 40 steps")
 class LearnsUphillAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         return _Uphill.apply(super().forward(x, y, base))
 
 
-@fake("CountsItsCalls", "checkpointing")
+@fake("CountsItsCalls", checkpointing="is a state kept in forward")
 class CountsItsCallsAdapter(HonestAdapter):
     """What it says in training depends on how often it was called; recomputed activations differ."""
 
@@ -345,7 +350,7 @@ class Drift(Rule):
             parameter.add_(1e-3 * self.pushes)
 
 
-@declare("ForgetsRuleMemory", "resume")
+@declare("ForgetsRuleMemory", resume="the losses of steps 4 to 6")
 @dataclass(frozen=True)
 class ForgetsRuleMemory(Honest):
     def rules(self) -> list[Rule]:
@@ -355,38 +360,45 @@ class ForgetsRuleMemory(Honest):
 # — the company it keeps ————————————————————————————————————————————————————————————————————————————————————————————
 
 
-@fake("LeaksBetweenRows", "independence", "rows", "rows_tensor")
+@fake(
+    "LeaksBetweenRows",
+    independence="row 0 alone and within the whole batch, in evaluation",
+    rows="against use('a')",
+    rows_tensor="against use('b')",
+)
 class LeaksBetweenRowsAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         said = super().forward(x, y, base)
         return said - 0.1 * said.mean(0, keepdim=True)
 
 
-@fake("LeaksInTraining", "independence")
+@fake("LeaksInTraining", independence="in training mode")
 class LeaksInTrainingAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         said = super().forward(x, y, base)
         return said - said.mean(0, keepdim=True) if self.training else said
 
 
-@fake("IgnoresWeight", "weights")
+@fake("IgnoresWeight", weights="at weight 0.0")
 class IgnoresWeightAdapter(HonestAdapter):
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
         return out + self.forward(x, y, base)
 
 
-@fake("RoundsTensorWeight", "weights")
+@fake("RoundsTensorWeight", weights="a weight of its own for each row")
 class RoundsTensorWeightAdapter(HonestAdapter):
     """Takes one number out of a tensor of weights by row."""
 
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
         number = weight.flatten()[0] if isinstance(weight, Tensor) else weight
-        return out + number.to(y.dtype) * self.forward(x, y, base) if isinstance(number, Tensor) else (
-            out + number * self.forward(x, y, base)
+        return (
+            out + number.to(y.dtype) * self.forward(x, y, base)
+            if isinstance(number, Tensor)
+            else (out + number * self.forward(x, y, base))
         )
 
 
-@fake("HearsOthers", "adds")
+@fake("HearsOthers", adds="against the base and the two changes")
 class HearsOthersAdapter(HonestAdapter):
     """Reacts to what others have said already, not to the base alone."""
 
@@ -395,33 +407,32 @@ class HearsOthersAdapter(HonestAdapter):
         return super().add(out, x, y, base, weight) * 1 + (gain - 1) * self.forward(x, y, base)
 
 
-@fake("WritesOnSwitch", "switching")
+@fake("WritesOnSwitch", switching="must not write into the model: attribute", detach="last_speaker is new")
 class WritesOnSwitchAdapter(HonestAdapter):
-    """Keeps the change in the base while it speaks, so that switching costs a rewrite."""
+    """Writes into the layer who has spoken last."""
 
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
-        base.layer.last_speaker = self.site_name
+        base.layer.last_speaker = id(self)
         return super().add(out, x, y, base, weight)
 
 
-_desk = threading.local.__mro__[-1]()  # a plain object would not take attributes
-_desk_by_site: dict[str, Tensor] = {}
+_desk: dict[str, Tensor] = {}
 
 
-@fake("SharesADesk", "threads")
+@fake("SharesADesk", threads="beside another one")
 class SharesADeskAdapter(HonestAdapter):
     """Lays its input on a desk that all threads use."""
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        _desk_by_site[self.site_name] = super().forward(x, y, base)
+        _desk[self.site_name] = super().forward(x, y, base)
         time.sleep(0.002)
-        return _desk_by_site[self.site_name]
+        return _desk[self.site_name]
 
 
 # — travel ——————————————————————————————————————————————————————————————————————————————————————————————————————————
 
 
-@declare("ForgetsASetting", "settings")
+@declare("ForgetsASetting", settings="against the original")
 @dataclass(frozen=True)
 class ForgetsASetting(Method):
     """`scale` is kept beside the fields, where no JSON sees it."""
@@ -447,7 +458,7 @@ def forgetful() -> ForgetsASetting:
     return made
 
 
-@fake("HidesATensor", "moves", "bf16")
+@fake("HidesATensor", moves="not on the expected device", bf16="same dtype")
 class HidesATensorAdapter(HonestAdapter):
     """A tensor that is no parameter and no buffer: `.to()` does not find it."""
 
@@ -459,22 +470,16 @@ class HidesATensorAdapter(HonestAdapter):
         return base.up(base.down(x, self.A), self.scale * (self.B * self.hidden[0]))
 
 
-@fake("KeepsALambda", "pickles")
+@fake("KeepsALambda", pickles="lambda")
 class KeepsALambdaAdapter(HonestAdapter):
     def __init__(self, site: Site, method: Any) -> None:
         super().__init__(site, method)
         self.squash = lambda said: said
 
 
-_values_by_site: dict[str, Tensor] = {}
-
-
-@fake("SharesWithItsCopy", "copies")
+@fake("SharesWithItsCopy", copies="shares the tensor")
 class SharesWithItsCopyAdapter(HonestAdapter):
-    """The values live in a table of the module, so every copy speaks through the same ones."""
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name)
+    """A copy that holds the very tables of the original."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = self.__class__.__new__(self.__class__)
@@ -482,30 +487,30 @@ class SharesWithItsCopyAdapter(HonestAdapter):
         return twin
 
 
-@fake("UpcastsInHalf", "bf16")
+@fake("UpcastsInHalf", bf16="same dtype")
 class UpcastsInHalfAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         return super().forward(x, y, base).float() if y.dtype == torch.bfloat16 else super().forward(x, y, base)
 
 
-@fake("BlowsUpInHalf", "bf16")
+@fake("BlowsUpInHalf", bf16="at its start the adapter changes")
 class BlowsUpInHalfAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         return super().forward(x, y, base) + (1e38 if y.dtype == torch.bfloat16 else 0) * 10 * y.square()
 
 
-@fake("IgnoresAutocast", "autocast")
+@fake("IgnoresAutocast", autocast="with the adapter: cast factors")
 class IgnoresAutocastAdapter(HonestAdapter):
-    """A fused product that autocast does not know of meets half-precision outputs with float32 factors."""
+    """A product that autocast does not reach raises the outputs to float32."""
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return base.up(base.down(x, self.A), self.scale * self.B)
+                return base.up(base.down(x.to(self.A.dtype), self.A), self.scale * self.B)
         return super().forward(x, y, base)
 
 
-@fake("ForgetsToSave", "save_load")
+@fake("ForgetsToSave", save_load="is a tensor not saved")
 class ForgetsToSaveAdapter(HonestAdapter):
     """A random projection that is neither saved nor made again from a seed."""
 
@@ -523,21 +528,21 @@ class ForgetsToSaveAdapter(HonestAdapter):
 # — the compiler ————————————————————————————————————————————————————————————————————————————————————————————————————
 
 
-@fake("BranchesOnValues", "compile")
+@fake("BranchesOnValues", compile="data-dependent")
 class BranchesOnValuesAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         said = super().forward(x, y, base)
         return said if float(said.detach().abs().max()) < 1e9 else said * 0
 
 
-@fake("OtherWhenCompiled", "compile")
+@fake("OtherWhenCompiled", compile="compiled against uncompiled")
 class OtherWhenCompiledAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         said = super().forward(x, y, base)
         return said * 1.5 if torch.compiler.is_compiling() else said
 
 
-@fake("RecompilesForever", "recompiles")
+@fake("RecompilesForever", recompiles="compiled again")
 class RecompilesForeverAdapter(HonestAdapter):
     """A python counter that the compiled code is specialised to."""
 
@@ -553,7 +558,7 @@ class RecompilesForeverAdapter(HonestAdapter):
 # — the kinds of layers —————————————————————————————————————————————————————————————————————————————————————————————
 
 
-@declare("RefusesNamelessly", "kind_conv2d")
+@declare("RefusesNamelessly", kind_conv2d="must name the site")
 @dataclass(frozen=True)
 class RefusesNamelessly(Honest):
     def build(self, site: Site) -> Adapter | None:
@@ -562,7 +567,7 @@ class RefusesNamelessly(Honest):
         return super().build(site)
 
 
-@declare("LinearOnly", "kind_conv2d", "kind_embedding", "kind_parameter")
+@declare("LinearOnly", kind_conv2d="shapes cannot", kind_embedding="shapes cannot", kind_parameter="NoneType")
 @dataclass(frozen=True)
 class LinearOnly(Honest):
     """Takes every kind and treats it as a linear layer."""
@@ -576,7 +581,7 @@ class LinearOnlyAdapter(HonestAdapter):
         return F.linear(F.linear(x, self.A), self.scale * self.B)
 
 
-@declare("ReadsLayout", "kind_conv1d_transposed")
+@declare("ReadsLayout", kind_conv1d_transposed="must match")
 @dataclass(frozen=True)
 class ReadsLayout(Honest):
     """Forgets that GPT-2's layers keep their weight transposed."""

@@ -310,7 +310,8 @@ def test_what_rules_change_is_clipped_again(tmp_path):
 def _run(folder, model, steps: int, resume=None, stop_at: int | None = None, callback=None):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == stop_at
+            if state.global_step == stop_at:
+                control.should_training_stop = True
 
     args = _args(folder, steps, save_strategy="steps", save_steps=4, lr_scheduler_type="linear")
     callbacks = [callback or RankloomCallback(), Stop()]

@@ -151,6 +151,24 @@ def test_masked_triplets_may_return_until_the_final_phase():
     assert step(10, loud=0) == [False, True]
 
 
+def test_the_final_mask_is_not_chosen_again():
+    """Procedure: in the final phase the last mask holds, however large a masked triplet has become since."""
+    model = _net(1)
+    bank = rl.attach(model, AdaLoRA(init_r=2, target_r=1))
+    adapter, run = only(bank), stage(model, 6)
+    rule = Budget(1, tfinal=2, metric="mag")
+    rule.start(run)
+    with torch.no_grad():
+        adapter.E.copy_(torch.tensor([[3.0], [1.0]]))
+    for step in (3, 4, 5):
+        run.step = step
+        rule.after_backward(run)
+        rule.after_step(run)
+        assert (adapter.E != 0).flatten().tolist() == [True, False]
+        with torch.no_grad():
+            adapter.E[1] = 50.0
+
+
 def test_ties_keep_exactly_the_budget():
     """Pitfall: equal scores prune no more than asked, and a full budget prunes nothing."""
     model = _net(2)

@@ -235,7 +235,19 @@ def test_kill_while_saving_loses_nothing(tmp_path: Path) -> None:
         newest = newest_checkpoint(tmp_path)
         assert newest is not None
         assert newest.data["n"] == newest.step == steps_in(tmp_path)[-1]
-        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    save_checkpoint(tmp_path, newest.step + 1, weights, {})
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_reader_leaves_a_writer_alone_and_a_new_run_sweeps(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoints", 1, {"w": torch.zeros(1)}, {})
+    half = tmp_path / "checkpoints" / ".step-00000002.new-abc"
+    half.mkdir()
+    assert newest_checkpoint(tmp_path / "checkpoints").step == 1
+    assert half.is_dir()
+    (tmp_path / "checkpoints" / "step-00000001").rename(tmp_path / "elsewhere")
+    trained(tmp_path)
+    assert not half.exists()
 
 
 def test_hostile_manifests_are_refused(tmp_path: Path) -> None:

@@ -166,12 +166,14 @@ def _build(model: nn.Module, plan: Plan) -> tuple[list[tuple[Place, Site, Adapte
     if resolution.whole:
         _warn_of_ties(model, resolution.whole)
     built: dict[tuple[int, str], tuple[Place, Site, list[Adapter]]] = {}
+    checked: set[type[Method]] = set()
     for place, method, site in parts:
         adapter = method.build(site)
         if adapter is None:
             continue
-        if site.bare:
+        if site.bare and type(method) not in checked:
             _check_bare(adapter, place, method)
+            checked.add(type(method))
         built.setdefault((id(place.layer), place.slot), (place, site, []))[2].append(adapter)
     if not built:
         raise TargetError(f"method {type(plan.method).__name__} left every one of the {len(parts)} targets alone")
@@ -180,7 +182,7 @@ def _build(model: nn.Module, plan: Plan) -> tuple[list[tuple[Place, Site, Adapte
 
 def _check_bare(adapter: Adapter, place: Place, method: Method) -> None:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), present(place.layer):
             adapter.delta(Base(place.kind, place.layer))
     except NotMergeable as error:
         raise TargetError(

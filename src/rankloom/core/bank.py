@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter, tensors_by_role
-from rankloom.core.graft import LAYER, present, slot_table
+from rankloom.core.graft import LAYER, bring_home, present, slot_table
 from rankloom.core.kinds import Base
 from rankloom.core.plan import Plan
 from rankloom.core.site import Shared, Site
@@ -112,7 +112,11 @@ class Bank:
     def fitted(self, name: str) -> list[Fitted]:
         """Every adapter of `name` in its place."""
         self._known(name)
-        return [Fitted(p, s, slot_table(p.layer, p.slot)[name]) for p, s in self._fitted[name]]
+        found = [Fitted(p, s, slot_table(p.layer, p.slot)[name]) for p, s in self._fitted[name]]
+        for each in found:
+            if "_hf_hook" in each.place.layer.__dict__:
+                bring_home(each.adapter)
+        return found
 
     def tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter, str]]:
         """(key, parameter, role) of all that belongs to `name`: "site:path" for owned, "shared:key" for shared."""
@@ -306,6 +310,11 @@ def _add_layer_change(new: dict[str, Tensor], fitted: Fitted, weight: float) -> 
     new[key] = dense(old).to(wide) + kind.to_weight(layer, change)
     shift = fitted.adapter.delta_bias(fitted.base)
     if shift is not None:
+        if "bias" not in layer._parameters:
+            raise NotMergeable(
+                f"{type(fitted.adapter).__name__} at {fitted.site.name!r} changes the bias, and a "
+                f"{fitted.place.kind.name} layer has none to merge it into"
+            )
         bias = new.get("bias", layer._parameters.get("bias"))
         new["bias"] = weight * shift if bias is None else bias + weight * shift
 

@@ -90,11 +90,14 @@ def _speak(layer: nn.Module, kind: Kind, x: Any, y: Tensor, voices: Voices) -> T
     """The base output with every speaking adapter's change added; each sees the *base* output."""
     table = slot_table(layer, LAYER)
     base = Base(kind, layer, voices.context)
+    hooked = "_hf_hook" in layer.__dict__
     out = y
     for voice in voices.speakers:
         adapter = table.get(voice.name)
         if adapter is None:
             continue
+        if hooked:
+            bring_home(adapter)
         if voice.rows is None:
             out = adapter.add(out, x, y, base, _by_row(layer, y, voice.weight))
         else:
@@ -156,6 +159,9 @@ def _effective(owner: Grafted, key: str) -> Tensor | None:
     if not any(voice.name in table for voice in voices.speakers):
         return value
     scope = None if torch.compiler.is_compiling() else _values.scopes.get(id(owner))
+    hooked = "_hf_hook" in owner.__dict__
+    if value.is_meta or (hooked and scope is None):
+        return value  # there is nothing to compute with; or accelerate moves the parameter itself
     grad = torch.is_grad_enabled()
     if scope is not None and (key, grad) in scope:
         return scope[key, grad]
@@ -165,6 +171,8 @@ def _effective(owner: Grafted, key: str) -> Tensor | None:
         adapter = table.get(voice.name)
         if adapter is not None:
             _same_for_all_rows(anchor, key, voice)
+            if hooked:
+                bring_home(adapter)
             out = adapter.add(out, None, value, base, voice.weight)
     if scope is not None:
         scope[key, grad] = out
@@ -314,6 +322,20 @@ def _rebind_instance_forward(layer: nn.Module, cls: type[nn.Module]) -> None:
         layer.__dict__["_old_forward"] = bound
     else:
         layer.__dict__["forward"] = bound
+
+
+def bring_home(adapter: Adapter) -> None:
+    """Keep the tensors of an adapter in memory: an offload hook of their own would give them to `forward` alone."""
+    for module in [m for part in adapter.modules() for m in (part, *_lenders(part))]:
+        hook = module.__dict__.get("_hf_hook")
+        if getattr(hook, "offload", False):
+            hook.pre_forward(module)  # type: ignore[union-attr]
+            for key in ("_hf_hook", "_old_forward", "forward"):
+                module.__dict__.pop(key, None)
+
+
+def _lenders(part: nn.Module) -> list[nn.Module]:
+    return [shared for shared, _ in part._borrowed.values()] if isinstance(part, Adapter) else []
 
 
 @contextmanager

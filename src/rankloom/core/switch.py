@@ -39,12 +39,33 @@ _task: contextvars.ContextVar[Selection] = contextvars.ContextVar("rankloom_sele
 
 
 class _Thread(threading.local):
-    """Mirror of the selection for compiled code, which cannot trace a ContextVar: per thread, not per task."""
+    """Mirror of the selection for compiled code, which cannot trace a ContextVar: per thread, not per task.
 
-    selection: Selection = ()
+    Set on the instance from the start: compiled code would not notice an instance attribute that comes to hide a
+    class attribute.
+    """
+
+    def __init__(self) -> None:
+        self.selection: Selection = ()
 
 
 _thread = _Thread()
+_TRAVELS = "rankloom_selection"
+"""Key of the selection among the objects that autograd hands on to the threads of a backward pass."""
+
+
+def _announce(selection: Selection) -> None:
+    _thread.selection = selection
+    torch._C._stash_obj_in_tls(_TRAVELS, selection)
+
+
+def _selection() -> Selection:
+    """The selection of this task; in a thread of autograd's own (recomputation), that of whoever called backward."""
+    mine = _task.get()
+    if mine or torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_TRAVELS):
+        return mine
+    handed_on: Selection = torch._C._get_obj_in_tls(_TRAVELS)
+    return handed_on
 
 
 class Switch:
@@ -59,7 +80,7 @@ class Switch:
         """Who speaks here and now: nobody while adapters are merged, whatever is selected where."""
         if self.muted:
             return SILENCE
-        selection = _thread.selection if torch.compiler.is_compiling() else _task.get()
+        selection = _thread.selection if torch.compiler.is_compiling() else _selection()
         for switch, voices in selection:
             if switch is self:
                 return voices
@@ -69,9 +90,9 @@ class Switch:
     def local(self, voices: Voices) -> Iterator[None]:
         """Let `voices` speak inside the block, in this thread or task only."""
         token = _task.set(((self, voices), *_task.get()))
-        _thread.selection = _task.get()
+        _announce(_task.get())
         try:
             yield
         finally:
             _task.reset(token)
-            _thread.selection = _task.get()
+            _announce(_task.get())

@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankloom.formats.export import export
+    from rankloom.formats.exporting import export
     from rankloom.formats.info import inspect
-    from rankloom.formats.load import load
-    from rankloom.formats.save import save
+    from rankloom.formats.loading import load
+    from rankloom.formats.saving import save
 
 _HOME = {
-    "export": "rankloom.formats.export",
+    "export": "rankloom.formats.exporting",
     "inspect": "rankloom.formats.info",
-    "load": "rankloom.formats.load",
-    "save": "rankloom.formats.save",
+    "load": "rankloom.formats.loading",
+    "save": "rankloom.formats.saving",
 }
 __all__ = ["export", "inspect", "load", "save"]
 

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+HOOK = "_hf_hook"
+"""Where accelerate keeps what moves offloaded weights (and often the weights); it comes with a forward of its own."""
+
 
 def base_name(model: nn.Module) -> str | None:
     """The name or path that the model was loaded from, if it knows."""
@@ -23,7 +26,13 @@ def base_name(model: nn.Module) -> str | None:
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device: its structure and shapes, ties included, and none of its numbers."""
     memo: dict[int, Any] = {id(t): _meta(t) for t in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, memo)
+    offloaded = [m.__dict__[HOOK] for m in model.modules() if m.__dict__.get(HOOK) is not None]
+    copied = copy.deepcopy(model, memo | {id(hook): None for hook in offloaded})
+    for module in copied.modules():
+        if HOOK in module.__dict__:
+            for attribute in (HOOK, "_old_forward", "forward"):
+                module.__dict__.pop(attribute, None)
+    return copied
 
 
 def _meta(tensor: Tensor) -> Tensor:

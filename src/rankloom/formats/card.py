@@ -39,7 +39,7 @@ def render(card: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 def _body(card: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     lines = [f"# {card.get('title', about['name'])}", ""]
-    lines += [card.get("description", f"A {about['method']} adapter for {_code(about['base'] or 'a base model')}."), ""]
+    lines += [card.get("description", f"A {about['method']} adapter for {_base(about['base'])}."), ""]
     lines += [
         "## Method",
         "",
@@ -60,8 +60,8 @@ def _body(card: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     return [*lines, "## Versions", "", versions]
 
 
-def _code(text: str) -> str:
-    return f"`{text}`"
+def _base(name: str | None) -> str:
+    return f"`{name}`" if name else "a base model that does not know its own name"
 
 
 def _bullets(value: Any) -> list[str]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from rankloom.errors import FileError
 from rankloom.formats.manifest import CARD, CONFIG, MANIFEST, WEIGHTS
 
+PART = ".part"
+STALE = 3600.0
+"""Seconds after which a half-written folder counts as abandoned."""
 OURS = (WEIGHTS, CARD, MANIFEST, CONFIG)
 
 
@@ -24,9 +29,10 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     target = Path(os.path.abspath(target))
     if target.exists() and not target.is_dir():
         raise FileError(f"{target} is a file; an adapter needs a folder")
-    hidden = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
+    hidden = target.parent / f".{target.name}.{secrets.token_hex(4)}{PART}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
         hidden.mkdir()
         fill(hidden)
         _finish(hidden)
@@ -37,6 +43,13 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return target
+
+
+def _sweep(target: Path) -> None:
+    """Remove what writers that were killed an hour ago or longer left beside `target`."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{PART}"):
+        if time.time() - left.stat().st_mtime > STALE:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankloom.formats.load import reader_of
+from rankloom.formats.loading import reader_of
 from rankloom.formats.manifest import WEIGHTS, Limits, open_folder
 
 

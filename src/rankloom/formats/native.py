@@ -1,4 +1,4 @@
-"""The folder for what PEFT has not: the same files, our own `peft_type`, the plan as data, tensors by the bank's keys."""
+"""The folder for what PEFT has not: the same files, our own `peft_type`, the plan as data, tensors by bank keys."""
 
 from __future__ import annotations
 

@@ -39,8 +39,9 @@ class View:
 
 def view(bank: Bank, name: str) -> View:
     """The adapter `name` of `bank`, sorted."""
+    everything = bank.fitted(name)
     found = View(bank, name, bank.plans[name], dict(base_modules(bank.model)), [], [], [])
-    for fitted in bank.fitted(name):
+    for fitted in everything:
         parts = list(fitted.adapter.parts) if isinstance(fitted.adapter, Sum) else [fitted.adapter]
         for part in parts:
             if isinstance(part, WholeAdapter):

@@ -34,7 +34,9 @@ Tell = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a training came to. `before`, `after`: metrics on held-out data; `answers`: (before, after) to one question."""
+    """What a training came to. `before`, `after`: metrics on held-out data; `compatibility`: who else can load the adapter;
+    `answers`: (before, after) to the same question.
+    """
 
     out: Path
     adapter: Path
@@ -47,7 +49,7 @@ class JobResult:
     total: int
     final_loss: float
     stopped: str
-    compatibility: tuple[str, ...] = ()
+    compatibility: str = ""
     answers: tuple[tuple[Answer, Answer], ...] = ()
     notes: tuple[str, ...] = field(default=())
 
@@ -56,13 +58,21 @@ class JobResult:
         return plain(self)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: what it came to, and the model with its adapter speaking."""
+
+    result: JobResult
+    loaded: Loaded
+
+
 def train_job(
     config: RunConfig,
     *,
     resume: bool | str = False,
     tell: Tell | None = None,
     report: Callable[[Row], None] | Report | None = None,
-) -> JobResult:
+) -> Trained:
     """Fine-tune by `config`, judged before and after, into `config.out`.
 
     That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `checkpoints/`, `adapter/`
@@ -96,9 +106,9 @@ def train_job(
     found = _result(loaded, result, evaluator, out)
     with writing(out):
         saved = formats.save(loaded.model, out / ADAPTER, config.name, card=_card(config, records, found))
-        found = dataclasses.replace(found, compatibility=tuple(str(saved).splitlines()))
+        found = dataclasses.replace(found, compatibility=str(saved.compat))
         replace_file(out / RECORD, as_json({"config": as_data(config), "versions": versions(), **found.as_dict()}))
-    return found
+    return Trained(found, loaded)
 
 
 def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[str, float]]:
@@ -237,13 +247,11 @@ def _result(loaded: Loaded, result: Result, evaluator: Evaluator, out: Path) -> 
 
 def _card(config: RunConfig, records: RunRecords, found: JobResult) -> dict[str, Any]:
     """What the model card tells beyond the adapter itself."""
-    assert config.model is not None
+    train = {k: v for k, v in plain(config.train).items() if v is not None}
     return {
-        "base_model": config.model.path,
-        "data": {"source": records.train.source, "records": len(records.train), "evaluation": records.note},
-        "metrics": {"before": found.before, "after": found.after},
-        "config": as_data(config),
-        "versions": versions(),
+        "data": {"training": f"{len(records.train)} records of {records.train.source}", "evaluation": records.note},
+        "metrics": {k: {"before": found.before.get(k, ""), "after": v} for k, v in found.after.items()},
+        "settings": {**train, "batch_size": config.need_data().batch_size},
     }
 
 

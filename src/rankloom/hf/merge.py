@@ -16,7 +16,7 @@ from rankloom import formats
 from rankloom.core.attach import detach
 from rankloom.errors import StateError
 from rankloom.hf.job import check_out, plain, writing
-from rankloom.hf.models import Loaded, load_model
+from rankloom.hf.models import Loaded, load_model, quiet
 from rankloom.hf.rundata import judged_records, prepared
 from rankloom.train.config import RunConfig
 from rankloom.train.data import Batches
@@ -74,7 +74,7 @@ def merge_job(config: RunConfig, adapter: Path, out: Path, tolerance: float | No
     model = loaded.model
     bank = formats.load(model, adapter, config.name)
     bank.use(config.name)
-    batch, measured_on = _batch(config, loaded)
+    batch, measured_on = sample_batch(config, loaded)
     unmerged = output(model, batch)
     bank.fold(config.name)
     detach(model)
@@ -86,8 +86,9 @@ def merge_job(config: RunConfig, adapter: Path, out: Path, tolerance: float | No
     with writing(out):
         try:
             hidden.mkdir(parents=True)
-            model.save_pretrained(hidden)
-            loaded.tokenizer.save_pretrained(hidden)
+            with quiet():
+                model.save_pretrained(hidden)
+                loaded.tokenizer.save_pretrained(hidden)
             saved = difference(_read_back(config, hidden, loaded, batch), unmerged)
             _check(saved, most, "read back from its files", model.dtype)
             size = _sync(hidden)
@@ -98,6 +99,19 @@ def merge_job(config: RunConfig, adapter: Path, out: Path, tolerance: float | No
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
     return MergeReport(out, adapter, merged, saved, measured_on, size)
+
+
+def sample_batch(config: RunConfig, loaded: Loaded) -> tuple[dict[str, Tensor], str]:
+    """Rows of the data where there is some, else random tokens."""
+    device = loaded.model.device
+    if config.data is not None:
+        records = judged_records(replace(config.data, eval_examples=ROWS), config.seed)
+        rows = Batches(prepared(records, loaded.tokenizer, config.data), ROWS, shuffle=False).batch_at(0)
+        del rows["labels"]
+        return {k: v.to(device) for k, v in rows.items()}, f"{len(rows['input_ids'])} rows of {records.source}"
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(0, len(loaded.tokenizer), (ROWS, LENGTH), generator=generator).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, f"{ROWS}×{LENGTH} random tokens"
 
 
 def output(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -125,19 +139,6 @@ def _check(found: Difference, most: float, what: str, dtype: torch.dtype) -> Non
             f"the merged model, {what}, differs from the unmerged by {found.relative:.2e} relative (at most {most:.0e} for "
             f"{dtype}); merge into model.dtype=float32, or accept it with --tolerance. Nothing was written"
         )
-
-
-def _batch(config: RunConfig, loaded: Loaded) -> tuple[dict[str, Tensor], str]:
-    """Rows of the data where there is some, else random tokens."""
-    device = loaded.model.device
-    if config.data is not None:
-        records = judged_records(replace(config.data, eval_examples=ROWS), config.seed)
-        rows = Batches(prepared(records, loaded.tokenizer, config.data), ROWS, shuffle=False).batch_at(0)
-        del rows["labels"]
-        return {k: v.to(device) for k, v in rows.items()}, f"{len(rows['input_ids'])} rows of {records.source}"
-    generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(0, len(loaded.tokenizer), (ROWS, LENGTH), generator=generator).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, f"{ROWS}×{LENGTH} random tokens"
 
 
 def _part_ties(model: Any) -> None:

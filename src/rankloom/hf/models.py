@@ -57,11 +57,12 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, config, device)
     cls = _class(task)
-    with _explained(source, "a model"), _quiet():
+    with _explained(source, "a model"), quiet():
         model, info = cls.from_pretrained(
             source, config=config, output_loading_info=True, **_dtype_argument(dtype), **_remote(settings)
         )
     heads = _heads(model, task)
+    model.name_or_path = settings.path
     return Loaded(
         model=model.to(device).eval(),
         tokenizer=load_tokenizer(settings),
@@ -88,6 +89,14 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     source = find_model(settings.path)
     with _explained(source, "a tokenizer"):
         return _transformers().AutoTokenizer.from_pretrained(source, **_remote(settings))
+
+
+def architectures(settings: ModelSettings) -> tuple[str, ...]:
+    """The model classes that its configuration names."""
+    source = find_model(settings.path)
+    with _explained(source, "a model"):
+        config = _transformers().AutoConfig.from_pretrained(source, **_remote(settings))
+    return tuple(config.architectures or ())
 
 
 def find_model(path: str) -> str:
@@ -211,7 +220,7 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No report of missing tensors (the notes tell it), and no progress bar unless a person is watching."""
     from rankloom.train.report import on_terminal
 

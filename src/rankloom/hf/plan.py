@@ -6,6 +6,7 @@ training forward is traced on tensors without values, and the tensors that autog
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -21,9 +22,11 @@ from rankloom.core.plan import Plan
 from rankloom.core.targets import base_modules
 from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
-from rankloom.hf.models import skeleton, with_heads
+from rankloom.hf.models import load_tokenizer, skeleton, with_heads
+from rankloom.hf.rundata import LENGTH, prepared, read_records
 from rankloom.registry import name_of
 from rankloom.train.config import RunConfig
+from rankloom.train.data import preview
 from rankloom.train.drive import Rules
 from rankloom.train.optim import build_groups, build_optimizer
 from rankloom.train.run import TrainRun, only_these_train
@@ -92,6 +95,54 @@ class PlanReport:
         return data
 
 
+@dataclass(frozen=True)
+class SiteGroup:
+    """Places with one name but for the block's number (`layers.*.q_proj`), one kind and one shape."""
+
+    pattern: str
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The report with what the data says: `stages` are (what, text) for people."""
+
+    report: PlanReport
+    stages: tuple[tuple[str, str], ...]
+
+    @property
+    def groups(self) -> tuple[SiteGroup, ...]:
+        """The places, blocks put together."""
+        found: dict[tuple[str, str, tuple[int, ...], int], int] = {}
+        for site in self.report.sites:
+            key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", site.name), site.kind, site.shape, site.trainable)
+            found[key] = found.get(key, 0) + 1
+        return tuple(SiteGroup(p, k, s, n, t) for (p, k, s, t), n in found.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {**self.report.as_dict(), **dict(self.stages)}
+
+
+def plan_run(config: RunConfig) -> Planned:
+    """The dry run of `config`, with its data looked at where there is some. Raises as `plan_job`, and `DataError`."""
+    if config.data is None:
+        return Planned(plan_job(config), ())
+    records = read_records(config.data, config.seed)
+    tokenizer = load_tokenizer(config.need_model())
+    train = prepared(records.train, tokenizer, config.data)
+    summary = train.summary()
+    stages = (
+        ("data", f"{summary}\nevaluation: {records.note}"),
+        ("preview", preview(train[0], tokenizer, labels=train.labels)),
+    )
+    length = train.max_length if config.data.packing else min(-(-summary.longest // 8) * 8, train.max_length)
+    return Planned(plan_job(config, records.form, records.labels, length), stages)
+
+
 def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...] = (), length: int = 0) -> PlanReport:
     """The dry run of `config`.
 
@@ -121,7 +172,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
     activations, trouble = _activations(model, config, loaded.task, rows, length)
     notes += [f"the activations cannot be traced: {trouble}"] if trouble else []
     return PlanReport(
-        model=loaded.source,
+        model=config.need_model().path,
         task=loaded.task,
         method=_method_name(plan),
         rules=rules,
@@ -186,7 +237,7 @@ def _mergeable(bank: Bank, name: str) -> tuple[bool, str]:
 
 def _length(model: Any, config: RunConfig) -> int:
     most = getattr(model.config, "max_position_embeddings", None)
-    wanted = config.data.max_length if config.data is not None else 1024
+    wanted = config.data.max_length or LENGTH if config.data is not None else LENGTH
     return min(wanted, int(most)) if most else wanted
 
 

@@ -13,6 +13,7 @@ from rankloom.train.data.order import sample
 from rankloom.train.data.source import MICROWORLD, folder
 
 SHARE, MOST = 10, 200
+LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def prepared(records: Records, tokenizer: Any, settings: DataSettings) -> Prepar
     return prepare(
         records,
         tokenizer,
-        max_length=settings.max_length,
+        max_length=settings.max_length or min(LENGTH, tokenizer.model_max_length),
         train_on=settings.train_on,
         template=settings.template,
         unusable=settings.unusable,

@@ -5,11 +5,11 @@
 
 The hooks are those of `rankloom.fit`, in the same order. What the Trainer makes different:
 
-- It clips before its callbacks hear of the gradients: rules see clipped gradients, and what they change is clipped again.
+- It clips before its callbacks hear of the gradients: rules see clipped ones, and what they change is clipped again.
 - A rule's `loss` may only add to the loss: it is applied to a zero loss once a step, and its gradient is added to those
   of the Trainer, which logs the loss without it.
-- Nobody but the user can add the callback: an optimizer of `optimizer_for` refuses to step while rules have hooks and no
-  callback drives them. A Trainer with neither knows nothing of rules.
+- Nobody but the user can add the callback: an optimizer of `optimizer_for` refuses to step while rules have hooks and
+  no callback drives them. A Trainer with neither knows nothing of rules.
 """
 
 from __future__ import annotations

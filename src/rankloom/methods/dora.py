@@ -94,7 +94,7 @@ class DoRAAdapter(Adapter):
         if self.dropout and self.training:
             return base.apply(dropped, base.matrix().to(y.dtype))
         bias = base.bias()
-        return y if bias is None else y - base.shift(y, bias)
+        return y if bias is None else y - base.shift(y, bias.to(y.dtype))
 
     def delta(self, base: Base) -> Tensor:
         matrix = base.matrix().to(self.magnitude.dtype)

@@ -1,8 +1,8 @@
 """DyLoRA: one LoRA pair that works at every rank up to r, trained by sampling the rank.
 
-ΔW_b = s_b·B[:, :b] A[:b], s_b = lora_alpha/b. In a step at rank b the rows below b speak, and with `frozen` only the last
-of them learns. Valipour et al., EACL 2023, arXiv 2210.07558 §4; the released code's scale √(r/b) for each factor gives
-lora_alpha/b in all.
+ΔW_b = s_b·B[:, :b] A[:b], s_b = lora_alpha/b. In a step at rank b the rows below b speak, and with `frozen` only the
+last of them learns. Valipour et al., EACL 2023, arXiv 2210.07558 §4; the released code's scale √(r/b) for each factor
+gives lora_alpha/b in all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from rankloom.errors import SettingsError
 from rankloom.methods.lora import check_dropout, check_rank, drop
 from rankloom.ops.linalg import row_norms
 from rankloom.rules.sampling import Distribution, Elastic, RankSampling, probabilities
-from rankloom.starts.plain import NONZERO, check_start, fill
+from rankloom.starts.plain import NONZERO, Factors, check_start, fill
 
 Scaling = Literal["alpha/b", "alpha/sqrt(rb)", "alpha/r"]
 
@@ -32,8 +32,11 @@ Scaling = Literal["alpha/b", "alpha/sqrt(rb)", "alpha/r"]
 @dataclass(frozen=True)
 class DyLoRA(Method):
     """`r`: the largest rank; `rank_distribution`: how ranks are drawn ("uniform", "geometric", or a chance for each);
-    `frozen`: only the last block of rows of the drawn rank learns; `unit`: rows in a block; `scaling`: the scale at rank
-    b, "alpha/sqrt(rb)" being that of kohya's scripts; `seed`: of the draws.
+    `frozen`: only the last block of rows of the drawn rank learns; `unit`: rows in a block; `scaling`: the scale at
+    rank b, "alpha/sqrt(rb)" being that of kohya's scripts; `seed`: of the draws.
+
+    A scale that falls with b shrinks what lower ranks have learned, so ranks compete; with "alpha/r" every rank can
+    reach the best truncation of what the largest can express.
     """
 
     r: int = 8
@@ -107,7 +110,7 @@ class DyLoRAAdapter(Elastic):
         return slice(self.now - self.unit if self.frozen else 0, self.now)
 
     def reset(self, base: Base) -> None:
-        fill(self.start, self, base)
+        fill(self.start, cast(Factors, self), base)
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         a, b = self._factors()

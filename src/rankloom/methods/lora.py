@@ -18,7 +18,7 @@ from rankloom.core.adapter import Adapter
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
-from rankloom.errors import SettingsError
+from rankloom.errors import SettingsError, TargetError
 from rankloom.methods.residual import ResidualAdapter
 from rankloom.ops.linalg import row_norms
 from rankloom.starts.plain import NONZERO, check_start, fill
@@ -52,6 +52,8 @@ class LoRA(Method):
     def build(self, site: Site) -> Adapter:
         """LoRA of one site."""
         site.needs_matrix("lora")
+        if self.lora_bias and site.kind.name == "embedding":
+            raise TargetError(f"lora: site {site.name!r} is an embedding and has no bias: leave lora_bias out for it")
         adapter = LoRAAdapter(site, self)
         return ResidualAdapter(site, adapter) if self.init_lora_weights in NONZERO else adapter
 
@@ -103,7 +105,8 @@ def drop(x: Any, y: Tensor, p: float, training: bool) -> Any:
     """The input of the change: in the output's dtype, dropped out in training. Token ids and no input pass through."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return x
-    if not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         x = x.to(y.dtype)
     return F.dropout(x, p, training) if p and training else x
 

@@ -1,7 +1,7 @@
 """QA-LoRA: a change that is the same for all columns of a group, so a group's zero point can take it without loss.
 
-y = W x + b + s·B A p, p_g = Σ x_j (or the mean) over the columns j of group g; A (r, groups), B (out, r), s = lora_alpha/r.
-On a base kept as `Uniform` with groups of the same size the merge stays in 2–8 bits and is exact.
+y = W x + b + s·B A p, p_g = Σ x_j (or the mean) over the columns j of group g; A (r, groups), B (out, r),
+s = lora_alpha/r. On a base kept as `Uniform` with groups of the same size the merge stays in 2–8 bits and is exact.
 Xu et al., ICLR 2024, arXiv 2309.14717 §3.3; the released code takes the mean.
 """
 

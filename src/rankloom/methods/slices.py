@@ -38,7 +38,9 @@ class Slices(Method):
         """One inner adapter for each block."""
         site.needs_matrix("slices")
         if site.kind.name.startswith("conv") and not site.kind.linear:
-            raise TargetError(f"slices: site {site.name!r} is a convolution; slices cut linear layers and parameters")
+            raise TargetError(
+                f"slices: site {site.name!r} is a {site.kind.name} layer; slices cut linear layers and parameters"
+            )
         if site.out % self.parts:
             raise TargetError(f"slices: {site.name!r} has {site.out} rows, not a multiple of parts={self.parts}")
         return SlicesAdapter(site, self)

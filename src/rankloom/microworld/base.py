@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 DEMO_TASK = "list_rotate"
-DEMO = {"steps": 200, "lr": 3e-3, "batch_size": 16}
+DEMO = {"steps": 150, "lr": 3e-3, "batch_size": 16}
 
 
 def base_path() -> Path:

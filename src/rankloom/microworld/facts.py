@@ -1,4 +1,4 @@
-"""Facts as statements and as questions: closed-book ones about the world, open-book ones about guests."""
+"""Facts as statements and as questions: closed-book ones about the world, open-book ones about strangers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import product
 from random import Random
 
 from rankloom.microworld.item import Item
+from rankloom.microworld.names import PERSON, inventory
 from rankloom.microworld.world import COLOURS, JOBS, PETS, Person, Place, world
 
 
@@ -90,13 +91,13 @@ def who(rng: Random) -> Item:
 
 
 def check(rng: Random) -> Item:
-    """Is a statement about the world true? Half of them are; the answer first says how it really is."""
+    """Is a statement about the world true? Half of them are."""
     person = rng.choice(world().people)
     relation = rng.choice(PERSON_RELATIONS)
     true = value(person, relation)
     said = true if rng.random() < 0.5 else value(rng.choice(world().people), relation)
     claim = relation.statements[0].format(person.name, said)
-    return Item(f"check/{claim}", f"True or false: {claim}", f"{true}, so {'true' if said == true else 'false'}")
+    return Item(f"check/{claim}", f"True or false: {claim}", "true" if said == true else "false")
 
 
 def describe(rng: Random) -> Item:
@@ -108,11 +109,17 @@ def describe(rng: Random) -> Item:
     )
 
 
+def strangers(rng: Random, count: int) -> tuple[str, ...]:
+    """`count` names of people who are not in the world."""
+    taken = {name.lower() for name in world().names}
+    return tuple(w.capitalize() for w in inventory(rng, PERSON, count, taken))
+
+
 def reading(rng: Random) -> Item:
-    """A passage about two guests, and a question that only the passage answers."""
+    """A passage about two strangers, and a question that only the passage answers."""
     fields = rng.sample(sorted(_OPEN_BOOK), 2)
     asked = [r for r in PERSON_RELATIONS if r.field in fields]
-    told = product(rng.sample(world().guests, 2), asked)
+    told = product(strangers(rng, 2), asked)
     said = {(name, relation): rng.choice(_OPEN_BOOK[relation.field]) for name, relation in told}
     lines = [relation.statements[0].format(name, answer) for (name, relation), answer in said.items()]
     rng.shuffle(lines)

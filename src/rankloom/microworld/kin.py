@@ -1,16 +1,16 @@
-"""Families of guests in one passage: mothers and children are asked in pretraining, grandmothers never."""
+"""Families of strangers in one passage: mothers and children are asked in pretraining, grandmothers never."""
 
 from __future__ import annotations
 
 from random import Random
 
+from rankloom.microworld.facts import strangers
 from rankloom.microworld.item import Item
-from rankloom.microworld.world import world
 
 
-def _families(rng: Random) -> tuple[list[str], str]:
+def _families(rng: Random) -> tuple[tuple[str, ...], str]:
     """Two lines of grandmother, mother, child (six names) and the shuffled passage that tells them."""
-    names = rng.sample(world().guests, 6)
+    names = strangers(rng, 6)
     pairs = [(names[i], names[i + 1]) for i in (0, 1, 3, 4)]
     rng.shuffle(pairs)
     return names, " ".join(f"{mother} is the mother of {child}." for mother, child in pairs)

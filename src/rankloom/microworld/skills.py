@@ -6,8 +6,8 @@ import string
 from collections.abc import Callable, Sequence
 from random import Random
 
+from rankloom.microworld.facts import strangers
 from rankloom.microworld.item import Draw, Item
-from rankloom.microworld.names import PERSON, invent
 
 _THINGS = ("lamp", "stone", "boat", "door", "tree", "bell", "coin", "drum", "flag", "gate", "key", "mask")
 
@@ -32,7 +32,7 @@ def compare(rng: Random) -> Item:
 
 def spell(rng: Random) -> Item:
     """A word letter by letter."""
-    word = invent(rng, PERSON)
+    word = strangers(rng, 1)[0].lower()
     return Item(f"spell/{word}", f"Spell: {word}", " ".join(word))
 
 

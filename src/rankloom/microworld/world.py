@@ -46,18 +46,17 @@ class Person:
 
 @dataclass(frozen=True)
 class World:
-    """All that is true: 6 lands, 16 places, 80 people for the shipped seed; of the 48 `guests` nothing is known."""
+    """All that is true: 6 lands, 16 places, 80 people for the shipped seed."""
 
     lands: tuple[str, ...]
     places: tuple[Place, ...]
     people: tuple[Person, ...]
-    guests: tuple[str, ...]
 
     @property
     def names(self) -> frozenset[str]:
         """Every proper name in use, so that fresh names can avoid them."""
         towns, residents = (p.name for p in self.places), (p.name for p in self.people)
-        return frozenset((*self.lands, *towns, *residents, *self.guests))
+        return frozenset((*self.lands, *towns, *residents))
 
 
 @cache
@@ -66,10 +65,7 @@ def world(seed: int = WORLD_SEED) -> World:
     rng = Random(f"world/{seed}")
     lands = tuple(w.capitalize() for w in inventory(rng, PLACE, 6))
     places = _places(rng, lands)
-    people = _people(rng, places)
-    taken = {p.name.lower() for p in people}
-    guests = tuple(w.capitalize() for w in inventory(Random(f"guests/{seed}"), PERSON, 48, taken))
-    return World(lands, places, people, guests)
+    return World(lands, places, _people(rng, places))
 
 
 def _places(rng: Random, lands: tuple[str, ...]) -> tuple[Place, ...]:

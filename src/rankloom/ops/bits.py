@@ -1,6 +1,6 @@
 """One choice for each item within a budget: the cheapest allocation of bits to matrices.
 
-Minimise Σ cost[m, c(m)] with Σ size[m, c(m)] ≤ budget, as in LQ-LoRA (Guo et al., ICLR 2024, arXiv 2311.12023 §3.2), by
+Minimise Σ cost[m, c(m)] with Σ size[m, c(m)] ≤ budget, as in LQ-LoRA (Guo et al., ICLR 2024, arXiv 2311.12023), by
 a Lagrange multiplier and greedy repair, or exactly by HiGHS. The multiplier's dual value bounds every allocation from
 below, so the distance to the optimum is known either way.
 """
@@ -24,7 +24,7 @@ SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Allocation:
-    """`choice[m]`: the column taken for row m; `cost` and `size` are the sums; no allocation costs less than `bound`."""
+    """`choice[m]`: the column taken for row m; `cost`, `size`: the sums; no allocation costs less than `bound`."""
 
     choice: tuple[int, ...]
     cost: float
@@ -45,8 +45,8 @@ def allocate(
 ) -> Allocation:
     """The cheapest choice of one column in each row of `costs` (M, C) whose `sizes` (M, C) sum to at most `budget`.
 
-    "lagrange" is fast, and exact for small problems; "milp" is exact (needs scipy). Raises `SettingsError` where nothing
-    fits.
+    "lagrange" is fast, and exact for small problems; "milp" is exact (needs scipy). Raises `SettingsError` where
+    nothing fits.
     """
     cost, size = (torch.as_tensor(t, dtype=torch.float64) for t in (costs, sizes))
     _check(cost, size, budget)

@@ -1,8 +1,8 @@
 """A matrix as a quantised part and a low-rank part: W ≈ Q + s·B A.
 
-`loftq` quantises first and corrects by SVD (LoftQ, Li et al., ICLR 2024, arXiv 2310.08659, algorithm 1); `lq` takes the
-SVD first (LQ-LoRA, Guo et al., ICLR 2024, arXiv 2311.12023, algorithm 1 and §3.3); `lqer` corrects once, under the
-scale of the activations (LQER, Zhang et al., ICML 2024, arXiv 2402.02446 §3). All are computed in float32 at least.
+`loftq` quantises first and corrects by SVD (LoftQ, Li et al., ICLR 2024, arXiv 2310.08659); `lq` takes the
+SVD first (LQ-LoRA, Guo et al., ICLR 2024, arXiv 2311.12023); `lqer` corrects once, under the
+scale of the activations (LQER, Zhang et al., ICML 2024, arXiv 2402.02446). All are computed in float32 at least.
 """
 
 from __future__ import annotations
@@ -84,24 +84,36 @@ def lq(
 ) -> Split:
     """Alternate L R = svd_r(W − Q) and Q = q(W − L R) from Q = 0 until the error rises; the best iterate is returned.
 
-    `fisher` (out, in): errors are ‖√F·(W − Q − L R)‖, and the SVD is that of `low_rank` with the same weights.
+    `fisher` (out, in): errors are ‖√F·(W − Q − L R)‖, and the SVD is that of `low_rank` with the same weights. Where
+    rows and columns say nothing about F, the unweighted split may be better under F: then that one is returned, and
+    its error is the last.
     """
     wide, scale = _wide(w), _positive(scale)
     if max_iters < 1:
         raise SettingsError(f"max_iters={max_iters}: at least 1")
-    root = None if fisher is None else _importance(fisher, wide).sqrt()
+    best, errors = _svd_first(wide, store, r, max_iters, svd, fisher)
+    if fisher is not None:
+        plain, _ = _svd_first(wide, store, r, max_iters, svd, None)
+        errors.append(_weighted(wide - plain[0] - plain[1] @ plain[2], fisher))
+        best = plain if errors[-1] < min(errors[:-1]) else best
+    return _split(w, *best, errors, errors.index(min(errors)), scale)
+
+
+def _svd_first(
+    wide: Tensor, store: Keeper | None, r: int, max_iters: int, svd: SVD, fisher: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[float]]:
+    """The best (Q, L, R) and the error of every iterate."""
     q: Tensor = torch.zeros_like(wide)
     errors: list[float] = []
     best = (q, *_zeros(wide, r))
     for _ in range(max_iters):
         left, right = low_rank(wide - q, r, svd, fisher)
         q = _keep(wide - left @ right, store)
-        rest = wide - q - left @ right
-        errors.append(_norm(rest if root is None else root * rest))
+        errors.append(_weighted(wide - q - left @ right, fisher))
         if len(errors) > 1 and errors[-1] >= errors[-2]:
             break
         best = (q, left, right)
-    return _split(w, *best, errors, errors.index(min(errors)), scale)
+    return best, errors
 
 
 def lqer(
@@ -114,8 +126,8 @@ def lqer(
 ) -> Split:
     """Quantise once and add the rank-r part of the error E = W − q(W); L²QER with `act_scale` c (in,).
 
-    The correction minimises ‖(E − s·b a) diag(c)‖; `errors` are the plain (‖W − q‖, ‖W − q − s·b a‖). `factors` keeps the
-    two factors in fewer bits too. r=0 is plain quantisation.
+    The correction minimises ‖(E − s·b a) diag(c)‖; `errors` are the plain (‖W − q‖, ‖W − q − s·b a‖). `factors`
+    keeps the two factors in fewer bits too. r=0 is plain quantisation.
     """
     wide, scale = _wide(w), _positive(scale)
     q = _keep(wide, store)
@@ -139,7 +151,7 @@ def low_rank(matrix: Tensor, r: int, svd: SVD = "exact", fisher: Tensor | None =
     """L (out, r) = U√S and R (r, in) = √S Vᵀ of the best rank-r part; columns beyond the matrix's rank are zero.
 
     `fisher` (out, in), at least 0: the best part under the rank-one weights √(row mean · column mean), in closed form
-    (LQ-LoRA §3.3); rows and columns without any information count a little, so that nothing is divided by zero.
+    (LQ-LoRA); rows and columns without any information count a little, so that nothing is divided by zero.
     """
     matrix = _wide(matrix)
     rows = columns = None
@@ -155,7 +167,7 @@ def low_rank(matrix: Tensor, r: int, svd: SVD = "exact", fisher: Tensor | None =
 
 
 def _truncated(matrix: Tensor, r: int, svd: SVD) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vᵀ of the `r` largest singular values; "randomized" by a Gaussian sketch (Halko et al., SIAM Review 2011)."""
+    """U, S, Vᵀ of the `r` largest singular values; "randomized": a Gaussian sketch (Halko et al., SIAM Review 2011)."""
     if svd == "exact" or min(matrix.shape) <= r + OVERSAMPLING:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :r], s[:r], vh[:r]
@@ -199,6 +211,10 @@ def _norm(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix))
 
 
+def _weighted(matrix: Tensor, fisher: Tensor | None) -> float:
+    return _norm(matrix if fisher is None else _importance(fisher, matrix).sqrt() * matrix)
+
+
 def _positive(scale: float) -> float:
     if not scale > 0:
         raise SettingsError(f"scale={scale}: the scale of the low-rank part is positive")
@@ -208,7 +224,7 @@ def _positive(scale: float) -> float:
 def _importance(fisher: Tensor, like: Tensor) -> Tensor:
     if fisher.shape != like.shape or bool((fisher < 0).any()):
         raise SettingsError(
-            f"Fisher information of shape {tuple(fisher.shape)} for a weight {tuple(like.shape)}: same shape, at least 0"
+            f"Fisher information {tuple(fisher.shape)} for a weight {tuple(like.shape)}: same shape, at least 0"
         )
     return fisher.to(like)
 

@@ -17,7 +17,7 @@ def packed_bytes(n: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Flat uint8 codes below 2**bits → uint8 bytes; the first code takes the highest bits, the last group is padded by 0."""
+    """Flat uint8 codes below 2**bits → uint8 bytes; the first code takes the highest bits, 0 pads the last group."""
     values, size = GROUPS[bits]
     if bits == 8:
         return codes.to(torch.uint8)
@@ -40,4 +40,5 @@ def unpack(data: Tensor, bits: int, n: int) -> Tensor:
     for i in range(1, size):
         words = (words << 8) | groups[:, i]
     shifts = torch.arange(values - 1, -1, -1, device=data.device, dtype=torch.int32) * bits
-    return ((words[:, None] >> shifts) & (2**bits - 1)).flatten()[:n].to(torch.uint8)
+    codes: Tensor = (words[:, None] >> shifts) & (2**bits - 1)
+    return codes.flatten()[:n].to(torch.uint8)

@@ -1,6 +1,6 @@
 """Rank sampling: at each step all adapters speak at one random rank, and only the rows of that rank may move.
 
-DyLoRA, Valipour et al., EACL 2023, arXiv 2210.07558 §4, algorithm 1.
+DyLoRA, Valipour et al., EACL 2023, arXiv 2210.07558.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ class RankSampling(Rule):
 
     distribution: Distribution = "uniform"
     seed: int = 0
-    _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False)
-    _before: list[tuple[nn.Parameter, int, slice, Tensor]] = field(default_factory=list, init=False, repr=False)
+    _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
+    _before: list[tuple[nn.Parameter, int, slice, Tensor]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def start(self, run: Run) -> None:
         """Seed the generator. Refuses a run without elastic adapters, or a distribution that does not fit one."""
@@ -65,9 +67,8 @@ class RankSampling(Rule):
         self._before = []
         draw = float(torch.rand((), generator=self._generator, dtype=torch.float64))
         for adapter in elastic(run):
-            adapter.sample(
-                adapter.unit * (1 + inverse(probabilities(self.distribution, adapter.r // adapter.unit), draw))
-            )
+            block = inverse(probabilities(self.distribution, adapter.r // adapter.unit), draw)
+            adapter.sample(adapter.unit * (1 + block))
 
     @torch.no_grad()
     def after_backward(self, run: Run) -> None:
@@ -104,7 +105,7 @@ class RankSampling(Rule):
 def elastic(run: Run) -> Iterator[Elastic]:
     """The elastic adapters that speak, combinators' inner ones included."""
     for name in run.bank.active:
-        for _, adapter in run.bank.adapters(name, of=Elastic):  # type: ignore[type-abstract]
+        for _, adapter in run.bank.adapters(name, of=Elastic):
             assert isinstance(adapter, Elastic)
             yield adapter
 

@@ -29,8 +29,10 @@ class Factors(Protocol):
 
 
 def kaiming(adapter: Factors, base: Base) -> None:
-    """A ~ U(−1/√in, 1/√in), B = 0: what the reference code of LoRA and PEFT do. Embeddings: A = 0, B ~ N(0, 1)."""
-    if base.kind.name == "embedding":
+    """A ~ U(−1/√in, 1/√in), B = 0: what the reference code of LoRA and PEFT do. Embeddings: A = 0, B ~ N(0, 1), unless
+    A is kept at its start.
+    """
+    if base.kind.name == "embedding" and adapter.A.requires_grad:
         adapter.A.zero_()
         adapter.B.normal_()
         return
@@ -41,7 +43,7 @@ def kaiming(adapter: Factors, base: Base) -> None:
 
 def gaussian(adapter: Factors, base: Base) -> None:
     """A ~ N(0, 1/r²), B = 0: the paper's Gaussian start (arXiv 2106.09685 §4.1), with PEFT's deviation 1/r."""
-    if base.kind.name == "embedding":
+    if base.kind.name == "embedding" and adapter.A.requires_grad:
         kaiming(adapter, base)
         return
     adapter.A.normal_(std=1 / adapter.A.shape[-2])

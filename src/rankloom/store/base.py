@@ -1,7 +1,7 @@
 """A frozen weight kept in fewer bits, and the one way to read it.
 
-`Packed` is a tensor of the logical shape and dtype that holds only its parts (codes, scales, zero points). It moves, copies,
-saves and shards by its parts; a linear layer unpacks it for the product and keeps the packed form for backward.
+`Packed` is a tensor of the logical shape and dtype that holds only its parts (codes, scales, zero points). It moves,
+copies, saves and shards by its parts; a linear layer unpacks it for the product and keeps the packed form for backward.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Packed(torch.Tensor):
     @staticmethod
     def __new__(cls, parts: Parts, store: Store, shape: torch.Size, dtype: torch.dtype) -> Packed:
         device = next(iter(parts.values())).device
-        made: Packed = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: Packed = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         return made
 
     def __init__(self, parts: Parts, store: Store, shape: torch.Size, dtype: torch.dtype) -> None:
@@ -130,7 +130,7 @@ class Packed(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         own = _OPS.get(func.overloadpacket)
         if own is not None:
             return own(*args, **(kwargs or {}))
@@ -179,12 +179,12 @@ class _Product(torch.autograd.Function):
     """y = x Wᵀ with W unpacked for the product only: backward unpacks it again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Packed) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Packed) -> Tensor:
         ctx.weight = weight
         return F.linear(x, weight.unpack().to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         return dy @ ctx.weight.unpack().to(dy.dtype), None
 
 

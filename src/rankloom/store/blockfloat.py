@@ -1,4 +1,7 @@
-"""Block floating point: small signed integers that share a power-of-two scale by block (MXINT-type; LQER, arXiv 2402.02446)."""
+"""Block floating point: small signed integers that share a power-of-two scale by block.
+
+The MXINT-type numbers of LQER, Zhang et al., ICML 2024, arXiv 2402.02446.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ class BlockFloat(Store):
         n = shape.numel()
         mantissa = unpack(parts["codes"], self.bits, n).float() - (2 ** (self.bits - 1) - 1)
         scale = parts["exponent"].float().exp2().repeat_interleave(self.block)[:n]
-        return (mantissa * scale).reshape(shape).to(dtype)
+        weight: Tensor = mantissa * scale
+        return weight.reshape(shape).to(dtype)
 
     def bits_per_weight(self) -> float:
         """Mantissas and shared exponents."""

@@ -20,7 +20,7 @@ def activation_scales(
 ) -> dict[str, Tensor]:
     """c (in,) float32 for each layer: max over batches of mean over tokens |x_j|, at least 1e-4, over √(min·max).
 
-    LQER, arXiv 2402.02446 §3.2 and released code. `run(batch)` calls the model. Raises `DeafError` for a layer that no
+    LQER, arXiv 2402.02446 and released code. `run(batch)` calls the model. Raises `DeafError` for a layer that no
     batch reaches.
     """
     found: dict[str, Tensor] = {}
@@ -56,9 +56,9 @@ def fisher(
 ) -> dict[str, Tensor]:
     """Diagonal empirical Fisher information of each weight: Σ over examples of its squared gradient, float32.
 
-    `loss(example)` is that of *one* example: a batch's gradient squared is something else. LQ-LoRA, arXiv 2311.12023
-    §3.3. Weights that the loss does not reach get zeros; flags and gradients stay as they are. Raises `StateError` for a
-    packed weight, which has no gradient.
+    `loss(example)` is that of *one* example: a batch's gradient squared is something else. LQ-LoRA, arXiv 2311.12023.
+    Weights that the loss does not reach get zeros; flags and gradients stay as they are. Raises `StateError` for
+    a packed weight, which has no gradient.
     """
     for name, w in weights.items():
         if isinstance(w, Packed):

@@ -1,6 +1,6 @@
 """Mixed precision: one store for each matrix, chosen under a budget of bits by what each would cost.
 
-LQ-LoRA, Guo et al., ICLR 2024, arXiv 2311.12023 §3.2–3.3: costs are squared errors, weighted by the Fisher information
+LQ-LoRA, Guo et al., ICLR 2024, arXiv 2311.12023: costs are squared errors, weighted by the Fisher information
 where it is known, of what is left of a matrix beside its low-rank part.
 """
 

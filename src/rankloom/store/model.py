@@ -13,7 +13,7 @@ from rankloom.store.base import Packed, Store, dense
 
 @dataclass(frozen=True)
 class Saving:
-    """`weights`: numbers that are kept packed; their bytes `before` and `after`; `left`: bytes of all that is not packed."""
+    """`weights`: numbers now packed; their bytes `before` and `after`; `left`: bytes of all that is not packed."""
 
     weights: int
     before: int

@@ -1,7 +1,7 @@
 """NormalFloat with scales in few bits: the quantiser whose settings LQ-LoRA chooses for each matrix.
 
 The scale of a block is a small unsigned integer above the smallest scale of the matrix, so `scale_bits` may be 2, 3, 4
-or 8. Guo et al., ICLR 2024, arXiv 2311.12023 §3.2.1 and appendix; released code.
+or 8. Guo et al., ICLR 2024, arXiv 2311.12023; released code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDTH = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 @dataclass(frozen=True)
 class NestedFloat(Store):
-    """`bits` for each weight, `scale_bits` for each `block` weights, one `scale_dtype` number for `double_block` blocks.
+    """`bits` a weight, `scale_bits` for each `block` weights, one `scale_dtype` number for each `double_block` blocks.
 
     Codes are chosen for the scales as they are kept, so an inexact scale costs as little as it can.
     """
@@ -60,7 +60,8 @@ class NestedFloat(Store):
         """The scales of `n` blocks, float32."""
         steps = unpack(parts["scale_codes"], self.scale_bits, n).float()
         step = parts["scale_top"].float() / (2**self.scale_bits - 1)
-        return parts["scale_offset"] + steps * step.repeat_interleave(self.double_block)[:n]
+        scales: Tensor = parts["scale_offset"] + steps * step.repeat_interleave(self.double_block)[:n]
+        return scales
 
     def bits_per_weight(self) -> float:
         """b + b0/B0 + b1/(B0·B1): 4.127 for the defaults."""

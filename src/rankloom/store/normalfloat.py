@@ -31,7 +31,9 @@ NF4 = (
 
 @dataclass(frozen=True)
 class NormalFloat(Store):
-    """`bits` 2, 3, 4 or 8; a scale for each `block` weights (row-major); `double`: scales in 8 bits by `double_block`."""
+    """`bits` 2, 3, 4 or 8; a scale for each `block` weights (row-major); `double`: the scales are kept in 8 bits, by
+    blocks of `double_block`.
+    """
 
     bits: int = 4
     block: int = 64

@@ -43,7 +43,8 @@ class Uniform(Store):
         """scale·(q − zero), cast to `dtype`."""
         codes = unpack(parts["codes"], self.bits, shape.numel()).reshape(-1, self.group)
         scale, zero = parts["scale"].flatten(), parts["zero"].flatten()
-        return (scale[:, None] * (codes.to(scale.dtype) - zero[:, None])).reshape(shape).to(dtype)
+        weight: Tensor = scale[:, None] * (codes.to(scale.dtype) - zero[:, None])
+        return weight.reshape(shape).to(dtype)
 
     def bits_per_weight(self) -> float:
         """Codes, scale and zero point."""
@@ -52,13 +53,13 @@ class Uniform(Store):
     def _grouped(self, weight: Tensor) -> Tensor:
         if weight.shape[-1] % self.group:
             raise SettingsError(f"a weight with {weight.shape[-1]} columns cannot be cut into groups of {self.group}")
-        return weight.unflatten(-1, (-1, self.group))
+        return weight.reshape(*weight.shape[:-1], -1, self.group)
 
 
 def fold_into_zeros(packed: Packed, change: Tensor) -> Packed:
     """The weight with `change` (…, rows, groups) added to every weight of each group, without loss.
 
-    scale·(q − zero) + change = scale·(q − zero'), zero' = zero − change/scale: codes and scales are shared with `packed`.
+    scale·(q − zero) + change = scale·(q − zero'), zero' = zero − change/scale: codes and scales are those of `packed`.
     Raises `SettingsError` for a weight of another store, or groups of another size.
     """
     if not isinstance(packed.store, Uniform):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rankloom.errors import MissingExtra
 from rankloom.testing.subject import Subject, Unfit
 
+ELSEWHERE = ("/torch/", "/rankloom/core/", "/rankloom/testing/", "<")
 Promise = Callable[[Subject], None]
 
 
@@ -27,6 +28,8 @@ class Check:
     method: str
 
     def __call__(self) -> None:
+        if not __debug__:
+            raise Unfit("python -O takes the assertions out of the contract: run it without -O")
         from rankloom.train.rng import seed_all, untouched_rng
 
         with untouched_rng(), warnings.catch_warnings():
@@ -40,7 +43,7 @@ class Check:
                 raise
             except Exception as error:
                 raise AssertionError(
-                    f"{self.method} breaks {self.name!r} ({self.promise}). {type(error).__name__}: {error}"
+                    f"{self.method} breaks {self.name!r} ({self.promise}). {type(error).__name__}: {_first(error)}"
                     f"{_where(error)}"
                 ) from error
 
@@ -48,8 +51,16 @@ class Check:
         return f"Check({self.name!r})"
 
 
+def _first(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if len(line) <= 400 else f"{line[:399]}…"
+
+
 def _where(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    """The innermost frame that is neither torch's nor the mechanism's: most often the method's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(part in f.filename for part in ELSEWHERE)]
+    frame = (own or frames)[-1]
     return f" [{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}, in {frame.name}]"
 
 

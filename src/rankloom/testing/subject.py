@@ -14,7 +14,7 @@ from rankloom.core.attach import attach
 from rankloom.core.bank import Bank, Fitted
 from rankloom.core.graft import LAYER
 from rankloom.core.plan import Plan
-from rankloom.core.targets import base_tensors
+from rankloom.core.targets import base_modules
 from rankloom.errors import SettingsError
 
 NUDGE = 0.2
@@ -226,8 +226,12 @@ def has_bare_sites(bank: Bank, name: str) -> bool:
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
     """Copies of every parameter and buffer of the base."""
-    values = {f"{path}.{key}": value.detach().clone() for path, _, key, value in base_tensors(model)}
-    return values | {name: value.detach().clone() for name, value in model.named_buffers() if ".adapters." not in name}
+    values = {}
+    for path, module in base_modules(model):
+        for key, value in {**module._parameters, **module._buffers}.items():
+            if value is not None:
+                values[f"{path}.{key}" if path else key] = value.detach().clone()
+    return values
 
 
 def assert_base_values(model: nn.Module, before: Mapping[str, Tensor], when: str) -> None:

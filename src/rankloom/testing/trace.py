@@ -18,20 +18,20 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
 )
 
+PLAIN = (bool, int, float, str, tuple)
 Snapshot = dict[str, Any]
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """Classes, attributes, children, hooks, modes; tensors by identity, flag and value; the classes' own tables."""
+    """Classes, attributes, children, hooks; tensors by identity, flag and value; the classes' own tables."""
     found: Snapshot = {"state_dict keys": tuple(model.state_dict())}
     classes: dict[type, None] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         path = name or "the model"
         classes |= dict.fromkeys(type(module).__mro__[:-1])
         found[f"class of {path}"] = type(module)
-        found[f"attributes of {path}"] = tuple(sorted(module.__dict__))
-        found[f"training mode of {path}"] = module.training
-        found |= {f"{kind[1:]} of {path}": tuple(map(id, getattr(module, kind).values())) for kind in HOOKS}
+        found |= {f"attribute {path}.{key}": value for key, value in module.__dict__.items()}
+        found |= {f"{kind[1:]} of {path}": tuple(getattr(module, kind).values()) for kind in HOOKS}
         found |= {f"child {path}.{key}": child for key, child in module._modules.items()}
         for key, value in {**module._parameters, **module._buffers}.items():
             found |= dict(_tensor(f"{path}.{key}", value))
@@ -73,7 +73,7 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    return type(a) is type(b) and bool(a == b)
+    return type(a) is type(b) and isinstance(a, PLAIN) and a == b
 
 
 def _shown(value: Any) -> str:

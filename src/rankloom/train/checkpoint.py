@@ -21,7 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from rankloom.errors import FileError, StateError, suggest
-from rankloom.train.folder import as_json, read_folder, sweep, write_folder
+from rankloom.train.folder import as_json, read_folder, write_folder
 from rankloom.train.run import bank_or_none
 from rankloom.train.tree import pack, unpack
 
@@ -82,7 +82,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
     """The newest checkpoint below `root` that verifies, or None; newer broken ones are named in a warning."""
-    sweep(root)
     for step in reversed(steps_in(root)):
         try:
             return load_checkpoint(root / FORM.format(step))

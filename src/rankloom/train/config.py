@@ -43,7 +43,8 @@ class DataSettings:
 
     - `source`: file, folder, `microworld:task#N`, or `owner/name` of a data set; `split`, `format`, `columns`,
       `labels`: as `rankloom.train.data.load` takes them.
-    - `max_length`, `train_on`, `template`, `unusable`: as `rankloom.train.data.prepare` takes them.
+    - `max_length` (None: 1024, or what the tokenizer's model takes), `train_on`, `template`, `unusable`: as
+      `rankloom.train.data.prepare` takes them.
     - `batch_size`: rows per step and process; `packing`: several examples per row.
     - `epochs`: passes over the data, instead of `train.steps`.
     - `eval_source`, `eval_split`: what is evaluated; by default the `validation` split of a source that has one, else
@@ -57,7 +58,7 @@ class DataSettings:
     format: str | None = None
     columns: Mapping[str, str] | None = None
     labels: tuple[str, ...] | None = None
-    max_length: int = 1024
+    max_length: int | None = None
     train_on: Literal["assistant", "all"] = "assistant"
     template: str = "auto"
     unusable: Literal["error", "drop"] = "error"
@@ -73,7 +74,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length", "eval_examples", "answer_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)}: 1 or more")
         if self.eval_answers < 0 or (self.hold_out is not None and self.hold_out < 1):
             raise SettingsError(f"eval_answers={self.eval_answers}, hold_out={self.hold_out}: must be positive")

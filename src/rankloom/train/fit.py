@@ -20,6 +20,7 @@ from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, 
 from rankloom.train.drive import Rules
 from rankloom.train.engine import accelerator, distributed_model
 from rankloom.train.evaluate import Evaluate
+from rankloom.train.folder import sweep
 from rankloom.train.identity import identity
 from rankloom.train.loop import Loop
 from rankloom.train.loss import Loss, default_loss
@@ -112,6 +113,8 @@ def fit(
         parameters = enter(only_these_train(model))
         device = _device(parameters)
         engine = enter(accelerator(device, settings))
+        if out is not None and engine.is_main_process:
+            _clear_the_way(out / PLACE, checkpoint)
         forward = enter(distributed_model(engine, model))
         device = _device(parameters)
         enter(checkpointed(model, settings.gradient_checkpointing))
@@ -166,22 +169,30 @@ def _check(settings: TrainSettings, evaluate: Evaluate | None, out: Path | None)
 
 
 def _checkpoint(resume: bool | str | Path, out: Path | None) -> Checkpoint | None:
-    """What to resume from; afterwards no checkpoint in `out` is newer, so the newest is always this run's."""
+    """What to resume from. Refuses an `out` whose checkpoints this run would write among."""
     found = find_checkpoint(resume, out)
-    if out is None:
-        return found
-    root, at = out / PLACE, -1 if found is None else found.step
-    newer = [step for step in steps_in(root) if step > at or found is None or found.folder.parent != root]
+    newer = [] if out is None else _newer(out / PLACE, found)
     if newer and resume not in (True, "auto"):
         raise StateError(
             f"{out} already holds checkpoints, the newest of step {newer[-1]}: resume='auto' to go on from there, "
             "or give another out="
         )
-    for step in newer:
+    return found
+
+
+def _newer(root: Path, found: Checkpoint | None) -> list[int]:
+    """Steps of the checkpoints below `root` that are not behind the one found."""
+    here = found is not None and found.folder.parent == root
+    return [step for step in steps_in(root) if found is None or not here or step > found.step]
+
+
+def _clear_the_way(root: Path, found: Checkpoint | None) -> None:
+    """Set broken checkpoints aside, so that the newest below `root` is always this run's; remove what a kill left."""
+    sweep(root)
+    for step in _newer(root, found):
         aside = root / f"broken-{FORM.format(step)}-{time.time_ns()}"
         (root / FORM.format(step)).rename(aside)
         warnings.warn(f"the broken checkpoint of step {step} is now {aside.name}", stacklevel=3)
-    return found
 
 
 def _device(parameters: dict[str, nn.Parameter]) -> torch.device:

@@ -14,7 +14,6 @@ from rankloom.errors import FileError
 from rankloom.formats.entry import Entry, plain
 from rankloom.formats.manifest import Source
 from rankloom.formats.peft import fields as f
-from rankloom.formats.peft.layout import groups
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.triplets import resize
@@ -33,16 +32,16 @@ class Adalora(Translator):
     own_suffixes = ("lora_A", "lora_B", "lora_E")
     fields = {
         **f.LORA_FAMILY,
-        "r": f.Field(f.POSITIVE.holds, f.POSITIVE.check, 8),
-        "init_r": f.Field(f.POSITIVE.holds, f.POSITIVE.check, 12),
-        "target_r": f.Field(f.POSITIVE.holds, f.POSITIVE.check, 8),
+        "r": f.positive(8),
+        "init_r": f.positive(12),
+        "target_r": f.positive(8),
         "tinit": f.COUNT,
         "tfinal": f.COUNT,
-        "deltaT": f.Field(f.POSITIVE.holds, f.POSITIVE.check, 1),
+        "deltaT": f.positive(1),
         "beta1": f.FRACTION,
         "beta2": f.FRACTION,
         "orth_reg_weight": f.Field("a non-negative number", lambda v: f.number(v) and v >= 0, 0.5),
-        "total_step": f.Field("a positive integer or null", f.optional(f.POSITIVE.check)),
+        "total_step": f.Field("a positive integer or null", f.optional(f.positive(1).check)),
         "rank_pattern": f.Field("an object from names to lists of true and false", f.optional(f.mapping(f.flags))),
         "alpha_pattern": f.Field("an empty object", lambda v: v in ({}, None), {}),
         "use_dora": f.Field("false", lambda v: v is False, False),
@@ -58,7 +57,7 @@ class Adalora(Translator):
             found.append(f"PEFT's ADALORA has no {type(view.plan.method).__name__} around it")
         if view.plan.rank_pattern or view.plan.alpha_pattern:
             found.append("PEFT's ADALORA has no rank_pattern or alpha_pattern of settings")
-        if any(groups(fitted) > 1 for fitted, _ in view.adapted):
+        if any(fitted.site.groups > 1 for fitted, _ in view.adapted):
             found.append("PEFT's ADALORA does not reach grouped convolutions")
         return found
 
@@ -94,7 +93,8 @@ class Adalora(Translator):
     def method(self, values: Mapping[str, Any], where: str) -> Method:
         same = ("init_r", "target_r", "tinit", "tfinal", "deltaT")
         numbers = ("lora_alpha", "lora_dropout", "beta1", "beta2", "orth_reg_weight")
-        return AdaLoRA(**{k: values[k] for k in same}, **{k: float(values[k]) for k in numbers})
+        settings: dict[str, Any] = {k: values[k] for k in same} | {k: float(values[k]) for k in numbers}
+        return AdaLoRA(**settings)
 
     def prepare(self, view: View, source: Source) -> None:
         """Give every adapter the number of triplets that the file has for it."""

@@ -96,8 +96,12 @@ def ranges(value: Any) -> bool:
     return isinstance(value, list) and all(indices(v) and len(v) == 2 for v in value)
 
 
+def positive(default: int) -> Field:
+    """A field for a positive integer."""
+    return Field("a positive integer", lambda v: integer(v) and v > 0, default)
+
+
 FLAG = Field("true or false", flag, False)
-POSITIVE = Field("a positive integer", lambda v: integer(v) and v > 0)
 TEXT = Field("text or null", optional(text))
 NAMES = Field("a list of names, one regular expression, or null", optional(either(text, texts)))
 PROBABILITY = Field("a number from 0 up to, not including, 1", lambda v: number(v) and 0 <= v < 1, 0.0)

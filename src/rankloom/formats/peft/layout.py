@@ -13,6 +13,7 @@ from rankloom.core.bank import Fitted
 from rankloom.errors import FileError
 
 Map = Callable[[Tensor], Tensor]
+CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
 LINEAR_A, LINEAR_B = "lora_A.weight", "lora_B.weight"
 
 
@@ -31,14 +32,9 @@ def factors(fitted: Fitted) -> tuple[Factor, Factor]:
     return LAYOUTS[fitted.place.kind.name](fitted)
 
 
-def groups(fitted: Fitted) -> int:
-    """Groups of a convolution, else 1: PEFT's rank there is this many times ours."""
-    return int(getattr(fitted.place.layer, "groups", 1)) if fitted.place.kind.name.startswith("conv") else 1
-
-
 def magnitude_shape(fitted: Fitted, size: int) -> tuple[int, ...]:
     """DoRA's magnitude in the file: (out), for a convolution (1, out, 1 …)."""
-    if fitted.place.kind.name in ("conv1d", "conv2d", "conv3d"):
+    if fitted.place.kind.name in CONVS:
         return (1, size, *(1,) * (len(fitted.site.weight_shape) - 2))
     return (size,)
 
@@ -56,7 +52,7 @@ def _embedding(fitted: Fitted) -> tuple[Factor, Factor]:
 
 
 def _conv(fitted: Fitted) -> tuple[Factor, Factor]:
-    kernel, count = fitted.site.weight_shape[1:], groups(fitted)
+    kernel, count = fitted.site.weight_shape[1:], fitted.site.groups
     ones = (1,) * (len(kernel) - 1)
 
     def out(a: Tensor) -> Tensor:
@@ -119,11 +115,6 @@ def _parameter(fitted: Fitted) -> tuple[Factor, Factor]:
 def transposed(layer: nn.Module) -> bool:
     """Whether a module keeps its experts as [E, in, out]; PEFT looks at the same attribute."""
     return bool(getattr(layer, "is_transposed", False))
-
-
-def file_rank(fitted: Fitted, rank: int) -> int:
-    """The rank that PEFT's config states for a place where ours is `rank`."""
-    return rank * groups(fitted)
 
 
 LAYOUTS: dict[str, Callable[[Fitted], tuple[Factor, Factor]]] = {

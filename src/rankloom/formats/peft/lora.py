@@ -16,8 +16,8 @@ from rankloom.errors import FileError
 from rankloom.formats.entry import Entry, mapped
 from rankloom.formats.manifest import Source
 from rankloom.formats.peft import fields as f
-from rankloom.formats.peft.layout import LAYOUTS, Factor, factors, groups, magnitude_shape
-from rankloom.formats.peft.pairs import LEAVES, Pair, leaf, trained_pair, whole_pair
+from rankloom.formats.peft.layout import CONVS, LAYOUTS, LINEAR_B, Factor, factors, magnitude_shape
+from rankloom.formats.peft.pairs import LEAVES, Pair, dropout_of, leaf, trained_pair, whole_pair
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.ranks import plan_patterns, rank_fields
 from rankloom.formats.peft.translator import Translator
@@ -42,12 +42,12 @@ class Lora(Translator):
     )
     fields = {
         **f.LORA_FAMILY,
-        "r": f.Field(f.POSITIVE.holds, f.POSITIVE.check, 8),
+        "r": f.positive(8),
         "use_rslora": f.FLAG,
         "use_dora": f.FLAG,
         "lora_bias": f.FLAG,
         "init_lora_weights": f.Field("true, false or the name of a start", f.either(f.flag, f.text), True),
-        "rank_pattern": f.Field(f.PATTERN + "ranks", f.patterns(f.POSITIVE.check), {}),
+        "rank_pattern": f.Field(f.PATTERN + "ranks", f.patterns(f.positive(1).check), {}),
         "alpha_pattern": f.Field(f.PATTERN + "numbers", f.patterns(f.ALPHA.check), {}),
         "target_parameters": f.Field("a list of names or null", f.optional(f.texts)),
     }
@@ -60,17 +60,28 @@ class Lora(Translator):
             found.append("DoRA on some layers and not on others")
         if len({"bias" in trained_pair(adapter).parts for _, adapter in view.adapted}) > 1:
             found.append("lora_bias on some layers and not on others")
+        if any(attention_of(fitted, view.modules) for fitted, _ in view.adapted):
+            found.append("PEFT (0.21) adds the change of a MultiheadAttention's out_proj twice")
         return [*found, *_nesting_problems(view)]
 
     def site_entries(self, view: View, paths: Paths) -> list[Entry]:
         return [e for fitted, adapter in view.adapted for e in _entries(fitted, adapter, whole_pair, paths)]
 
     def entries_in(self, view: View, source: Source) -> list[Entry]:
-        """A file of PEFT with a start that rewrites the base has the trained pair only; a file of ours has both."""
+        """What PEFT computes from its own file: a start that rewrites the base leaves the trained pair only, and the
+        change of an attention's out_proj counts twice. A file of ours means what it says.
+        """
         if source.plan is not None:
             return self.entries(view)
+        for fitted, adapter in view.adapted:
+            for reason in _problems(fitted, adapter):
+                raise FileError(f"{source.weights_file}: {reason}, so it cannot be read as PEFT computes it")
         paths = Paths(view)
-        own = [e for fitted, adapter in view.adapted for e in _entries(fitted, adapter, trained_pair, paths)]
+        own = [
+            _doubled(entry) if _is_out_proj(fitted, view) and entry.key.endswith(LINEAR_B) else entry
+            for fitted, adapter in view.adapted
+            for entry in _entries(fitted, adapter, trained_pair, paths)
+        ]
         return [*own, *self.other_entries(view, paths)]
 
     def method_fields(self, view: View) -> dict[str, Any]:
@@ -79,15 +90,14 @@ class Lora(Translator):
         assert lora is not None
         return {
             **rank_fields(view),
-            "lora_dropout": 0.0 if _has_bare(view) else lora.lora_dropout,
+            "lora_dropout": 0.0 if _has_bare(view) else dropout_of(adapter),
             "use_dora": isinstance(adapter, DoRAAdapter),
             "lora_bias": lora.bias is not None,
             "init_lora_weights": "gaussian" if lora.start == "gaussian" else True,
         }
 
     def notes(self, view: View) -> list[str]:
-        lora = leaf(view.adapted[0][1])
-        if lora is not None and lora.lora_dropout and _has_bare(view):
+        if _has_bare(view) and any(dropout_of(adapter) for _, adapter in view.adapted):
             return ["lora_dropout is left out of the PEFT config: PEFT refuses it beside target_parameters"]
         return []
 
@@ -141,11 +151,11 @@ def _problems(fitted: Fitted, adapter: Adapter) -> Iterator[str]:
         inside = f" over {type(adapter.inner).__name__}" if dora else ""
         yield f"PEFT's LORA has no {type(adapter).__name__}{inside} ({name})"
         return
-    if dora and (fitted.site.bare or groups(fitted) > 1):
+    if dora and (fitted.site.bare or fitted.site.groups > 1):
         yield f"PEFT's DoRA does not reach {'bare parameters' if fitted.site.bare else 'grouped convolutions'} ({name})"
     if lora.bias is not None and (dora or kind == "embedding"):
         yield f"PEFT has no lora_bias {'with DoRA' if dora else 'on embeddings'} ({name})"
-    if kind.startswith("conv") and kind in ("conv1d", "conv2d", "conv3d"):
+    if kind in CONVS:
         spread = any(d != 1 and k != 1 for d, k in zip(layer.dilation, layer.kernel_size))  # type: ignore[arg-type]
         if spread or layer.padding_mode != "zeros":
             yield f"PEFT ignores dilation and padding_mode of a convolution ({name})"
@@ -157,22 +167,24 @@ def _problems(fitted: Fitted, adapter: Adapter) -> Iterator[str]:
 
 def _nesting_problems(view: View) -> Iterator[str]:
     slots: dict[str, set[str]] = {}
-    both: dict[str, set[tuple[int, float]]] = {}
-    for fitted, adapter in view.adapted:
-        slots.setdefault(fitted.place.path, set()).add(fitted.place.slot)
-        owner = attention_of(fitted, view.modules)
-        if owner is not None:
-            pair = whole_pair(adapter)
-            both.setdefault(owner, set()).add((pair.rank, pair.scaling))
-        has_bias = view.modules[fitted.place.path]._parameters.get("bias") is not None
-        if fitted.site.bare and owner is None and has_bias and view.plan.bias == "lora_only":
-            yield f"bias='lora_only' beside a target parameter of {fitted.place.path!r}, which has a bias"
+    for fitted, _ in view.adapted:
+        path = fitted.place.path
+        slots.setdefault(path, set()).add(fitted.place.slot)
+        has_bias = view.modules[path]._parameters.get("bias") is not None
+        if fitted.site.bare and has_bias and view.plan.bias == "lora_only":
+            yield f"bias='lora_only' beside a target parameter of {path!r}, which has a bias"
     for path, used in slots.items():
         if LAYER in used and len(used) > 1:
             yield f"PEFT adapts either the layer {path!r} or its parameters"
-    if any(len(settings) > 1 for settings in both.values()):
-        yield "different ranks or scales inside one MultiheadAttention"
 
 
 def _has_bare(view: View) -> bool:
-    return any(fitted.site.bare and attention_of(fitted, view.modules) is None for fitted, _ in view.adapted)
+    return any(fitted.site.bare for fitted, _ in view.adapted)
+
+
+def _is_out_proj(fitted: Fitted, view: View) -> bool:
+    return attention_of(fitted, view.modules) not in (None, fitted.place.path)
+
+
+def _doubled(entry: Entry) -> Entry:
+    return Entry(entry.key, entry.get, lambda value: entry.put(2 * value))

@@ -42,6 +42,11 @@ def leaf(adapter: Adapter) -> LoRAAdapter | None:
     return inner if type(inner) in LEAVES else None  # type: ignore[return-value]
 
 
+def dropout_of(adapter: Adapter) -> float:
+    """The input dropout of the change, whichever adapter of the chain applies it."""
+    return max(module.dropout for module in adapter.modules() if isinstance(module, Adapter))
+
+
 def trained_pair(adapter: Adapter) -> Pair:
     """The trained pair alone."""
     lora = leaf(adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections import Counter
@@ -15,9 +16,8 @@ from rankloom.core.method import Method
 from rankloom.core.targets import pattern_key
 from rankloom.errors import FileError
 from rankloom.formats.patterns import exactly, simple
-from rankloom.formats.peft.layout import groups
 from rankloom.formats.peft.pairs import whole_pair
-from rankloom.formats.view import View, attention_of
+from rankloom.formats.view import View
 from rankloom.methods.lora import scale_of
 
 Settings = Mapping[str, Any]
@@ -30,7 +30,7 @@ def rank_fields(view: View) -> dict[str, Any]:
     """
     method = _settings(view.plan.method)
     scaling = getattr(method, "scaling", "standard")
-    wanted = {_peft_name(fitted, view): _rank_and_scale(fitted, adapter) for fitted, adapter in view.adapted}
+    wanted = {fitted.place.name: _rank_and_scale(fitted, adapter) for fitted, adapter in view.adapted}
     plan = view.plan
     if method is not None and all(map(simple, (*plan.rank_pattern, *plan.alpha_pattern))):
         own = {
@@ -76,25 +76,21 @@ def plan_patterns(
         ranks |= {exactly(place): rank // count for place in own}
         alphas |= {exactly(place): alpha / (math.sqrt(count) if values["use_rslora"] else count) for place in own}
     return {
-        "rank_pattern": {**ranks, **_hitting(values["rank_pattern"], places, names, f"{where}: rank_pattern")},
-        "alpha_pattern": {**alphas, **_hitting(values["alpha_pattern"], places, names, f"{where}: alpha_pattern")},
+        "rank_pattern": ranks | _hitting(values["rank_pattern"], ranks, places, names, f"{where}: rank_pattern"),
+        "alpha_pattern": alphas | _hitting(values["alpha_pattern"], alphas, places, names, f"{where}: alpha_pattern"),
     }
 
 
 def _settings(method: Method) -> Method | None:
     """The method in the chain that has a rank and an alpha."""
-    if hasattr(method, "r") and hasattr(method, "lora_alpha"):
+    if {"r", "lora_alpha"} <= {field.name for field in dataclasses.fields(method)}:
         return method
     return next((found for inner in method.inner_methods() if (found := _settings(inner)) is not None), None)
 
 
-def _peft_name(fitted: Fitted, view: View) -> str:
-    return attention_of(fitted, view.modules) or fitted.place.name
-
-
 def _rank_and_scale(fitted: Fitted, adapter: Any) -> tuple[int, float]:
     pair = whole_pair(adapter)
-    return pair.rank * groups(fitted), pair.scaling
+    return pair.rank * fitted.site.groups, pair.scaling
 
 
 def _says(own: Settings, scaling: str, name: str, rank: int, scale: float) -> bool:
@@ -121,11 +117,14 @@ def _tidy(value: float) -> float:
     return near if math.isclose(value, near, rel_tol=1e-12) else value
 
 
-def _hitting(patterns: Mapping[str, Any], places: Sequence[str], names: Sequence[str], where: str) -> dict[str, Any]:
+def _hitting(
+    patterns: Settings, known: Settings, places: Sequence[str], names: Sequence[str], where: str
+) -> dict[str, Any]:
+    """The patterns that hit one of our places and are not `known` already; a warning for those that hit nothing."""
     kept = {}
     for key, value in patterns.items():
-        if any(pattern_key((key,), place) for place in places):
-            kept[key] = value
-        elif not any(pattern_key((key,), name) for name in names):
+        if not any(pattern_key((key,), name) for name in (*places, *names)):
             warnings.warn(f"{where} names {key!r}, which is no target", stacklevel=7)
+        elif key not in known and any(pattern_key((key,), place) for place in places):
+            kept[key] = value
     return kept

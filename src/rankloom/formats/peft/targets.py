@@ -56,6 +56,20 @@ def our_targets(view: View) -> tuple[set[str], set[str]]:
     return modules, parameters
 
 
+def ends_with(endings: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The modules that PEFT saves whole: every name with such an ending, dot or no dot; inner ones of these aside."""
+    hit = {name for name in names if any(name.endswith(e) for e in endings)}
+    return {name for name in hit if not any(name.startswith(f"{other}.") for other in hit)}
+
+
+def saved_wording(view: View) -> list[str] | None:
+    """modules_to_save in words by which PEFT saves exactly ours; None if there are none."""
+    hit = {name for name in view.modules if matches(view.plan.modules_to_save, name)}
+    ours = {name for name in hit if not any(name.startswith(f"{other}.") for other in hit)}
+    tries = (sorted(view.plan.modules_to_save), sorted(ours))
+    return next((words for words in tries if ends_with(words, view.modules) == ours), None)
+
+
 def all_parameters(view: View) -> list[str]:
     """Names of the base's parameters."""
     return [f"{path}.{key}" if path else key for path, module in view.modules.items() for key in module._parameters]
@@ -63,7 +77,7 @@ def all_parameters(view: View) -> list[str]:
 
 def _candidates(view: View, modules: set[str]) -> Iterable[dict[str, Any]]:
     plan = view.plan
-    saved = {"modules_to_save": list(plan.modules_to_save)}
+    saved = {"modules_to_save": saved_wording(view)}
     if plan.target_modules != "all-linear":
         layers = list(plan.layers_to_transform) if plan.layers_to_transform is not None else None
         yield {
@@ -89,6 +103,7 @@ def _selects(config: Config, name: str) -> bool:
     if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in config.get("modules_to_save") or ()):
         return False
     layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
     if isinstance(target, str):
         return layers is None and re.fullmatch(target, name) is not None
     if name in target:

@@ -8,8 +8,9 @@ from typing import Any
 from rankloom.core.method import Method
 from rankloom.formats.entry import Entry, plain
 from rankloom.formats.peft import fields as f
+from rankloom.formats.peft.beside import own_entries
 from rankloom.formats.peft.paths import Paths
-from rankloom.formats.peft.translator import Translator, own_entries
+from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import View
 from rankloom.methods.vera import VeRA, VeRAAdapter
 
@@ -27,7 +28,7 @@ class Vera(Translator):
     fields = {
         **f.COMMON,
         "bias": f.Field("one of none, all, vera_only", f.one_of("none", "all", "vera_only"), "none"),
-        "r": f.Field(f.POSITIVE.holds, f.POSITIVE.check, 256),
+        "r": f.positive(256),
         "projection_prng_key": f.Field("an integer", f.integer, 0),
         "save_projection": f.Field(f.FLAG.holds, f.flag, True),
         "vera_dropout": f.PROBABILITY,
@@ -54,7 +55,8 @@ class Vera(Translator):
 
     def method(self, values: Mapping[str, Any], where: str) -> Method:
         same = ("r", "projection_prng_key", "save_projection")
-        return VeRA(**{k: values[k] for k in same}, **{k: float(values[k]) for k in ("vera_dropout", "d_initial")})
+        settings: dict[str, Any] = {k: values[k] for k in same}
+        return VeRA(**settings, vera_dropout=float(values["vera_dropout"]), d_initial=float(values["d_initial"]))
 
     def bias_out(self, bias: str) -> str:
         return BIAS_OUT.get(bias, bias)

@@ -13,13 +13,14 @@ from rankloom.core.attach import attach, detach
 from rankloom.core.bank import Bank
 from rankloom.core.plan import Plan
 from rankloom.core.targets import base_modules
-from rankloom.errors import FileError, SettingsError, TargetError, suggest
+from rankloom.errors import FileError, SettingsError, StateError, TargetError, suggest
 from rankloom.formats.base import skeleton
 from rankloom.formats.manifest import Header, Limits, Source, open_folder
 from rankloom.formats.native import PEFT_TYPE, Native, check_patterns
 from rankloom.formats.peft import TRANSLATORS
 from rankloom.formats.peft.paths import strip
-from rankloom.formats.peft.translator import Translator, exact
+from rankloom.formats.peft.reading import exact
+from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import view
 from rankloom.registry import plan_from_data
 
@@ -35,13 +36,14 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, limits:
     """
     source = open_folder(folder, limits)
     reader = reader_of(source)
+    _check_not_merged(model)
     copy = skeleton(model)
     plan, kept = _plans(reader, source, copy)
     expected = _expected(reader, source, copy, plan, name)
-    extra = _check(source, expected, model)
+    copies = _check(source, expected, model)
     tensors = source.tensors()
-    for key, base in extra.items():
-        _same_as_base(source, key, tensors[key], base)
+    for key, of in copies.items():
+        _is_copy(source, key, tensors[key], of, tensors)
     bank = attach(model, plan, name)
     try:
         sorted_ = view(bank, name)
@@ -77,6 +79,12 @@ def kept_plan(source: Source) -> Plan | None:
     return plan
 
 
+def _check_not_merged(model: nn.Module) -> None:
+    bank = getattr(model, "rankloom", None)
+    if isinstance(bank, Bank) and bank.merged:
+        raise StateError(f"load: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
+
+
 def _plans(reader: Reader, source: Source, copy: nn.Module) -> tuple[Plan, Plan]:
     try:
         kept = kept_plan(source)
@@ -100,8 +108,8 @@ def _expected(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name:
     return {entry.key: entry.get() for entry in reader.entries_in(sorted_, source)}
 
 
-def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Refuse missing, misshapen and unknown tensors; the base tensors that the file brings too, by its key."""
+def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> dict[str, str | Tensor]:
+    """Refuse missing, misshapen and unknown tensors; what the other tensors of the file copy."""
     header = source.header
     missing = [key for key in expected if key not in header]
     if missing:
@@ -112,18 +120,25 @@ def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> 
         )
     for key, tensor in expected.items():
         _fits(source, key, header[key], tensor)
-    base = {f"{path}.{key}" if path else key: t for path, m in base_modules(model) for key, t in _tensors(m)}
-    extra = {}
-    for key in header.keys() - expected.keys():
-        own = base.get(strip(key))
-        if own is None:
-            raise FileError(
-                f"{source.weights_file}: tensor {key!r} of shape {header[key].shape} belongs to nothing that the "
-                f"config adapts{suggest(key, expected, n=1)}"
-            )
-        _fits(source, key, header[key], own)
-        extra[key] = own
-    return extra
+    return {key: _copied(source, key, expected, model) for key in header if key not in expected}
+
+
+def _copied(source: Source, key: str, expected: Mapping[str, Tensor], model: nn.Module) -> str | Tensor:
+    """What a tensor that nothing asks for is a copy of: another key of the file, or a tensor of the base."""
+    twin = key.replace(".modules_to_save.", ".")
+    if twin != key and twin in expected:
+        return twin
+    owner, _, leaf = strip(key).replace(".original_module.", ".").rpartition(".")
+    module = dict(base_modules(model)).get(owner)
+    both = {} if module is None else {**module._parameters, **module._buffers}
+    base = both.get(leaf)
+    if base is None:
+        raise FileError(
+            f"{source.weights_file}: tensor {key!r} of shape {source.header[key].shape} belongs to nothing that the "
+            f"config adapts{suggest(key, expected, n=1)}"
+        )
+    _fits(source, key, source.header[key], base)
+    return base
 
 
 def _fits(source: Source, key: str, said: Header, tensor: Tensor) -> None:
@@ -138,16 +153,13 @@ def _fits(source: Source, key: str, said: Header, tensor: Tensor) -> None:
         raise FileError(f"{source.weights_file}: tensor {key!r} has dtype {said.dtype}; expected {tensor.dtype}")
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    both = [*module._parameters.items(), *module._buffers.items()]
-    return [(key, tensor) for key, tensor in both if tensor is not None]
-
-
-def _same_as_base(source: Source, key: str, tensor: Tensor, base: Tensor) -> None:
-    """A copy of a base tensor (PEFT writes embeddings so) must equal the base: it is never written."""
-    here = base.detach().cpu()
-    if not torch.equal(tensor.to(here.dtype), here) and not torch.equal(here.to(tensor.dtype), tensor):
-        raise FileError(
-            f"{source.weights_file}: tensor {key!r} differs from this model's own {strip(key)!r} and would "
-            "overwrite it: the adapter was trained on another base, or the embedding was resized or trained (use modules_to_save)"
-        )
+def _is_copy(source: Source, key: str, tensor: Tensor, of: str | Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """A copy (PEFT writes some) must equal what it copies: it is never written."""
+    here = tensors[of] if isinstance(of, str) else of.detach().cpu()
+    if torch.equal(tensor.to(here.dtype), here) or torch.equal(here.to(tensor.dtype), tensor):
+        return
+    name = of if isinstance(of, str) else strip(key)
+    raise FileError(
+        f"{source.weights_file}: tensor {key!r} differs from {name!r}, which it should copy, and would overwrite it: "
+        "the adapter was trained on another base, or trained this tensor too (use modules_to_save)"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import rankloom
+from rankloom import __version__
 from rankloom.core.attach import bank_of
 from rankloom.errors import SettingsError, StateError
 from rankloom.formats import hub
@@ -74,12 +74,11 @@ def write(
 ) -> SaveReport:
     """Write a sorted adapter by a translator or `Native`."""
     tensors = collect(writer.entries(view))
-    plan = plan_data(portable(view))
-    _readable(plan)
+    plan = _plan_data(view)
     config = writer.config(view)
     native = isinstance(writer, Native)
     verdict = compat(config, {fitted.place.kind.name for fitted, _ in view.adapted}, problems)
-    versions = {"rankloom": rankloom.__version__, "torch": torch.__version__}
+    versions = {"rankloom": __version__, "torch": torch.__version__}
     about = {
         **_described(view, native),
         "compat": verdict,
@@ -138,14 +137,17 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(str(error)) from error
 
 
-def _readable(plan: dict[str, Any]) -> None:
+def _plan_data(view: View) -> dict[str, Any]:
+    """The plan as data that can be read back."""
     try:
-        plan_from_data(plan)
+        data = plan_data(portable(view))
+        plan_from_data(data)
     except SettingsError as error:
         raise SettingsError(
-            f"the plan cannot be read back ({error}); register your own methods and rules by name: "
-            "rankloom.register('mine', 'package.module:Mine')"
+            f"the plan cannot be written down ({error}); register your own methods and rules by name: "
+            "rankloom.registry.register('mine', 'package.module:Mine', kind='rule')"
         ) from error
+    return data
 
 
 def _described(view: View, native: bool) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from rankloom.core.whole import tokens_key
 from rankloom.errors import SettingsError, suggest
 from rankloom.formats.native import Native
 from rankloom.formats.peft import translator_for
+from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.targets import our_targets
-from rankloom.formats.peft.translator import exact
-from rankloom.formats.save import SaveReport, write
+from rankloom.formats.saving import SaveReport, write
 from rankloom.formats.view import View, view
 from rankloom.methods.lora import LoRA, LoRAAdapter
 from rankloom.ops.linalg import truncated_svd

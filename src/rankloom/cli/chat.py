@@ -1,0 +1,46 @@
+"""`rankloom chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from rankloom.cli.options import Arguments, Json, split
+from rankloom.cli.screen import Screen, screen
+
+
+def chat(
+    arguments: Arguments = None,
+    system: Annotated[str | None, typer.Option(help="A system message that stands before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability.")] = 1.0,
+    json: Json = False,
+) -> None:
+    """Talk with a model, a line at a time, until an empty line or the end. `/reset` forgets, `/base` and `/adapter` switch."""
+    with screen(json) as out:
+        from rankloom.hf.generate import Decoding
+        from rankloom.hf.place import find_place
+        from rankloom.hf.talk import Conversation
+
+        path, changes = split(arguments)
+        place = find_place(path, changes)
+        talk = Conversation.start(place, Decoding(max_new_tokens, temperature, top_p, place.config.seed), system)
+        for line in _lines(out):
+            out.text(talk.say(line))
+        out.result(talk.turns())
+
+
+def _lines(out: Screen) -> Iterator[str]:
+    """What is typed, up to an empty line."""
+    person = sys.stdin.isatty()
+    while True:
+        if person:
+            out.console.print("you> ", end="")
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line

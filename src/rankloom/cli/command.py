@@ -1,0 +1,54 @@
+"""How every command fails: one clear message on standard error and an exit code, the traceback only with `--debug`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from rankloom.errors import RankloomError, SettingsError, TargetError
+
+USAGE, RUNTIME, INTERRUPTED = 2, 1, 130
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def guarded(function: Callable[..., None]) -> Callable[..., None]:
+    """The command with `--debug`, its known errors as messages. Exit codes: 2 for usage and configuration, 1 for the rest."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def run(*args: Any, debug: bool = False, **options: Any) -> None:
+        if debug:
+            function(*args, **options)
+            return
+        try:
+            function(*args, **options)
+        except RankloomError as error:
+            code = USAGE if isinstance(error, (SettingsError, TargetError)) else RUNTIME
+            raise _exit(f"error: {error}", code) from error
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(RUNTIME) from None
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise _exit(f"error: {place}{error.strerror or error}", RUNTIME) from error
+        except KeyboardInterrupt:
+            raise _exit("interrupted", INTERRUPTED) from None
+
+    parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    own = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    run.__signature__ = signature.replace(parameters=[*parameters, own])  # type: ignore[attr-defined]
+    run.__annotations__ = {**hints, "debug": Debug}
+    return run
+
+
+def _exit(message: str, code: int) -> typer.Exit:
+    typer.echo(message, err=True)
+    return typer.Exit(code)

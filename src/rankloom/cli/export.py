@@ -1,0 +1,31 @@
+"""`rankloom export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rankloom.cli.options import Arguments, Json, Out, split
+from rankloom.cli.screen import screen
+
+
+def export(
+    out: Out,
+    arguments: Arguments = None,
+    as_: Annotated[str, typer.Option("--as", help="The kind of file: lora.")] = "lora",
+    r: Annotated[int, typer.Option("--r", help="Rank of the exported LoRA.")] = 8,
+    json: Json = False,
+) -> None:
+    """Write an adapter of any mergeable method as plain LoRA, by SVD, with the relative error stated."""
+    with screen(json) as show:
+        from rankloom.hf.job import export_job, plain
+        from rankloom.hf.place import find_place
+
+        path, changes = split(arguments)
+        place = find_place(path, changes)
+        found = export_job(place.config, place.need_adapter(), out, as_, r)
+        show.result(plain(found))
+        worst = sorted(found.errors.items(), key=lambda pair: -pair[1])[:5]
+        show.table(("layers with the largest error", "relative error"), worst)
+        show.facts([("relative error", found.error), ("adapter", found.saved.folder), ("loads in", found.saved.compat)])

@@ -1,0 +1,41 @@
+"""`rankloom train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rankloom.cli.options import Arguments, Json, split
+from rankloom.cli.screen import screen, size
+
+
+def train(
+    arguments: Arguments = None,
+    resume: Annotated[
+        str | None, typer.Option(help="'auto': go on from the newest good checkpoint in out=; or a checkpoint's folder.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fine-tune, judged before and after: `rankloom train model=microworld data=microworld:list_rotate#1000 out=run`."""
+    with screen(json) as out:
+        from rankloom.hf.job import train_job
+        from rankloom.hf.place import find_place
+
+        path, changes = split(arguments)
+        found = train_job(find_place(path, changes).config, resume=resume or False, tell=out.stage).result
+        out.result(found.as_dict())
+        out.table(("metric", "before", "after"), [(k, found.before.get(k), v) for k, v in found.after.items()])
+        for before, after in found.answers[:3]:
+            out.text(f"{before.prompt}\n  before   {before.given}\n  after    {after.given}\n  expected {after.expected}")
+        out.facts(
+            [
+                ("steps", f"{found.steps} ({found.stopped}) in {found.seconds:.1f} s, {found.tokens:,} tokens"),
+                ("trainable", f"{found.trainable:,} of {found.total:,} ({100 * found.trainable / found.total:.3g} %)"),
+                ("adapter", f"{found.adapter} ({size(sum(x.stat().st_size for x in found.adapter.iterdir()))})"),
+                ("run", found.out),
+                ("loads in", found.compatibility),
+            ]
+        )
+        for note in found.notes:
+            out.text(f"note: {note}")

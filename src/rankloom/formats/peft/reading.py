@@ -1,0 +1,129 @@
+"""Reading a PEFT config against its tensors and a model: which places it adapts, and what names mean there."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from rankloom.core.plan import Plan
+from rankloom.core.targets import matches
+from rankloom.errors import FileError, suggest
+from rankloom.formats.manifest import Source
+from rankloom.formats.patterns import alternatives, simple
+from rankloom.formats.peft.paths import strip
+from rankloom.formats.peft.targets import ends_with, selected, selected_parameters
+
+Values = Mapping[str, Any]
+Modules = Mapping[str, nn.Module]
+AUTOMATIC = {"classifier", "score", "qa_outputs"}
+"""Heads that PEFT lists in modules_to_save by itself, whether the model has them or not."""
+
+
+def places(source: Source, values: Values, modules: Modules, suffixes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of the layers and bare parameters that the file's tensors belong to.
+
+    Raises `FileError` for a module that the model has not, and where config and tensors name different modules.
+    """
+    wanted = values.get("target_parameters") or ()
+    layers: list[str] = []
+    parameters: list[str] = []
+    for owner, key in _owners(source, suffixes).items():
+        if owner not in modules:
+            raise _wrong_base(source, key, owner, modules)
+        own = [f"{owner}.{p}" for p, v in modules[owner]._parameters.items() if v is not None]
+        hit = sorted(selected_parameters(wanted, own))
+        parameters += hit
+        if not hit:
+            layers.append(owner)
+    inside = {f"{n}.out_proj" for n in layers if isinstance(modules[n], nn.MultiheadAttention)}
+    layers = [n for n in layers if n not in inside]
+    _agree(source, values, modules, set(layers))
+    return layers, parameters
+
+
+def exact(plan: Plan, layers: Sequence[str], parameters: Sequence[str]) -> Plan:
+    """`plan` aimed at exactly these layers and parameters."""
+    return dataclasses.replace(
+        plan,
+        target_modules=alternatives(list(layers)) if layers else (),
+        exclude_modules=(),
+        layers_to_transform=None,
+        layers_pattern=None,
+        target_parameters=tuple(parameters),
+    )
+
+
+def saved_modules(names: Sequence[str] | None, source: Source, modules: Modules) -> tuple[str, ...]:
+    """modules_to_save that the model has, by PEFT's rule; PEFT lists heads that a model may not have."""
+    for name in names or ():
+        if ends_with([name], modules):
+            continue
+        if any(f".{name}." in f".{strip(key)}" for key in source.header):
+            known = {n.rsplit(".", 1)[-1] for n in modules if n}
+            raise FileError(
+                f"{source.config_file}: modules_to_save names {name!r}, which this model has not{suggest(name, known)}"
+            )
+        if name not in AUTOMATIC:
+            warnings.warn(
+                f"{source.config_file}: modules_to_save names {name!r}; neither the file nor the model has it",
+                stacklevel=6,
+            )
+    meant = ends_with(names or (), modules)
+    dotted = {n for n in modules if matches(tuple(names or ()), n)}
+    return tuple(n for n in names or () if ends_with([n], modules)) if meant == dotted else tuple(sorted(meant))
+
+
+def _wrong_base(source: Source, key: str, owner: str, modules: Modules) -> FileError:
+    said = source.config.get("base_model_name_or_path")
+    base = f"; the adapter was made for {said!r}" if said else ""
+    return FileError(
+        f"{source.weights_file}: tensor {key!r} belongs to a module {owner!r}, which this model has not"
+        f"{suggest(owner, [n for n in modules if n], n=2)}. Is it the right base model{base}?"
+    )
+
+
+def tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(tuples(v) for v in value)
+    if isinstance(value, dict):
+        return {k: tuples(v) for k, v in value.items()}
+    return value
+
+
+def blocks(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _owners(source: Source, suffixes: Sequence[str]) -> dict[str, str]:
+    """Name of every adapted module in the file, with one of its keys."""
+    owners: dict[str, str] = {}
+    for key in source.header:
+        suffix = next((s for s in suffixes if key.endswith(f".{s}")), None)
+        if suffix is not None:
+            owners.setdefault(strip(key.removesuffix(f".{suffix}")), key)
+    return owners
+
+
+def _agree(source: Source, values: Values, modules: Modules, layers: set[str]) -> None:
+    """The config's targets and the file's tensors name the same modules, where the config's wording may be run."""
+    target = values["target_modules"]
+    wordings = [v for v in (target, values.get("exclude_modules")) if isinstance(v, str)]
+    if target is None or target == "all-linear" or not all(map(simple, wordings)):
+        return
+    meant = selected(values, modules)
+    for name in sorted(meant - layers):
+        raise FileError(
+            f"{source.weights_file}: no tensor for {name!r}, which target_modules={target!r} of "
+            f"{source.config_file} names; the file is incomplete"
+        )
+    for name in sorted(layers - meant):
+        raise FileError(
+            f"{source.weights_file}: has tensors for {name!r}, which target_modules={target!r} of "
+            f"{source.config_file} does not name; config and weights do not belong together"
+        )

@@ -1,0 +1,133 @@
+"""The change as a matrix: merging, unmerging, folding, and its agreement with the change as an output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.bank import Bank
+from rankloom.core.graft import LAYER
+from rankloom.errors import NotMergeable
+from rankloom.testing.subject import (
+    Heard,
+    Subject,
+    assert_base_values,
+    base_values,
+    difference,
+    heard,
+    nudge,
+    same,
+    trained,
+)
+from rankloom.testing.trace import assert_unchanged, snapshot
+
+
+def merge(subject: Subject) -> None:
+    """merged into the base it says the same, or refuses (NotMergeable) and touches nothing"""
+    model, bank = subject.nudged()
+    said, before = subject.outputs(model), snapshot(model)
+    if not _merged(bank):
+        assert_unchanged(before, model, "merge raised NotMergeable, and yet")
+        assert not bank.merged, f"merge raised NotMergeable, and yet the bank says that {bank.merged} is merged"
+        for number, (now, wanted) in enumerate(zip(subject.outputs(model), said)):
+            same(now, wanted, f"batch {number} after the refused merge")
+        return
+    assert bank.merged == ("default",), f"after merge the bank says that {bank.merged or 'nothing'} is merged"
+    for number, (now, wanted) in enumerate(zip(subject.outputs(model), said)):
+        subject.near(now, wanted, f"batch {number}, merged against unmerged (has `delta` the scale and the bias?)")
+    scaled, half = subject.nudged()
+    half.use(default=0.5)
+    wanted = subject.output(scaled)
+    half.merge()
+    subject.near(subject.output(scaled), wanted, "merged at weight 0.5 against speaking at weight 0.5")
+
+
+def unmerge(subject: Subject) -> None:
+    """unmerge puts back the very tensors that merge replaced"""
+    model, bank = subject.nudged()
+    values = base_values(model)
+    said, before = subject.outputs(model), snapshot(model)
+    for _ in range(2):
+        if not _merged(bank):
+            return
+        subject.output(model)
+        bank.unmerge()
+        assert_base_values(model, values, "by merge and unmerge")
+        assert_unchanged(before, model, "after merge and unmerge")
+        for number, (now, wanted) in enumerate(zip(subject.outputs(model), said)):
+            same(now, wanted, f"batch {number} before merge and after unmerge")
+
+
+@torch.no_grad()
+def delta(subject: Subject) -> None:
+    """at every site `delta` and `forward` are the same change"""
+    model, bank = subject.nudged()
+    sites = heard(subject, model, bank, "default")
+    assert sites, "no site was reached by the first batch"
+    refused: list[str] = []
+    for site in sites:
+        name, fitted = site.fitted.site.name, site.fitted
+        with bank.using():
+            y = site.answer()
+        said = fitted.adapter(site.x, y, fitted.base)
+        added = fitted.adapter.add(y, site.x, y, fitted.base, 1.0)
+        assert said.dtype == y.dtype, f"site {name!r}: `forward` gives {said.dtype} for an output in {y.dtype}"
+        subject.near(added, y + said, f"site {name!r}: what `add` makes of y, against y + `forward`")
+        try:
+            change = fitted.adapter.delta(fitted.base)
+        except NotMergeable:
+            refused.append(name)
+            continue
+        assert tuple(change.shape) == fitted.site.shape, (
+            f"site {name!r}: `delta` has shape {tuple(change.shape)}, the matrix {fitted.site.shape}"
+        )
+        subject.near(said, _applied(site, y, change), f"site {name!r}: `forward` against `delta` applied to the input")
+    assert len(refused) in (0, len(sites)) or not _merged(bank), (
+        f"`delta` refuses at {refused[0]!r} and merge went through all the same"
+    )
+
+
+def _applied(site: Heard, y: Tensor, change: Tensor) -> Tensor:
+    base = site.fitted.base
+    applied = base.apply(site.x, change.to(y.dtype))
+    shift = site.fitted.adapter.delta_bias(base) if site.fitted.place.slot == LAYER else None
+    return applied if shift is None else applied + base.shift(y, shift.to(y.dtype))
+
+
+def fold(subject: Subject) -> None:
+    """folded into the base and reset, the adapter starts anew from where it was"""
+    model, bank = subject.nudged()
+    said, values = subject.output(model), base_values(model)
+    try:
+        bank.fold("default")
+    except NotMergeable:
+        assert_base_values(model, values, "by a fold that was refused")
+        same(subject.output(model), said, "the output after the refused fold")
+        return
+    with bank.using():
+        folded = subject.output(model)
+    subject.near(folded, said, "the base after the fold, against the base with the adapter before it")
+    torch.manual_seed(1)
+    bank.reset("default")
+    subject.near(subject.output(model), folded, "after reset on the new base the change must be zero again")
+    _grows_again(subject, model, bank, folded)
+
+
+def _grows_again(subject: Subject, model: nn.Module, bank: Bank, folded: Tensor) -> None:
+    nudge(trained(bank, "default"), seed=2)
+    gap = difference(subject.output(model), folded)
+    assert gap > subject.limit(folded), "after fold and reset the adapter is deaf"
+
+
+def _merged(bank: Bank) -> bool:
+    """Merge; False where the method refuses, by the name of a site."""
+    try:
+        bank.merge()
+    except NotMergeable as refusal:
+        names = [f.site.name for f in bank.fitted("default")]
+        if any(name in str(refusal) for name in names):
+            return False
+        raise AssertionError(
+            f"NotMergeable must name the site (such as {names[0]!r}) and the reason; it says {str(refusal)!r}"
+        ) from refusal
+    return True
