@@ -14,13 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "peft"))
 import peft_cases as cases
 import torch
 
+from rankloom.formats.view import view
+
 DIRECTIONS = {"to": ("ours → PEFT", cases.to_peft), "from": ("PEFT → ours", cases.from_peft)}
 
 
 def kinds(one: cases.Case) -> str:
     """The kinds of the places that a case adapts."""
-    bank = cases.ours_adapted(one).rankloom
-    return ", ".join(sorted({fitted.place.kind.name for fitted in bank.fitted("default")}))
+    adapted = view(cases.ours_adapted(one).rankloom, "default").adapted
+    return ", ".join(sorted({fitted.place.kind.name for fitted, _ in adapted}))
 
 
 def rows(chosen: list[cases.Case] | None = None) -> list[tuple[str, str, str, str]]:

@@ -5,47 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from cli_tiny import byte_tokenizer, llama
+from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
-
-CHAT = (
-    "{%- for m in messages -%}{%- if m['role'] == 'assistant' -%}{%- generation -%}{{- m['content'] + '<e>' -}}"
-    "{%- endgeneration -%}{%- else -%}{{- '<u>' + m['content'] + '<a>' -}}{%- endif -%}{%- endfor -%}"
-)
-SPECIAL = ["<p>", "<e>", "<u>", "<a>"]
-
-
-def byte_tokenizer(**special):
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    plain = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=64, **special)
-    made.add_special_tokens({"additional_special_tokens": ["<u>", "<a>"]})
-    return made
-
-
-def llama(folder, **special):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = byte_tokenizer(**special)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +35,10 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture
 def chats(tmp_path):
-    rows = [{"prompt": f"say {w}", "completion": w} for w in "ab cd ef gh ij kl mn op qr st uv wx".split()]
+    rows = [
+        {"prompt": f"say {w}", "completion": w}
+        for w in ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st", "uv", "wx"]
+    ]
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -82,7 +47,7 @@ def chats(tmp_path):
 @pytest.fixture
 def run(monkeypatch):
     """`run("plan", "model=…")` → exit code, out, err, and the JSON on standard output if there is any."""
-    from rankloom.cli.app import app
+    from rankloom.cli import app
 
     monkeypatch.setenv("COLUMNS", "200")
 

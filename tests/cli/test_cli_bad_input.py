@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from conftest import llama
+from cli_tiny import llama
 
 USAGE, RUNTIME = 2, 1
 
@@ -101,7 +101,7 @@ def test_nothing_given_says_what_to_give(fails, model, chats):
 
 def test_the_wrong_base(fails, fine_tuned, encoder, tmp_path):
     message = fails("merge", fine_tuned, f"model={encoder}", "task=encoder", "-o", tmp_path / "out", code=RUNTIME)
-    assert "adapter_config.json" in message
+    assert "tiny" in message  # the base that it was made for
 
 
 def test_an_adapter_is_not_a_model(fails, fine_tuned):
@@ -198,3 +198,8 @@ def test_a_record_that_is_none(run, fine_tuned):
 
 def test_two_paths_are_one_too_many(fails):
     assert "one path at most" in fails("train", "a.yaml", "b.yaml", code=USAGE)
+
+
+def test_no_folder_to_write(fails, fine_tuned, tmp_path):
+    assert "--out FOLDER" in fails("merge", fine_tuned, code=USAGE)
+    assert "--out FOLDER" in fails("merge", code=USAGE)

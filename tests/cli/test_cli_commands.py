@@ -22,7 +22,7 @@ IDS = {"input_ids": torch.arange(4, 20)[None], "attention_mask": torch.ones(1, 1
 
 def test_help_is_light():
     code = (
-        "import sys, rankloom.cli.app\n"
+        "import sys, rankloom.cli.commands\n"
         "heavy = {'torch', 'transformers', 'numpy', 'yaml', 'rankloom.core.plan'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -121,17 +121,24 @@ def test_training_learns_and_the_saved_adapter_is_the_trained_one(run, model, tm
     file.write_text(json.dumps({"prompt": "q", "completion": "yes"}) + "\n")
     out = tmp_path / "run"
     found = run(
-        "train", f"model={model}", f"data={file}", f"data.eval_source={file}", f"out={out}", "steps=60", "lr=2e-2", "--json"
+        "train",
+        f"model={model}",
+        f"data={file}",
+        f"data.eval_source={file}",
+        f"out={out}",
+        "steps=60",
+        "lr=2e-2",
+        "--json",
     ).json
     assert found["before"]["exact_match"] == 0.0
     assert found["after"]["exact_match"] == 1.0
-    assert found["after"]["loss"] < 0.1 < found["before"]["loss"]
-    assert run("generate", out, "-p", "q", "--json").json == [{"prompt": "q", "answer": "yes"}]
-    assert run("generate", f"model={model}", "-p", "q", "--json").json[0]["answer"] != "yes"
+    assert found["after"]["loss"] < found["before"]["loss"] / 2
+    assert run("generate", out, "q", "--json").json == [{"prompt": "q", "answer": "yes"}]
+    assert run("generate", f"model={model}", "q", "--json").json[0]["answer"] != "yes"
     judged = run("eval", out, "--json").json
     assert judged["base"] == pytest.approx(found["before"])
     assert judged["adapter"] == pytest.approx(found["after"])
-    merged = run("merge", out, "--out", tmp_path / "merged", "--json").json
+    merged = run("merge", out, tmp_path / "merged", "--json").json
     assert merged["merged"]["relative"] < 1e-5
     assert merged["saved"]["relative"] < 1e-5
     assert run("generate", f"model={tmp_path / 'merged'}", "-p", "q", "--json").json[0]["answer"] == "yes"
@@ -150,13 +157,17 @@ def test_resume_goes_on_and_a_second_start_is_refused(run, fine_tuned):
 
 
 def test_epochs_decide_the_steps(run, model, chats, tmp_path):
-    found = run("train", f"model={model}", f"data={chats}", f"out={tmp_path / 'r'}", "epochs=2", "batch_size=4", "--json")
+    found = run(
+        "train", f"model={model}", f"data={chats}", f"out={tmp_path / 'r'}", "epochs=2", "batch_size=4", "--json"
+    )
     assert found.json["steps"] == 2 * 3  # 11 records beside the one held out
     assert "steps" not in yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["train"]
 
 
 def test_packing_trains(run, model, chats, tmp_path):
-    found = run("train", f"model={model}", f"data={chats}", f"out={tmp_path / 'r'}", "packing=true", "steps=2", "--json")
+    found = run(
+        "train", f"model={model}", f"data={chats}", f"out={tmp_path / 'r'}", "packing=true", "steps=2", "--json"
+    )
     assert found.code == 0, found.err
     assert found.json["after"]["loss"] != found.json["before"]["loss"]
 
@@ -165,7 +176,14 @@ def test_classification_trains_its_head(run, encoder, tmp_path):
     file = tmp_path / "moods.csv"
     file.write_text("text,label\n" + "".join(f"so {w},{w}\n" for w in ["good", "bad"] * 8))
     found = run(
-        "train", f"model={encoder}", f"data={file}", f"out={tmp_path / 'r'}", "steps=30", "lr=2e-2", "hold_out=4", "--json"
+        "train",
+        f"model={encoder}",
+        f"data={file}",
+        f"out={tmp_path / 'r'}",
+        "steps=30",
+        "lr=2e-2",
+        "hold_out=4",
+        "--json",
     )
     assert found.code == 0, found.err
     assert found.json["after"]["accuracy"] == 1.0
@@ -200,7 +218,7 @@ def test_merge_refuses_what_has_no_matrix_and_leaves_nothing(run, model, chats, 
 def test_export_is_a_lora_with_a_stated_error(run, model, chats, tmp_path):
     out = tmp_path / "r"
     run("train", f"model={model}", f"data={chats}", f"out={out}", "steps=2", "method=vera", "r=4")
-    found = run("export", out, "-o", tmp_path / "e", "--r", "16", "--json").json
+    found = run("export", out, tmp_path / "e", "--r", "16", "--json").json
     assert 0 <= found["error"] < 1e-4
     config = json.loads((tmp_path / "e" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("LORA", 16)
@@ -234,7 +252,16 @@ def test_adapter_folder_names_its_base(run, fine_tuned):
 def test_sampling_is_seeded(run, model):
     def one(seed):
         return run(
-            "generate", f"model={model}", f"seed={seed}", "-p", "abc", "--temperature", "5", "--max-new-tokens", "12", "--json"
+            "generate",
+            f"model={model}",
+            f"seed={seed}",
+            "-p",
+            "abc",
+            "--temperature",
+            "5",
+            "--max-new-tokens",
+            "12",
+            "--json",
         ).json
 
     assert one(1) == one(1) != one(2)
@@ -256,3 +283,13 @@ def test_machine_output_is_one_json_value_and_nothing_else(run, model, chats, tm
     assert json.loads(found.out)["steps"] == 2
     assert found.out.count("\n") == 1
     assert json.loads(found.out)["seconds"] < time.perf_counter() - began
+
+
+def test_a_model_with_its_tokenizer_in_one_line(model):
+    from rankloom.hf import load_model as load
+
+    found, tokenizer = load(str(model), dtype="bfloat16")
+    assert found.dtype == torch.bfloat16
+    assert tokenizer.decode(tokenizer("ab")["input_ids"]) == "ab"
+    with pytest.raises(rl.RankloomError, match="did you mean 'dtype'"):
+        load(str(model), dtyp="bfloat16")

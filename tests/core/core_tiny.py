@@ -147,3 +147,13 @@ def llama(depth=2, **settings):
 
 def tokens(batch=2, length=6, vocabulary=32, seed=0):
     return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def adapted(*names, method=None, model=None, size=0.3, **plan):
+    """A tower (or the given model) with one adapter that speaks for each name, and its bank."""
+    model = tower() if model is None else model
+    plan = {"target_modules": ["q_proj", "v_proj", "embed"]} | plan
+    for seed, name in enumerate(names):
+        bank = rl.attach(model, method or rl.LoRA(r=2, lora_alpha=3), name, **plan)
+        nudge(bank, name, seed=seed, size=size)
+    return model, bank

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from core_tiny import difference, llama, nudge, tokens, tower, words
+from core_tiny import adapted, difference, llama, nudge, tokens, tower, words
 from torch._dynamo.testing import CompileCounter
 
 import rankloom as rl
@@ -17,14 +17,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def adapted(*names, method=None, model=None, **plan):
-    model = tower() if model is None else model
-    for i, name in enumerate(names):
-        bank = rl.attach(model, method or rl.LoRA(r=2), name, **(plan or {"target_modules": ["q_proj", "embed"]}))
-        nudge(bank, name, seed=i)
-    return model, bank
 
 
 METHODS = [

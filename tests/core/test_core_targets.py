@@ -171,7 +171,7 @@ def test_a_layer_with_rows_that_rescale_themselves_is_refused():
 
 
 def test_a_recurrent_layer_that_would_not_hear_is_refused():
-    with pytest.raises(TargetError, match="LSTM.*own list of weights"):
+    with pytest.raises(TargetError, match=r"LSTM.*own list of weights"):
         sites(nn.ModuleDict({"l": nn.LSTM(2, 2), "q": nn.Linear(2, 2)}), target_modules=["q"], modules_to_save=["l"])
 
 

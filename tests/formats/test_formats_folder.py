@@ -117,7 +117,7 @@ def test_killed_while_saving_the_folder_is_one_of_the_two(tmp_path):
     models = [adapted(), adapted()]
     shake(models[1].rankloom, size=2.0)
     wanted = [model(X) for model in models]
-    for turn in range(25):
+    for turn in range(15):
         child = os.fork()
         if child == 0:
             while True:

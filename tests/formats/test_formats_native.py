@@ -138,6 +138,40 @@ def test_rules_and_dtype_travel_with_the_plan(tmp_path):
         assert all(p.dtype == torch.float64 for _, p, _ in bank.tensors("default"))
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.emb = nn.Embedding(6, 8)
+        self.head = nn.Linear(8, 6, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, x):
+        return self.head(self.emb(x))
+
+
+@pytest.mark.parametrize("targets", [["emb"], ["emb", "head"], []])
+def test_rows_and_an_adapter_on_one_embedding(targets, tmp_path):
+    model = Words().eval()
+    settings = {"target_modules": targets, "trainable_token_indices": {"emb": [4, 1]}}
+    shake(rl.attach(model, rl.LoRA(r=2), **settings))
+    report = rl.save(model, tmp_path / "a")
+    assert report.format == "rankloom"
+    again = Words().eval()
+    rl.load(again, tmp_path / "a")
+    x = torch.tensor([[0, 1, 4, 5]])
+    assert torch.equal(again(x), model(x))
+
+
+def test_modules_trained_whole_alone(tmp_path):
+    model = adapted(target_modules=[], modules_to_save=["score"])
+    report = rl.save(model, tmp_path / "a")
+    assert "PEFT: no (PEFT needs at least one adapted layer)" in str(report.compat)
+    again = net()
+    rl.load(again, tmp_path / "a")
+    assert torch.equal(again(X), model(X))
+
+
 def test_a_frozen_factor_stays_frozen_after_loading(tmp_path):
     model = adapted(rl.lora_fa(r=2))
     rl.save(model, tmp_path / "a")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import peft
 import rankloom as rl
 from rankloom.core.adapter import Adapter
 from rankloom.core.bank import Bank
@@ -114,8 +115,6 @@ def minimise(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], ste
 
 def pair(base: nn.Module, ours: Any, theirs: Any, **targets: Any) -> tuple[nn.Module, Any]:
     """The same base with our method and with a PEFT config attached."""
-    import peft
-
     wrapped = peft.get_peft_model(copy.deepcopy(base), theirs)
     model = copy.deepcopy(base)
     rl.attach(model, ours, **targets)
@@ -137,8 +136,6 @@ def peft_state(bank: Bank, name: str = "default") -> dict[str, Tensor]:
 
 def hand_over(bank: Bank, wrapped: Any, **keys: str) -> None:
     """Give our tensors to PEFT; every adapter key must be taken. `keys` replaces parts of the keys."""
-    import peft
-
     state = peft_state(bank)
     for old, new in keys.items():
         state = {k.replace(old, new): v for k, v in state.items()}

@@ -7,6 +7,7 @@ import torch
 from number_tools import Net, Stage, count, drive, hand_over, linear, nudge, only, pair, stage
 from torch import Tensor, nn
 
+import peft
 import rankloom as rl
 from rankloom.errors import SettingsError
 from rankloom.methods.adalora import AdaLoRA, AdaLoRAAdapter, compact
@@ -244,8 +245,6 @@ def test_penalty_by_hand():
 
 def test_peft_logits_and_penalty():
     """Oracle: equal logits, and equal orthogonality penalty."""
-    import peft
-
     base, x = linear(dtype=torch.float32).eval(), torch.randn(4, 6)
     config = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=3, target_modules=["fc"], total_step=100)
     model, wrapped = pair(base, AdaLoRA(init_r=4, target_r=2, lora_alpha=3), config)
@@ -262,8 +261,6 @@ def test_peft_logits_and_penalty():
 def test_peft_allocates_the_same():
     """Oracle: fed with the same weights and gradients, PEFT's allocator masks the same triplets at every step but the last
     allocation, for which it leaves out the gradient of that very step."""
-    import peft
-
     base = _net(3)
     total, settings = 30, {"init_r": 4, "target_r": 2, "tinit": 4, "tfinal": 6, "deltaT": 3}
     config = peft.AdaLoraConfig(target_modules=["l0", "l1", "l2"], total_step=total, **settings)

@@ -8,6 +8,7 @@ from number_tools import Net, count, hand_over, linear, nudge, only, pair
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import peft
 import rankloom as rl
 from rankloom.errors import TargetError
 from rankloom.methods.adalora import AdaLoRA
@@ -63,8 +64,6 @@ def test_equation_by_hand():
 @pytest.mark.parametrize("kind", ["linear", "transposed", "embedding", "conv2d", "conv1d"])
 def test_peft_agrees(kind):
     """Must hold by PEFT as an oracle: equal logits after the tensors are handed over."""
-    import peft
-
     make, batch, _ = LAYERS[kind]
     base, x = Net(layer=make()).eval(), batch()
     config = peft.LoraConfig(
@@ -81,8 +80,6 @@ def test_peft_agrees(kind):
 
 def test_peft_agrees_under_dropout():
     """Pitfall: dropout hits the W x term too, with the mask of the change; same seed, same output as PEFT."""
-    import peft
-
     base, x = linear(dtype=torch.float32), torch.randn(9, 6)
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["fc"], use_dora=True, lora_dropout=0.5)
     model, wrapped = pair(base, rl.DoRA(rl.LoRA(r=2, lora_alpha=3, lora_dropout=0.5)), config)

@@ -11,6 +11,7 @@ from number_tools import Net, count, hand_over, linear, minimise, nudge, only, p
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import peft
 import rankloom as rl
 from rankloom.errors import SettingsError
 from rankloom.methods.slices import Slices
@@ -94,8 +95,6 @@ def test_planted_rank():
 @pytest.mark.parametrize("kind", ["linear", "transposed", "embedding", "conv2d", "conv1d"])
 def test_peft_agrees(kind):
     """Must hold: state dict loads into PEFT and back with equal logits."""
-    import peft
-
     make, batch, _ = LAYERS[kind]
     base, x = Net(layer=make()).eval(), batch()
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["layer"], fan_in_fan_out=kind == "transposed")
@@ -150,8 +149,6 @@ def test_svd_start():
 
 def test_pissa_start():
     """Start "pissa": identity; s B A is the best rank-r part of W; factors are balanced; the base is not rewritten; PEFT agrees."""
-    import peft
-
     base, x = linear(dtype=torch.float32), torch.randn(4, 6)
     config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["fc"], init_lora_weights="pissa")
     model, wrapped = pair(base, rl.LoRA(r=2, lora_alpha=5, init_lora_weights="pissa"), config)

@@ -10,6 +10,7 @@ import torch
 from number_tools import Net, linear, only, stage
 from torch import nn
 
+import peft
 import rankloom as rl
 from rankloom.errors import SettingsError
 
@@ -47,8 +48,6 @@ def test_every_tensor_is_in_one_group():
 def test_peft_agrees():
     """Oracle: PEFT's optimizer gives every tensor the same rate and decay; the head's weight counts as in, its bias as out."""
     from peft.optimizers import create_loraplus_optimizer
-
-    import peft
 
     base = _mixed()
     config = peft.LoraConfig(r=2, target_modules=["fc", "table"], modules_to_save=["head"])

@@ -10,6 +10,7 @@ import torch
 from number_tools import Net, hand_over, linear, nudge, only, pair
 from torch import nn
 
+import peft
 import rankloom as rl
 from rankloom.presets import rslora
 
@@ -66,8 +67,6 @@ def test_change_does_not_depend_on_rank():
 
 def test_peft_agrees():
     """Must hold: a PEFT rslora adapter gives equal logits."""
-    import peft
-
     base, x = linear(dtype=torch.float32).eval(), torch.randn(4, 6)
     config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=["fc"], use_rslora=True)
     model, wrapped = pair(base, rslora(r=4, lora_alpha=3), config)

@@ -11,6 +11,7 @@ from number_tools import Net, count, hand_over, linear, minimise, nudge, only, p
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import peft
 import rankloom as rl
 from rankloom.methods.vera import VeRA
 
@@ -89,8 +90,6 @@ def test_reload_without_projections():
 @pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: Conv1D(5, 6)])
 def test_peft_agrees(make):
     """Must hold by PEFT as an oracle: the same key makes bitwise the same pair, and the logits agree."""
-    import peft
-
     base, x = Net(p=make(), q=make()).eval(), torch.randn(3, 6)
     transposed = isinstance(base.p, Conv1D)
     config = peft.VeraConfig(

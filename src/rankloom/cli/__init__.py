@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def main() -> None:
     """Entry point of the command `rankloom`."""
-    from rankloom.cli.app import app
+    from rankloom.cli.commands import app
 
     app()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from rankloom.cli.commands import app
+
+        return app
+    raise AttributeError(f"module 'rankloom.cli' has no attribute {name!r}")

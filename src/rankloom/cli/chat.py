@@ -20,7 +20,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability.")] = 1.0,
     json: Json = False,
 ) -> None:
-    """Talk with a model, a line at a time, until an empty line or the end. `/reset` forgets, `/base` and `/adapter` switch."""
+    """Talk with a model, line by line, until an empty line. `/reset` forgets, `/base` and `/adapter` switch."""
     with screen(json) as out:
         from rankloom.hf.generate import Decoding
         from rankloom.hf.place import find_place

@@ -19,7 +19,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """The command with `--debug`, its known errors as messages. Exit codes: 2 for usage and configuration, 1 for the rest."""
+    """The command with `--debug`, its errors as messages. Exit codes: 2 for usage and configuration, 1 for the rest."""
     hints = typing.get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
 

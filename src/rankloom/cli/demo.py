@@ -12,7 +12,9 @@ from rankloom.cli.screen import screen
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to write; default: a temporary one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to write; default: a temporary one.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """The whole job in about a minute, with nothing to download: plan, train, judge, save, reload, merge, generate."""

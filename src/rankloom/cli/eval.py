@@ -7,7 +7,7 @@ from rankloom.cli.screen import screen
 
 
 def evaluate(arguments: Arguments = None, json: Json = False) -> None:
-    """Loss, perplexity, accuracy or exact match of the base and of the adapted model: `rankloom eval run data=test.jsonl`."""
+    """Loss, perplexity, accuracy, exact match of base and adapted model: `rankloom eval run data=test.jsonl`."""
     with screen(json) as out:
         from rankloom.hf.job import eval_job
         from rankloom.hf.place import find_place

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from rankloom.cli.options import Arguments, Json, Out, split
+from rankloom.cli.options import ArgumentsOut, Json, Out, split_out
 from rankloom.cli.screen import screen
 
 
 def export(
-    out: Out,
-    arguments: Arguments = None,
+    arguments: ArgumentsOut = None,
+    out: Out = None,
     as_: Annotated[str, typer.Option("--as", help="The kind of file: lora.")] = "lora",
     r: Annotated[int, typer.Option("--r", help="Rank of the exported LoRA.")] = 8,
     json: Json = False,
@@ -22,9 +22,9 @@ def export(
         from rankloom.hf.job import export_job, plain
         from rankloom.hf.place import find_place
 
-        path, changes = split(arguments)
+        path, target, changes = split_out(arguments, out)
         place = find_place(path, changes)
-        found = export_job(place.config, place.need_adapter(), out, as_, r)
+        found = export_job(place.config, place.need_adapter(), target, as_, r)
         show.result(plain(found))
         worst = sorted(found.errors.items(), key=lambda pair: -pair[1])[:5]
         show.table(("layers with the largest error", "relative error"), worst)

@@ -6,14 +6,17 @@ from typing import Annotated
 
 import typer
 
-from rankloom.cli.options import Arguments, Json, split
+from rankloom.cli.options import HELP, Json, split_prompts
 from rankloom.cli.screen import screen
 
 
 def generate(
-    arguments: Arguments = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[PATH] [KEY=VALUE]... [PROMPT]...", help=HELP, show_default=False)
+    ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What is asked; may be repeated. Default: standard input.")
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="What is asked; may be repeated. Default: standard input."),
     ] = None,
     raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 128,
@@ -21,16 +24,16 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability.")] = 1.0,
     json: Json = False,
 ) -> None:
-    """Answer prompts with a run's or adapter's folder, or a bare model: `rankloom generate run -p "Rotate: 1 2 3"`."""
+    """Answer prompts with a run's or adapter's folder, or a bare model: `rankloom generate run "Rotate: 1 2 3"`."""
     with screen(json) as out:
         from rankloom.hf.generate import Decoding
         from rankloom.hf.place import find_place
         from rankloom.hf.talk import answer_job
 
-        path, changes = split(arguments)
+        path, given, changes = split_prompts(arguments, prompt)
         place = find_place(path, changes)
         decoding = Decoding(max_new_tokens, temperature, top_p, place.config.seed)
-        prompts = prompt or [typer.get_text_stream("stdin").read()]
+        prompts = given or [typer.get_text_stream("stdin").read()]
         found = answer_job(place, prompts, decoding, raw=raw)
         out.result([{"prompt": p, "answer": a} for p, a in zip(prompts, found)])
         for answer in found:

@@ -11,7 +11,9 @@ from rankloom.cli.screen import screen
 
 
 def info(
-    path: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or a model (folder, hub id, microworld).")],
+    path: Annotated[
+        str, typer.Argument(help="A run's folder, an adapter's folder, or a model (folder, hub id, microworld).")
+    ],
     json: Json = False,
 ) -> None:
     """What a folder or model holds: an adapter's settings, a run's numbers, a model's layers and their names."""

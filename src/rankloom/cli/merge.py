@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from rankloom.cli.options import Arguments, Json, Out, split
+from rankloom.cli.options import ArgumentsOut, Json, Out, split_out
 from rankloom.cli.screen import screen, size
 
 
 def merge(
-    out: Out,
-    arguments: Arguments = None,
+    arguments: ArgumentsOut = None,
+    out: Out = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative error that is accepted.")] = None,
     json: Json = False,
 ) -> None:
@@ -21,9 +21,9 @@ def merge(
         from rankloom.hf.merge import merge_job
         from rankloom.hf.place import find_place
 
-        path, changes = split(arguments)
+        path, target, changes = split_out(arguments, out)
         place = find_place(path, changes)
-        found = merge_job(place.config, place.need_adapter(), out, tolerance)
+        found = merge_job(place.config, place.need_adapter(), target, tolerance)
         show.result(found.as_dict())
         show.table(
             ("against the unmerged model", "largest", "relative", "same choice"),

@@ -15,7 +15,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
-    """The registered methods: what they are, their paper, where they apply, whether they merge; or one with its settings."""
+    """The registered methods, their papers, where they apply, whether they merge; or one with its settings."""
     with screen(json) as out:
         from rankloom import systems
 
@@ -23,7 +23,8 @@ def methods(
             found = systems.methods()
             out.result([dataclasses.asdict(m) for m in found])
             out.table(
-                ("method", "arXiv", "merges", "idea"), [(m.name, m.arxiv or None, m.mergeable, m.summary) for m in found]
+                ("method", "arXiv", "merges", "idea"),
+                [(m.name, m.arxiv or None, m.mergeable, m.summary) for m in found],
             )
             return
         one = systems.method(name)

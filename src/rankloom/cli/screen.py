@@ -62,7 +62,9 @@ class Screen:
 
     def stage(self, what: str, text: str) -> None:
         """One stage of a job, as it comes."""
-        self.text(f"{what}: {text}" if "\n" not in text else f"{what}:\n" + "\n".join(f"  {x}" for x in text.splitlines()))
+        self.text(
+            f"{what}: {text}" if "\n" not in text else f"{what}:\n" + "\n".join(f"  {x}" for x in text.splitlines())
+        )
 
 
 @contextlib.contextmanager

@@ -13,11 +13,12 @@ from rankloom.cli.screen import screen, size
 def train(
     arguments: Arguments = None,
     resume: Annotated[
-        str | None, typer.Option(help="'auto': go on from the newest good checkpoint in out=; or a checkpoint's folder.")
+        str | None,
+        typer.Option(help="'auto': go on from the newest good checkpoint in out=; or a checkpoint's folder."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Fine-tune, judged before and after: `rankloom train model=microworld data=microworld:list_rotate#1000 out=run`."""
+    """Fine-tune, judged before and after: `rankloom train model=microworld data=microworld:list_rotate#900 out=run`."""
     with screen(json) as out:
         from rankloom.hf.job import train_job
         from rankloom.hf.place import find_place
@@ -27,7 +28,9 @@ def train(
         out.result(found.as_dict())
         out.table(("metric", "before", "after"), [(k, found.before.get(k), v) for k, v in found.after.items()])
         for before, after in found.answers[:3]:
-            out.text(f"{before.prompt}\n  before   {before.given}\n  after    {after.given}\n  expected {after.expected}")
+            out.text(
+                f"{before.prompt}\n  before   {before.given}\n  after    {after.given}\n  expected {after.expected}"
+            )
         out.facts(
             [
                 ("steps", f"{found.steps} ({found.stopped}) in {found.seconds:.1f} s, {found.tokens:,} tokens"),

@@ -53,9 +53,7 @@ def _depth(config: Any, blocks: int, order: Sequence[int]) -> dict[str, Any]:
     return new
 
 
-def _undo(
-    parent: nn.Module, key: str, blocks: nn.ModuleList, config: Any, before: dict[str, Any], index: Any
-) -> None:
+def _undo(parent: nn.Module, key: str, blocks: nn.ModuleList, config: Any, before: dict[str, Any], index: Any) -> None:
     setattr(parent, key, blocks)
     for values in index:
         for module, value in values:

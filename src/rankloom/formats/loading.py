@@ -50,6 +50,9 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, limits:
         reader.prepare(sorted_, source)
         for entry in reader.entries_in(sorted_, source):
             entry.put(tensors[entry.key])
+    except FileError as error:
+        detach(model, name)
+        raise FileError(f"{source.weights_file}: {error}") from error
     except BaseException:
         detach(model, name)
         raise

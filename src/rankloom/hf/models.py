@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers: from a folder, a hub id, or the embedded world; real, or as a bare skeleton."""
+"""Models and tokenizers of transformers, from a folder, a hub id or the embedded world; real, or bare skeletons."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ def _heads(model: Any, task: str) -> tuple[str, ...]:
         return ()
     children = dict(model.named_children())
     return tuple(
-        name for name, child in children.items() if child is not model.base_model and any(True for _ in child.parameters())
+        name
+        for name, child in children.items()
+        if child is not model.base_model and any(True for _ in child.parameters())
     )
 
 
@@ -249,10 +251,10 @@ def _explained(source: str, what: str) -> Iterator[None]:
         near = suggest(source, [EMBEDDED])
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
             raise FileError(
-                f"{source!r} is no folder here and not in the local cache, and HF_HUB_OFFLINE=1 forbids the download of "
-                f"{what}: unset it, or give a folder{near} ({reason})"
+                f"{source!r} is no folder here and not in the local cache, and HF_HUB_OFFLINE=1 forbids the "
+                f"download of {what}: unset it, or give a folder{near} ({reason})"
             ) from error
         raise FileError(
-            f"{source!r} is no folder here, and the hub does not give {what} under that id: {reason}; check the spelling, "
-            f"the network, and access (huggingface-cli login){near}"
+            f"{source!r} is no folder here, and the hub does not give {what} under that id: {reason}; check the "
+            f"spelling, the network, and access (huggingface-cli login){near}"
         ) from error

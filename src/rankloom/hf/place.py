@@ -43,9 +43,13 @@ def find_place(path: Path | None, changes: Sequence[str] = ()) -> Place:
         return Place(_with_base(read_config(_config_beside(path), changes), path), path)
     if path.is_dir():
         there = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
-        raise FileError(f"{path}: neither a run's folder ({CONFIG}) nor an adapter's ({ADAPTER_CONFIG}); there is {there}")
+        raise FileError(
+            f"{path}: neither a run's folder ({CONFIG}) nor an adapter's ({ADAPTER_CONFIG}); there is {there}"
+        )
     if path.exists() and path.suffix not in (".yaml", ".yml"):
-        raise FileError(f"{path}: a {path.suffix or 'nameless'} file; name a run's folder, an adapter's, or a YAML file")
+        raise FileError(
+            f"{path}: a {path.suffix or 'nameless'} file; name a run's folder, an adapter's, or a YAML file"
+        )
     if not path.exists() and not path.suffix:
         near = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileError(f"{path}: no such file or folder{suggest(path.name, near)}")

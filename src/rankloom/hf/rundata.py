@@ -18,8 +18,8 @@ LENGTH = 1024
 
 @dataclass(frozen=True)
 class RunRecords:
-    """Canonical records for training and for evaluation, and where the latter come from; `held_out`: how many were taken
-    from the training data, None if they have a source of their own.
+    """Canonical records for training and for evaluation, and where the latter come from; `held_out`: how many were
+    taken from the training data, None if they have a source of their own.
     """
 
     train: Records
@@ -59,7 +59,9 @@ def read_records(settings: DataSettings, seed: int) -> RunRecords:
             f"{settings.source}: one record cannot be trained on and judged by; give more, or eval_source=FILE"
         )
     rest, held = train.divide(count, seed)
-    return RunRecords(rest, _some(held, settings.eval_examples, seed), f"{count} of {len(train)} records held out", count)
+    return RunRecords(
+        rest, _some(held, settings.eval_examples, seed), f"{count} of {len(train)} records held out", count
+    )
 
 
 def judged_records(settings: DataSettings, seed: int) -> Records:

@@ -64,7 +64,9 @@ class Conversation:
         if name in ("base", "adapter") and self.adapter is not None:
             self.loaded.model.rankloom.use(*([self.adapter] if name == "adapter" else []))
             return f"({name} speaks)"
-        raise SettingsError(f"there is no command /{name} here; there is /reset" + (", /base, /adapter" * bool(self.adapter)))
+        raise SettingsError(
+            f"there is no command /{name} here; there is /reset" + (", /base, /adapter" * bool(self.adapter))
+        )
 
     def _forget(self) -> None:
         self.said = [Turn("system", self.system)] if self.system else []

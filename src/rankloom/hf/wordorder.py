@@ -82,7 +82,9 @@ def encoder_path() -> Path:
     with (folder / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
-        raise FileError(f"{folder / 'model.safetensors'}: SHA-256 {digest[:12]}… is not all-MiniLM-L6-v2's {SHA256[:12]}…")
+        raise FileError(
+            f"{folder / 'model.safetensors'}: SHA-256 {digest[:12]}… is not all-MiniLM-L6-v2's {SHA256[:12]}…"
+        )
     return folder
 
 
@@ -142,7 +144,7 @@ def _regression(x: Tensor, y: Tensor, decay: float) -> nn.Linear:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return layer
 
 
@@ -152,7 +154,9 @@ def _accuracy(layer: nn.Linear, x: Tensor, y: Tensor) -> float:
 
 
 def _encoded(tokenizer: Any, found: Sequence[tuple[str, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    coded = tokenizer([text for text, _ in found], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    coded = tokenizer(
+        [text for text, _ in found], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    )
     return coded["input_ids"], coded["attention_mask"], torch.tensor([label for _, label in found])
 
 
@@ -164,14 +168,14 @@ def _vectors(judge: Judge, data: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 def _batches(data: tuple[Tensor, Tensor, Tensor], seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """One epoch in random order, sentences of like length together, so that little is padding."""
     generator = torch.Generator().manual_seed(seed)
-    pools = torch.randperm(len(data[2]), generator=generator).split(POOL * BATCH)
+    pools = torch.split(torch.randperm(len(data[2]), generator=generator), POOL * BATCH)
     lengths = data[1].sum(1)
-    chosen = [part for pool in pools for part in pool[lengths[pool].argsort(stable=True)].split(BATCH)]
+    chosen = [part for pool in pools for part in torch.split(pool[lengths[pool].argsort(stable=True)], BATCH)]
     return [_trimmed(tuple(t[chosen[i]] for t in data)) for i in torch.randperm(len(chosen), generator=generator)]
 
 
 def _parts(data: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(t.split(4 * BATCH) for t in data)))
+    return list(zip(*(torch.split(t, 4 * BATCH) for t in data)))
 
 
 def _trimmed(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,7 +79,7 @@ def checks(
         batches: a few batches (tensor, mapping or tuple) of at least 2 rows, batch first; 4 rows are better.
         steps, lr: of the training that must learn a planted change.
         tolerance: largest relative difference of two computations of the same thing; default 2000 units in the last
-            place of the output's dtype (float32: 2.4e-4, float64: 4.4e-13).
+            place of the output's dtype (float32: 2.4e-4, float64: 4.4e-13), and at least 4 of the plan's `dtype`.
         plan: changes of the plan, such as `target_modules=["q_proj"]`.
 
     Raises:

@@ -29,7 +29,7 @@ class Subject:
     """`make()` gives a fresh model, always the same; `run(model, batch)` its output, batch rows in the first dim.
 
     `steps`, `lr`: of the training that must learn; `tolerance`: largest relative difference between two computations of
-    the same thing (None: 2000 units in the last place of the output's dtype).
+    the same thing (None: 2000 units in the last place of the output's dtype, and 4 of the plan's own).
     """
 
     plan: Plan
@@ -89,7 +89,8 @@ class Subject:
         """The tolerance for tensors like this one."""
         if self.tolerance is not None:
             return self.tolerance
-        return 2000 * torch.finfo(like.dtype).eps if like.is_floating_point() else 0.0
+        own = getattr(torch, self.plan.dtype) if self.plan.dtype is not None else like.dtype
+        return max(2000 * torch.finfo(like.dtype).eps, 4 * torch.finfo(own).eps)
 
 
 def check_fit(subject: Subject) -> None:

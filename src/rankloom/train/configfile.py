@@ -245,7 +245,7 @@ def _put(data: dict[str, Any], path: str, value: Any, methods: Mapping[str, str]
 
 
 def _origin(message: str, origins: Origins) -> str:
-    """Where the setting that an error speaks of was given: found by the path at its head, or by the leaf it begins with."""
+    """Where the setting that an error speaks of was given, by the path at its head or the leaf that it begins with."""
     head, _, rest = message.partition(": ")
     path = re.sub(r"\([^)]*\)", "", head).removeprefix("the configuration.")
     unknown = re.search(r"has no setting '([^']+)'", rest or message)

@@ -1,4 +1,4 @@
-"""What every PEFT file may hold beside the method's own tensors: tensors trained whole, token rows, words on the base."""
+"""What every PEFT file may hold beside the method's own tensors: whole tensors, token rows, words on the base."""
 
 from __future__ import annotations
 

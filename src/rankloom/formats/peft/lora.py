@@ -75,7 +75,7 @@ class Lora(Translator):
             return self.entries(view)
         for fitted, adapter in view.adapted:
             for reason in _problems(fitted, adapter):
-                raise FileError(f"{source.weights_file}: {reason}, so it cannot be read as PEFT computes it")
+                raise FileError(f"{reason}, so {source.weights_file} cannot be read as PEFT computes it")
         paths = Paths(view)
         own = [
             _doubled(entry) if _is_out_proj(fitted, view) and entry.key.endswith(LINEAR_B) else entry

@@ -87,6 +87,7 @@ def _wrong_base(source: Source, key: str, owner: str, modules: Modules) -> FileE
 
 
 def tuples(value: Any) -> Any:
+    """Lists, at any depth, as tuples."""
     if isinstance(value, list):
         return tuple(tuples(v) for v in value)
     if isinstance(value, dict):
@@ -95,6 +96,7 @@ def tuples(value: Any) -> Any:
 
 
 def blocks(value: Any) -> tuple[int, ...] | None:
+    """One block index or a list of them, as a tuple."""
     if value is None:
         return None
     return (value,) if isinstance(value, int) else tuple(value)
