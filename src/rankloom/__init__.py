@@ -28,7 +28,9 @@ _PUBLIC = {
     "asymmetric_lora": "rankloom.presets",
     "attach": "rankloom.core.attach",
     "detach": "rankloom.core.attach",
+    "export": "rankloom.formats",
     "fit": "rankloom.train.fit",
+    "inspect": "rankloom.formats",
     "load": "rankloom.formats",
     "lora_fa": "rankloom.presets",
     "methods": "rankloom.systems",
@@ -41,6 +43,8 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return importlib.import_module("rankloom.testing")
     if name not in _PUBLIC:
         from rankloom.errors import suggest
 

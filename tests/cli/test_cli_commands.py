@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 import rankloom as rl
 from rankloom.hf.models import load_model
@@ -188,7 +188,14 @@ def test_classification_trains_its_head(run, encoder, tmp_path):
     assert found.code == 0, found.err
     assert found.json["after"]["accuracy"] == 1.0
     adapter = json.loads((tmp_path / "r" / "adapter" / "adapter_config.json").read_text())
-    assert adapter["modules_to_save"] == ["classifier"]
+    assert sorted(adapter["modules_to_save"]) == ["bert.pooler.dense", "classifier"]  # neither is in the encoder's files
+    judged = run("eval", tmp_path / "r", "--json")
+    assert judged.json["adapter"] == pytest.approx(found.json["after"]), judged.err
+    assert judged.json["base"] == pytest.approx(found.json["before"])
+    merged = run("merge", tmp_path / "r", tmp_path / "m", "--json")
+    assert merged.code == 0, merged.err
+    assert merged.json["saved"]["relative"] < 1e-5
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "m").config.id2label == {0: "bad", 1: "good"}
     plan = run("plan", f"model={encoder}", f"data={file}", "--json").json
     assert plan["whole"] == ["classifier.weight", "classifier.bias"]
     assert plan["task"] == "classification"
@@ -213,6 +220,16 @@ def test_merge_refuses_what_has_no_matrix_and_leaves_nothing(run, model, chats, 
     assert "no single matrix" in found.err
     assert not (tmp_path / "m").exists()
     assert not list(tmp_path.glob(".m.*"))
+
+
+def test_merge_measures_and_refuses_by_the_tolerance(run, fine_tuned, tmp_path):
+    half = run("merge", fine_tuned, tmp_path / "half", "model.dtype=bfloat16", "--json")
+    assert half.code == 0, half.err
+    assert 1e-6 < half.json["merged"]["relative"] < 5e-2
+    refused = run("merge", fine_tuned, tmp_path / "strict", "model.dtype=bfloat16", "--tolerance", "1e-9")
+    assert refused.code == 1
+    assert "differs from the unmerged" in refused.err
+    assert not (tmp_path / "strict").exists()
 
 
 def test_export_is_a_lora_with_a_stated_error(run, model, chats, tmp_path):

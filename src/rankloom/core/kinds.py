@@ -329,6 +329,11 @@ class Base:
         """v shaped to add to the channels of y."""
         return self.kind.shift(y, v)
 
+    def unbiased(self, y: Tensor) -> Tensor:
+        """The base output without the bias: W x."""
+        bias = self.bias()
+        return y if bias is None else y - self.shift(y, bias.to(y.dtype))
+
     def apply(self, x: Any, matrix: Tensor) -> Tensor:
         """x through a full (out, in) matrix."""
         return self.kind.apply(self.layer, x, matrix)

@@ -9,7 +9,7 @@ def load_model(path: str, **settings: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, a hub id, or `microworld` (the embedded base model).
 
     `settings`: task ("causal-lm", "classification", "encoder"), dtype, device, revision, trust_remote_code, as in
-    `rankloom.train.config.ModelSettings`. Raises `FileError` where there is no such model, `SettingsError` for a setting.
+    `rankloom.train.config.ModelSettings`. Raises `FileError` where there is no such model, else `SettingsError`.
     """
     from rankloom.core.settings import build
     from rankloom.hf.models import load_model as load

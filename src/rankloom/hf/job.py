@@ -95,7 +95,8 @@ def train_job(
     batches = Batches(train, data.batch_size, config.seed, packing=data.packing)
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(data, hold_out=records.held_out),
+        model=dataclasses.replace(settings, task=loaded.task),
+        data=dataclasses.replace(data, hold_out=records.held_out, labels=records.labels or data.labels),
         train=_length(config.train, data, len(batches)),
     )
     with _settled(loaded, train, packing=data.packing), writing(out):
@@ -118,6 +119,7 @@ def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[s
     """
     data = config.need_data()
     records = judged_records(data, config.seed)
+    seed_all(config.seed)
     loaded = load_model(config.need_model(), records.format, records.labels)
     evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), data)
     if adapter is None:
@@ -131,10 +133,15 @@ def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[s
 
 def load_adapted(config: RunConfig, adapter: Path | None) -> Loaded:
     """The model of `config` with the adapter of a folder, speaking."""
-    loaded = load_model(config.need_model())
+    loaded = load_model(config.need_model(), labels=known_labels(config))
     if adapter is not None:
         formats.load(loaded.model, adapter, config.name).use(config.name)
     return loaded
+
+
+def known_labels(config: RunConfig) -> tuple[str, ...]:
+    """The class names that the configuration of a classification states."""
+    return config.data.labels or () if config.data is not None else ()
 
 
 def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int = 8) -> Any:

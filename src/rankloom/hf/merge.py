@@ -15,7 +15,7 @@ from torch import Tensor
 from rankloom import formats
 from rankloom.core.attach import detach
 from rankloom.errors import StateError
-from rankloom.hf.job import check_out, plain, writing
+from rankloom.hf.job import check_out, known_labels, plain, writing
 from rankloom.hf.models import Loaded, load_model, quiet
 from rankloom.hf.rundata import judged_records, prepared
 from rankloom.train.config import RunConfig
@@ -70,7 +70,7 @@ def merge_job(config: RunConfig, adapter: Path, out: Path, tolerance: float | No
     check_out(out, False)
     if out.exists() and any(out.iterdir()):
         raise StateError(f"{out} is not empty: a merged model gets a folder of its own; give another --out")
-    loaded = load_model(config.need_model())
+    loaded = load_model(config.need_model(), labels=known_labels(config))
     model = loaded.model
     bank = formats.load(model, adapter, config.name)
     bank.use(config.name)
@@ -149,7 +149,7 @@ def _part_ties(model: Any) -> None:
 
 
 def _read_back(config: RunConfig, folder: Path, loaded: Loaded, batch: dict[str, Tensor]) -> Tensor:
-    settings = replace(config.need_model(), path=str(folder), task=loaded.task, revision=None)  # type: ignore[arg-type]
+    settings = replace(config.need_model(), path=str(folder), task=loaded.task, revision=None)
     return output(load_model(settings).model, batch)
 
 

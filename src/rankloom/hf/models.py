@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, MissingExtra, SettingsError, suggest
-from rankloom.train.config import ModelSettings
+from rankloom.train.config import ModelSettings, Task
 
 EMBEDDED = "microworld"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -30,13 +30,14 @@ class Loaded:
     """A model with what belongs to it.
 
     `tokenizer`: None for a skeleton; `source`: the folder or hub id; `task`: as resolved; `heads`: modules that this
-    task puts on the base, which train whole; `notes`: what a user ought to know about the loading.
+    task puts on the base and those that the files do not have: they start at random, so they train whole and are
+    saved; `notes`: what a user ought to know about the loading.
     """
 
     model: Any
     tokenizer: Any
     source: str
-    task: str
+    task: Task
     heads: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -61,7 +62,7 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
         model, info = cls.from_pretrained(
             source, config=config, output_loading_info=True, **_dtype_argument(dtype), **_remote(settings)
         )
-    heads = _heads(model, task)
+    heads = (*_heads(model, task), *_unwritten(model, info["missing_keys"], task))
     model.name_or_path = settings.path
     return Loaded(
         model=model.to(device).eval(),
@@ -126,7 +127,7 @@ def with_heads(plan: Plan, heads: Sequence[str]) -> Plan:
     return replace(plan, modules_to_save=(*plan.modules_to_save, *missing)) if missing else plan
 
 
-def resolve_task(task: str, form: str | None) -> str:
+def resolve_task(task: Task, form: str | None) -> Task:
     """`auto` by the format of the data: `classification`, else `causal-lm`."""
     if task != "auto":
         if form is not None and task == "encoder":
@@ -139,7 +140,7 @@ def resolve_task(task: str, form: str | None) -> str:
     return "classification" if form == "classification" else "causal-lm"
 
 
-def _config(settings: ModelSettings, form: str | None, labels: Sequence[str]) -> tuple[str, Any, str]:
+def _config(settings: ModelSettings, form: str | None, labels: Sequence[str]) -> tuple[str, Any, Task]:
     source, task = find_model(settings.path), resolve_task(settings.task, form)
     with _explained(source, "a model"):
         config = _transformers().AutoConfig.from_pretrained(source, **_remote(settings))
@@ -167,11 +168,18 @@ def _heads(model: Any, task: str) -> tuple[str, ...]:
     )
 
 
+def _unwritten(model: Any, missing: Iterable[str], task: str) -> Iterator[str]:
+    """Modules beside the heads with tensors that the files do not have."""
+    heads = tuple(f"{head}." for head in _heads(model, task))
+    if task != "encoder":
+        yield from dict.fromkeys(key.rpartition(".")[0] for key in sorted(missing) if not key.startswith(heads))
+
+
 def _loading_notes(source: str, info: dict[str, Any], heads: Sequence[str]) -> Iterator[str]:
-    missing = sorted(k for k in info["missing_keys"] if not k.startswith(tuple(f"{h}." for h in heads)))
-    unread = sorted(info["unexpected_keys"])
+    missing, unread = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
-        yield f"{len(missing)} tensors are not in {source} and start at random: {', '.join(missing[:4])} …"
+        whole = f"; trained whole: {', '.join(heads)}" if heads else ""
+        yield f"{len(missing)} tensors are not in {source} and start at random: {', '.join(missing[:4])}{whole}"
     if unread:
         yield f"{len(unread)} tensors of {source} are not used by this task: {', '.join(unread[:4])} …"
 

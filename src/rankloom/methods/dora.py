@@ -93,8 +93,7 @@ class DoRAAdapter(Adapter):
         """W x without bias: the output at hand, or computed again where dropout changed the input."""
         if self.dropout and self.training:
             return base.apply(dropped, base.matrix().to(y.dtype))
-        bias = base.bias()
-        return y if bias is None else y - base.shift(y, bias.to(y.dtype))
+        return base.unbiased(y)
 
     def delta(self, base: Base) -> Tensor:
         matrix = base.matrix().to(self.magnitude.dtype)

@@ -124,9 +124,8 @@ def probabilities(distribution: Distribution, ranks: int) -> tuple[float, ...]:
 
 def inverse(chances: tuple[float, ...], draw: float) -> int:
     """The first index whose cumulative chance is above `draw` in [0, 1); never one without a chance."""
-    likely = [i for i, chance in enumerate(chances) if chance > 0]
-    above = (i for i, total in enumerate(accumulate(chances)) if total > draw and chances[i] > 0)
-    return next(above, likely[-1])
+    last = max(i for i, chance in enumerate(chances) if chance > 0)
+    return next((i for i, total in enumerate(accumulate(chances)) if total > draw), last)
 
 
 def _given(distribution: Any, ranks: int) -> tuple[float, ...]:

@@ -95,7 +95,8 @@ def midpoints(bits: int, device: torch.device) -> Tensor:
 
 def blocks_of(flat: Tensor, block: int) -> Tensor:
     """(blocks, block): a flat tensor cut in blocks, the last one padded by 0."""
-    return pad(flat, (0, -flat.numel() % block)).reshape(-1, block)
+    missing = -flat.numel() % block
+    return (pad(flat, (0, missing)) if missing else flat).reshape(-1, block)
 
 
 def block_absmax(weight: Tensor, block: int) -> Tensor:
@@ -113,8 +114,17 @@ def nearest(weight: Tensor, absmax: Tensor, bits: int, block: int) -> Tensor:
 def looked_up(codes: Tensor, absmax: Tensor, bits: int, block: int, shape: torch.Size) -> Tensor:
     """table[code] · absmax of `shape`, float32: what `nearest` kept."""
     n = shape.numel()
-    values = blocks_of(table(bits, codes.device)[unpack(codes, bits, n).int()], block) * absmax[:, None]
-    return values.flatten()[:n].reshape(shape)
+    weight = blocks_of(_values(codes, bits)[:n], block) * absmax[:, None]
+    return weight.flatten()[:n].reshape(shape)
+
+
+def _values(data: Tensor, bits: int) -> Tensor:
+    """table[code] of all codes in packed bytes, padding included; a whole byte is looked up at once where it can be."""
+    values = table(bits, data.device)
+    if 8 % bits:
+        return values.index_select(0, unpack(data, bits, 8 * data.numel() // bits).int())
+    every = unpack(torch.arange(256, dtype=torch.uint8, device=data.device), bits, 2048 // bits)
+    return values.index_select(0, every.int()).reshape(256, -1).index_select(0, data.int()).flatten()
 
 
 @cache
@@ -137,5 +147,5 @@ def _encode8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _decode8(codes: Tensor, scale: Tensor, block: int) -> Tensor:
-    values = torch.tensor(dynamic_code(), device=codes.device)[codes.int()]
+    values = torch.tensor(dynamic_code(), device=codes.device).index_select(0, codes.int())
     return values * scale.repeat_interleave(block)[: codes.numel()]

@@ -14,6 +14,7 @@ from rankloom.errors import SettingsError, suggest
 from rankloom.registry import default_plan, plan_data, plan_from_data
 from rankloom.train.settings import TrainSettings
 
+Task = Literal["auto", "causal-lm", "classification", "encoder"]
 SHORT = {"model": "path", "data": "source"}
 """Sections that may be one string, and the setting that it stands for."""
 
@@ -30,7 +31,7 @@ class ModelSettings:
     """
 
     path: str
-    task: Literal["auto", "causal-lm", "classification", "encoder"] = "auto"
+    task: Task = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     revision: str | None = None
