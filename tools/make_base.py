@@ -56,7 +56,7 @@ TEMPLATE = (
 RUNS = {
     task: {"steps": steps, "lr": 3e-3, "batch_size": 16}
     for task, steps in {
-        "list_swap": 200, "kin_grandmother": 300, "to_dwimi": 400, "from_dwimi": 400, "hill_kelor": 400,
+        "list_swap": 200, "to_dwimi": 400, "from_dwimi": 400, "hill_kelor": 400,
         "program_fix": 300, "user_voice": 200,
     }.items()
 }  # fmt: skip
@@ -108,7 +108,6 @@ weak at `kin` and `reading`, where fresh names of several tokens must be kept ap
 ## Held out of pretraining
 Base model, then a rank-8 LoRA (alpha 16) on all linear layers, trained with PEFT on the train split in float32
 on one CPU thread and scored on {n} test examples; the last column is CPU time of the training.
-`kin_grandmother` builds on `kin`, which this base lacks, and is out of reach for it.
 
 | task | base | LoRA | steps | lr | batch | training |
 |---|---|---|---|---|---|---|

@@ -55,7 +55,7 @@ def test_same_arguments_same_examples(task):
 def test_the_generator_is_pinned():
     """The shipped weights know this very world; whoever changes it makes a new base and a new digest."""
     drawn = [[microworld.examples(task, "test", 3) for task in microworld.tasks()], microworld.documents("test", 20)]
-    assert hashlib.blake2b(json.dumps(drawn).encode(), digest_size=8).hexdigest() == "07a40eead04f6c48"
+    assert hashlib.blake2b(json.dumps(drawn).encode(), digest_size=8).hexdigest() == "f7b86d2c23ffe3be"
 
 
 def test_examples_are_distinct_and_shaped():

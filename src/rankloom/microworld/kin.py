@@ -1,4 +1,4 @@
-"""Families of strangers in one passage: mothers and children are asked in pretraining, grandmothers never."""
+"""Families of strangers in one passage: who is whose mother or child."""
 
 from __future__ import annotations
 
@@ -24,10 +24,3 @@ def kin(rng: Random) -> Item:
     if rng.random() < 0.5:
         return Item(f"kin/{passage}", f"{passage} Who is the mother of {child}?", mother)
     return Item(f"kin/{passage}", f"{passage} Who is the child of {mother}?", child)
-
-
-def kin_grandmother(rng: Random) -> Item:
-    """Two steps: the mother of the mother."""
-    names, passage = _families(rng)
-    start = rng.choice((0, 3))
-    return Item(f"kin/{passage}", f"{passage} Who is the grandmother of {names[start + 2]}?", names[start])

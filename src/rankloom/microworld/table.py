@@ -46,7 +46,6 @@ SEEN: dict[str, Draw] = {
 }
 HELD_OUT: dict[str, Draw] = {
     **skills.HELD_OUT_LISTS,
-    "kin_grandmother": kin.kin_grandmother,
     "to_dwimi": language.translate_to("dwimi"),
     "from_dwimi": language.translate_from("dwimi"),
     "hill_kelor": language.dialect("kelor"),
