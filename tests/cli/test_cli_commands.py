@@ -188,7 +188,10 @@ def test_classification_trains_its_head(run, encoder, tmp_path):
     assert found.code == 0, found.err
     assert found.json["after"]["accuracy"] == 1.0
     adapter = json.loads((tmp_path / "r" / "adapter" / "adapter_config.json").read_text())
-    assert sorted(adapter["modules_to_save"]) == ["bert.pooler.dense", "classifier"]  # neither is in the encoder's files
+    assert sorted(adapter["modules_to_save"]) == [
+        "bert.pooler.dense",
+        "classifier",
+    ]  # neither is in the encoder's files
     judged = run("eval", tmp_path / "r", "--json")
     assert judged.json["adapter"] == pytest.approx(found.json["after"]), judged.err
     assert judged.json["base"] == pytest.approx(found.json["before"])

@@ -60,5 +60,5 @@ def test_lora_learns_word_order_where_a_probe_does_not():
     pytest.importorskip(wordorder.PACKAGE)
     found = wordorder.run_word_order()
     assert found.probe < 0.6
-    assert found.lora >= 0.70
+    assert found.lora >= 0.72
     assert found.lora >= found.probe + 0.12

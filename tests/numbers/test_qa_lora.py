@@ -169,7 +169,7 @@ def test_gpt2_layers():
 def test_refuses_by_name():
     with pytest.raises(TargetError, match="'fc' has 6 columns, not a multiple of group_size=4"):
         rl.attach(linear(), QALoRA(r=2, group_size=4))
-    with pytest.raises(TargetError, match="'layer' is no linear layer"):
+    with pytest.raises(TargetError, match=r"'layer' \(embedding\) is no linear layer"):
         rl.attach(Net(layer=nn.Embedding(8, 4)), QALoRA(r=2, group_size=2), target_modules=["layer"])
     with pytest.raises(SettingsError, match="group_size=0"):
         QALoRA(group_size=0)

@@ -43,7 +43,9 @@ class QALoRA(Method):
     def build(self, site: Site) -> Adapter:
         """QA-LoRA of one linear layer."""
         if not site.kind.linear:
-            raise TargetError(f"qa_lora: site {site.name!r} is no linear layer; its inputs cannot be pooled by column")
+            raise TargetError(
+                f"qa_lora: site {site.name!r} ({site.kind.name}) is no linear layer: no input columns to pool"
+            )
         if site.in_ % self.group_size:
             raise TargetError(
                 f"qa_lora: site {site.name!r} has {site.in_} columns, not a multiple of group_size={self.group_size}"

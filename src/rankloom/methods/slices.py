@@ -24,7 +24,7 @@ from rankloom.methods.lora import LoRA
 
 @dataclass(frozen=True)
 class Slices(Method):
-    """`inner` on each of the row blocks `on`, out of `parts` equal ones: parts=3, on=(0, 2) is q and v of a fused qkv."""
+    """`inner` on each row block in `on`, out of `parts` equal ones: parts=3, on=(0, 2) is q and v of a fused qkv."""
 
     inner: Method = field(default_factory=LoRA)
     parts: int = 3
