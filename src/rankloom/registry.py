@@ -17,9 +17,11 @@ _METHODS: dict[str, str] = {
     "adalora": "rankloom.methods.adalora:AdaLoRA",
     "asymmetric_lora": "rankloom.methods.asymmetric:AsymmetricLoRA",
     "dora": "rankloom.methods.dora:DoRA",
+    "dylora": "rankloom.methods.dylora:DyLoRA",
     "hydralora": "rankloom.methods.hydralora:HydraLoRA",
     "lora": "rankloom.methods.lora:LoRA",
     "lora_fa": "rankloom.presets:lora_fa",
+    "qa_lora": "rankloom.methods.qalora:QALoRA",
     "rslora": "rankloom.presets:rslora",
     "slices": "rankloom.methods.slices:Slices",
     "unrolled_lora": "rankloom.methods.unrolled:UnrolledLoRA",
@@ -30,6 +32,7 @@ _RULES: dict[str, str] = {
     "lora_plus": "rankloom.rules.loraplus:LoRAPlus",
     "orthogonal": "rankloom.rules.orthogonal:Orthogonal",
     "projected_gradient": "rankloom.rules.projection:ProjectedGradient",
+    "rank_sampling": "rankloom.rules.sampling:RankSampling",
 }
 METHODS: Mapping[str, str] = MappingProxyType(_METHODS)
 RULES: Mapping[str, str] = MappingProxyType(_RULES)

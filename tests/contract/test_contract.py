@@ -28,6 +28,8 @@ TARGETS = ["q_proj", "up_proj", "down_proj"]
 SMALL: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 6, "target_r": 4},
     "asymmetric_lora": {"r": 4},
+    "dylora": {"r": 4},
+    "qa_lora": {"r": 4, "group_size": 2},
     "unrolled_lora": {"r": 2},
     "vera": {"r": 32},
 }

@@ -48,6 +48,10 @@ class Adapter(nn.Module):
         """Δb of shape (out,), or None."""
         return None
 
+    def repacked(self, base: Base, weight: float) -> Tensor | None:
+        """The packed base weight with weight·ΔW in the same store, without loss; None where the store cannot take it."""
+        return None
+
     def row_norms(self, base: Base) -> Tensor:
         """‖W + ΔW‖ by rows, shape (…, out)."""
         norms: Tensor = torch.linalg.vector_norm(base.matrix() + self.delta(base), dim=-1)

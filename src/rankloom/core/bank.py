@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from rankloom.core.site import Shared, Site
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.core.targets import Place
 from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
-from rankloom.store.base import dense
+from rankloom.store.base import Packed, dense
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -156,16 +156,19 @@ class Bank:
         self._write({n: sign * w for n, w in self._numbers(names, weights).items()}, keep=False)
 
     @torch.no_grad()
-    def merge(self, *names: str, **weights: float) -> None:
+    def merge(self, *names: str, into: Literal["dense", "store"] = "dense", **weights: float) -> dict[str, float]:
         """Put the changes of the named adapters (default: the active ones) into the base until `unmerge`.
 
-        The old tensors are kept, so `unmerge` is exact. Weights tied to others come apart while merged.
+        The old tensors are kept, so `unmerge` is exact. Weights tied to others come apart while merged. `into="store"`
+        keeps packed weights packed: without loss where the adapter can, else rounded again. Returns, for each packed
+        weight, the part of the change that was lost, |W' − (W + ΔW)| / |ΔW|.
         """
         self._not_merged("merge")
         chosen = self._numbers(names, weights) if names or weights else self._active_numbers()
-        self._write(chosen, keep=True)
+        lost = self._write(chosen, keep=True, into=into)
         self._merged = chosen
         self.switch.muted = True
+        return lost
 
     def unmerge(self) -> None:
         """Put the tensors back that `merge` replaced: the very same ones."""
@@ -260,17 +263,24 @@ class Bank:
                 raise NotMergeable(f"adapter {voice.name!r} speaks row by row: there is no single matrix to merge")
         return {voice.name: float(voice.weight) for voice in voices}
 
-    def _write(self, weights: Mapping[str, float], keep: bool) -> None:
+    def _write(
+        self, weights: Mapping[str, float], keep: bool, into: Literal["dense", "store"] = "dense"
+    ) -> dict[str, float]:
         by_layer: dict[int, list[tuple[Fitted, float]]] = {}
         for name, weight in weights.items():
             for fitted in self.fitted(name):
                 by_layer.setdefault(id(fitted.place.layer), []).append((fitted, weight))
         new = [entry for parts in by_layer.values() for entry in _folded(parts)]
+        lost: dict[str, float] = {}
+        if into == "store":
+            packed = [(parts, entry) for parts in by_layer.values() for entry in new if entry[0] is parts[0][0].place.layer]
+            new = [_repacked(parts, entry, lost) for parts, entry in packed]
         for layer, key, value in new:
             buffer = key in layer._buffers
             if keep:
                 self._originals.append((layer, key, layer._buffers[key] if buffer else layer._parameters[key]))
             _assign(layer, key, value if buffer else nn.Parameter(value, requires_grad=False))
+        return lost
 
     def _known(self, name: str) -> None:
         if name not in self.plans:
@@ -298,6 +308,22 @@ def _folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str,
         now = layer._buffers.get(key) if key in layer._buffers else layer._parameters.get(key)
         like = place.kind.tensor(layer) if now is None else now
         yield layer, key, value.detach().to(like.dtype, copy=True)
+
+
+def _repacked(
+    parts: list[tuple[Fitted, float]], entry: tuple[nn.Module, str, Tensor], lost: dict[str, float]
+) -> tuple[nn.Module, str, Tensor]:
+    """The new value in the store of the old one, where that is packed; what it lost goes to `lost`."""
+    layer, key, value = entry
+    old = layer._parameters.get(key)
+    if not isinstance(old, Packed):
+        return entry
+    (fitted, weight), *others = parts
+    made = fitted.adapter.repacked(fitted.base, weight) if not others and fitted.place.kind.parameter() == key else None
+    packed = old.repack(value) if made is None else made
+    change = torch.linalg.vector_norm(value - dense(old)).clamp_min(1e-38)
+    lost[fitted.place.name] = float(torch.linalg.vector_norm(dense(packed) - value) / change)
+    return layer, key, packed
 
 
 def _add_layer_change(new: dict[str, Tensor], fitted: Fitted, weight: float) -> None:

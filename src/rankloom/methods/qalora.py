@@ -19,7 +19,7 @@ from rankloom.core.site import Site
 from rankloom.errors import SettingsError, StateError, TargetError
 from rankloom.methods.lora import check_dropout, check_rank, drop
 from rankloom.store.base import Packed
-from rankloom.store.uniform import fold_into_zeros
+from rankloom.store.uniform import Uniform, fold_into_zeros
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ class QALoRAAdapter(Adapter):
 
     def delta(self, base: Base) -> Tensor:
         return self.by_group().repeat_interleave(self.group, dim=-1)
+
+    def repacked(self, base: Base, weight: float) -> Tensor | None:
+        now = base.kind.tensor(base.layer)
+        fits = isinstance(now, Packed) and isinstance(now.store, Uniform) and now.store.group == self.group
+        return self.merged(base, weight) if fits else None
 
     def merged(self, base: Base, weight: float = 1.0) -> Packed:
         """The packed base weight with weight·ΔW in its zero points: still packed, and without loss.

@@ -44,7 +44,7 @@ class VeRA(Method):
 
 
 class VeRAAdapter(Adapter):
-    """`lambda_b` (…, out), `lambda_d` (…, r); borrows A and B."""
+    """`lambda_b` (…, out), `lambda_d` (…, r); borrows A and B, which the first site fills from the key."""
 
     roles = {"lambda_b": "scale", "lambda_d": "scale"}
     peft_names = {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"}
@@ -56,16 +56,21 @@ class VeRAAdapter(Adapter):
         self.lambda_b = nn.Parameter(site.empty(site.out, 1).data.squeeze(-1))
         self.lambda_d = nn.Parameter(site.empty(method.r, 1).data.squeeze(-1))
         out, in_ = site.widest
-        generator = torch.Generator().manual_seed(method.projection_prng_key)
         for key, shape in (("vera_A", (method.r, in_)), ("vera_B", (out, method.r))):
-            make = partial(_pair_tensor, shape, generator, site)
+            make = partial(torch.empty, shape, dtype=site.dtype, device=site.device)
             site.shared.provide(key, make, role="basis", trainable=False)
         self.borrow(site.shared, A="vera_A", B="vera_B")
         self.out, self.in_ = site.out, site.in_
+        self.key = method.projection_prng_key if site.index == 0 else None
 
     def reset(self, base: Base) -> None:
         nn.init.zeros_(self.lambda_b)
         nn.init.constant_(self.lambda_d, self.d_initial)
+        if self.key is not None:
+            generator = torch.Generator().manual_seed(self.key)
+            with torch.no_grad():
+                for shared in (self.A, self.B):
+                    shared.copy_(projection(tuple(shared.shape), generator))
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         a, b = self._pair()
@@ -85,11 +90,7 @@ class VeRAAdapter(Adapter):
         return self.A[:, : self.in_], self.B[: self.out]
 
 
-def _pair_tensor(shape: tuple[int, int], generator: torch.Generator, site: Site) -> Tensor:
-    return projection(shape, generator).to(site.device, site.dtype)
-
-
-def projection(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+def projection(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Kaiming-uniform (bound √3·√2/√fan_in) float32 matrix on the CPU."""
     bound = math.sqrt(3) * math.sqrt(2 / shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -96,8 +96,12 @@ def replace_file(path: Path, data: bytes) -> None:
     """Put `data` in the place of `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{path.name}.new")
-    write_synced(hidden, data)
-    os.replace(hidden, path)
+    try:
+        write_synced(hidden, data)
+        os.replace(hidden, path)
+    except BaseException:
+        hidden.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
