@@ -156,7 +156,9 @@ def pages() -> dict[Path, str]:
     docs = ROOT / "docs"
     made = {docs / "methods" / f"{name}.md": method_page(name) for name in METHODS}
     index = "\n".join(f"- [`{name}`]({name}.md)" for name in METHODS)
-    made[docs / "methods" / "index.md"] = f"# Methods\n\nChoose by name; every page is generated from the code.\n\n{index}\n"
+    made[docs / "methods" / "index.md"] = (
+        f"# Methods\n\nChoose by name; every page is generated from the code.\n\n{index}\n"
+    )
     made[docs / "systems.md"] = (
         f"# Systems\n\n{len(works)} of {len(every)} systems work today; `planned` ones are not in the code yet.\n\n"
         + systems_table(every)
@@ -166,7 +168,9 @@ def pages() -> dict[Path, str]:
     head, rest = readme.split(START)
     tail = rest.split(END, 1)[1]
     summary = f"\n{len(works)} of {len(every)} systems work today ([all](docs/systems.md)):\n\n"
-    table = "\n".join(["| id | system | proven by |", "|---|---|---|", *(f"| `{s.id}` | {s.name} | `{s.proof}` |" for s in works)])
+    table = "\n".join(
+        ["| id | system | proven by |", "|---|---|---|", *(f"| `{s.id}` | {s.name} | `{s.proof}` |" for s in works)]
+    )
     made[ROOT / "README.md"] = head + START + summary + table + "\n" + END + tail
     made[docs / "index.md"] = made[ROOT / "README.md"].replace("](docs/", "](")
     return made

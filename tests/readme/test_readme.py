@@ -47,7 +47,12 @@ def test_every_command_in_the_readme_exists() -> None:
     from rankloom.cli import app
 
     known = {c.name or c.callback.__name__ for c in app.registered_commands}
-    shown = {line.split()[1] for block in blocks("README.md", "sh") for line in re.split("[\n;]", block) if " rankloom " in f" {line}" and line.strip().startswith("rankloom")}
+    shown = {
+        line.split()[1]
+        for block in blocks("README.md", "sh")
+        for line in re.split("[\n;]", block)
+        if " rankloom " in f" {line}" and line.strip().startswith("rankloom")
+    }
     assert shown
     assert shown <= known, shown - known
 

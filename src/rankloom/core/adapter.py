@@ -49,7 +49,7 @@ class Adapter(nn.Module):
         return None
 
     def repacked(self, base: Base, weight: float) -> Tensor | None:
-        """The packed base weight with weight·ΔW in the same store, without loss; None where the store cannot take it."""
+        """The packed base weight with weight·ΔW in the same store, without loss; None where it cannot be."""
         return None
 
     def row_norms(self, base: Base) -> Tensor:

@@ -273,7 +273,9 @@ class Bank:
         new = [entry for parts in by_layer.values() for entry in _folded(parts)]
         lost: dict[str, float] = {}
         if into == "store":
-            packed = [(parts, entry) for parts in by_layer.values() for entry in new if entry[0] is parts[0][0].place.layer]
+            packed = [
+                (parts, entry) for parts in by_layer.values() for entry in new if entry[0] is parts[0][0].place.layer
+            ]
             new = [_repacked(parts, entry, lost) for parts, entry in packed]
         for layer, key, value in new:
             buffer = key in layer._buffers

@@ -186,7 +186,7 @@ def _word_order(say: Callable[[str, str], None]) -> wordorder.WordOrder | None:
     found = wordorder.run_word_order(tell=say)
     say(
         "word order",
-        f"LoRA r={wordorder.RANK}, one epoch on {found.train} sentences: {found.lora:.3f} of {found.test} right",
+        f"LoRA r={wordorder.RANK}, one epoch on {found.train} sentences: {found.lora:.1%} of {found.test} right",
     )
     return found
 

@@ -106,7 +106,7 @@ def run_word_order(seed: int = 0, tell: Callable[[str, str], None] | None = None
     with mode(judge, False):
         probe = probe_accuracy(_each(train, judge.vectors), train[2], _each(test, judge.vectors), test[2])
     if tell is not None:
-        tell("word order", f"linear probe on the frozen encoder: {probe:.3f} of {len(test[2])} right")
+        tell("word order", f"linear probe on the frozen encoder: {probe:.1%} of {len(test[2])} right")
     bank = attach(judge, LoRA(r=RANK, lora_alpha=2 * RANK), modules_to_save=["head"], exclude_modules=["pooler.dense"])
     batches = _batches(train, seed)
     settings = TrainSettings(steps=len(batches), lr=LR, schedule="linear", warmup_ratio=0.1, seed=seed)

@@ -90,11 +90,9 @@ def _check(fitted: Fitted, store: Store | Mapping[str, Store], evidence: Mapping
     site = fitted.site
     if not isinstance(fitted.adapter, LoRAAdapter) or fitted.place.slot != LAYER or site.kind.name != "linear":
         raise TargetError(
-            f"{site.name!r} ({site.kind.name}) has a {type(fitted.adapter).__name__}: a base is split for LoRA on linear "
-            "layers; leave this site out, or pack it without a split"
+            f"{site.name!r} ({site.kind.name}) has a {type(fitted.adapter).__name__}: a base is split for LoRA on "
+            "linear layers; leave this site out, or pack it without a split"
         )
     for what, table in (("store", store), ("evidence", evidence)):
         if isinstance(table, Mapping) and site.name not in table:
             raise SettingsError(f"no {what} for the site {site.name!r}{suggest(site.name, table)}")
-
-
