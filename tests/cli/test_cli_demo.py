@@ -7,6 +7,7 @@ import torch
 
 from rankloom.errors import FileError
 from rankloom.hf import demo, wordorder
+from rankloom.hf.docstrings import labelled
 
 
 def test_demo_runs_every_arrow(run, monkeypatch, tmp_path):
@@ -31,7 +32,8 @@ def test_demo_runs_every_arrow(run, monkeypatch, tmp_path):
 
 
 def test_sentences_are_disjoint_balanced_and_short():
-    train, test = wordorder.rows("train"), wordorder.rows("test")
+    rows = labelled()
+    train, test = rows["train"], rows["test"]
     assert (len(train), len(test)) == (2000, 784)
     key = [{tuple(sorted(text.lower().split())) for text, _ in part} for part in (train, test)]
     assert not key[0] & key[1]

