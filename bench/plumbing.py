@@ -11,16 +11,17 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankloom as rl
+from peft import LoraConfig, get_peft_model
 
 ROUNDS = 7
 SHAPE = {
@@ -60,8 +61,8 @@ def main() -> None:
 
     for _ in range(ROUNDS):
         ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
-        note("attach the first adapter", "ours", lambda: rl.attach(ours, rl.LoRA(r=8), target_modules=NAMES))
-        note("attach the first adapter", "peft", lambda: get_peft_model(theirs, config))
+        note("attach the first adapter", "ours", partial(rl.attach, ours, rl.LoRA(r=8), target_modules=NAMES))
+        note("attach the first adapter", "peft", partial(get_peft_model, theirs, config))
     bank, peft = rl.attach(base_a := copy.deepcopy(base), rl.LoRA(r=8)), get_peft_model(copy.deepcopy(base), config)
     for i in range(15):
         rl.attach(base_a, rl.LoRA(r=8), name=f"a{i}")

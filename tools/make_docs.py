@@ -52,7 +52,7 @@ def small(name: str, **settings: object) -> rl.Plan:
     """The method's plan at rank 2, where it has a rank."""
     found = load(METHODS[name])
     known = {f.name for f in dataclasses.fields(found)} if isinstance(found, type) else {"r"}
-    ranks = {k: v for k, v in {"r": 2, "init_r": 2, "target_r": 1}.items() if k in known}
+    ranks = {k: v for k, v in {"r": 2, "init_r": 2, "target_r": 1, "group_size": 2}.items() if k in known}
     return default_plan(name, **{**ranks, **settings})
 
 

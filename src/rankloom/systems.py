@@ -210,7 +210,7 @@ def _specimens() -> list[tuple[Any, Any]]:
 
     from rankloom.core.kinds import KINDS, Bare
 
-    n = 48
+    n = 96
     transposed = nn.Module()
     transposed.weight = nn.Parameter(torch.zeros(n, n))
     layers = {
