@@ -19,6 +19,7 @@ from rankloom.core.adapter import Adapter
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
+from rankloom.errors import SettingsError
 from rankloom.methods.lora import check_dropout, check_rank, drop
 from rankloom.ops.linalg import row_norms
 
@@ -60,6 +61,11 @@ class VeRAAdapter(Adapter):
             make = partial(torch.empty, shape, dtype=site.dtype, device=site.device)
             site.shared.provide(key, make, role="basis", trainable=False)
         self.borrow(site.shared, A="vera_A", B="vera_B")
+        if self.A.shape[0] != method.r:
+            raise SettingsError(
+                f"vera: {site.name!r} asks for r={method.r}, but all sites share one pair of rank {self.A.shape[0]}; "
+                "leave VeRA out of rank_pattern"
+            )
         self.out, self.in_ = site.out, site.in_
         self.key = method.projection_prng_key if site.index == 0 else None
 

@@ -54,6 +54,8 @@ class Budget(Rule):
             raise SettingsError(
                 f"AdaLoRA: tinit={self.tinit} + tfinal={self.tfinal} must be below the run's {run.total_steps} steps"
             )
+        if not triplets(run):
+            raise SettingsError("a rank budget needs adapters in SVD form, such as AdaLoRA(init_r=…); no active one is")
         self._mean, self._spread, self._mask = {}, {}, {}
 
     @torch.no_grad()
