@@ -300,6 +300,7 @@ def _folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str,
     if getattr(layer.__dict__.get("_hf_hook"), "offload", False):
         raise StateError(f"{place.name!r} is offloaded: load the model without offloading to merge into it")
     new: dict[str, Tensor] = {}
+    slots = {fitted.place.slot for fitted, _ in parts}
     for fitted, weight in parts:
         slot, old = fitted.place.slot, fitted.place.kind.tensor(layer)
         if slot == LAYER:
@@ -309,7 +310,7 @@ def _folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str,
     for key, value in new.items():
         now = layer._buffers.get(key) if key in layer._buffers else layer._parameters.get(key)
         like = place.kind.tensor(layer) if now is None else now
-        yield layer, key, value.detach().to(like.dtype, copy=True)
+        yield layer, key, value.detach().to(like.dtype, copy=key in slots)
 
 
 def _repacked(
@@ -334,8 +335,8 @@ def _add_layer_change(new: dict[str, Tensor], fitted: Fitted, weight: float) -> 
     key = kind.parameter()
     old = new.get(key, kind.tensor(layer))
     wide = torch.promote_types(old.dtype, torch.float32)
-    change = weight * fitted.adapter.delta(fitted.base).to(wide)
-    new[key] = dense(old).to(wide) + kind.to_weight(layer, change)
+    change = kind.to_weight(layer, fitted.adapter.delta(fitted.base).to(wide))
+    new[key] = torch.add(dense(old).to(wide), change, alpha=weight)
     shift = fitted.adapter.delta_bias(fitted.base)
     if shift is not None:
         if "bias" not in layer._parameters:

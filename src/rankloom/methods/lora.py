@@ -87,7 +87,7 @@ class LoRAAdapter(Adapter):
         return change if self.bias is None else change + base.shift(y, self.bias.to(y.dtype) * self.scaling)
 
     def delta(self, base: Base) -> Tensor:
-        return self.scaling * (self.B @ self.A)
+        return (self.scaling * self.B) @ self.A
 
     def delta_bias(self, base: Base) -> Tensor | None:
         return None if self.bias is None else self.scaling * self.bias
