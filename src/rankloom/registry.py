@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rankloom.errors import SettingsError, suggest
 
 if TYPE_CHECKING:
-    from rankloom.core.method import Method
     from rankloom.core.plan import Plan
 
 _METHODS: dict[str, str] = {
@@ -73,7 +72,7 @@ def name_of(cls: type) -> str | None:
 
 
 def class_of(base: type, name: str) -> type | None:
-    """The class registered under `name`, if it is a `base`; presets are resolved by `method_from_data`."""
+    """The class registered under `name`, if it is a `base`; presets are resolved by `plan_from_data`."""
     tables: Iterable[Mapping[str, str]] = (_METHODS, _RULES)
     for table in tables:
         if name in table:
@@ -115,8 +114,3 @@ def plan_from_data(data: Mapping[str, Any], where: str = "plan") -> Plan:
             return plan_from_data(merged, where)
     built: Plan = build(Plan, data, where, class_of)
     return as_plan(built, {})
-
-
-def method_from_data(data: Mapping[str, Any] | str) -> Method:
-    """A method from JSON data, or by name alone."""
-    return plan_from_data({"method": data}).method

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base, Kind
+from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.rule import Rule
 from rankloom.core.site import Site
@@ -111,6 +111,3 @@ class Cut(Base):
     def bias(self) -> Tensor | None:
         bias = super().bias()
         return None if bias is None else bias.chunk(self.parts)[self.number]
-
-
-__all__ = ["Cut", "Kind", "Slices", "SlicesAdapter"]

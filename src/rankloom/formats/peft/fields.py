@@ -102,7 +102,6 @@ def positive(default: int) -> Field:
 
 
 FLAG = Field("true or false", flag, False)
-TEXT = Field("text or null", optional(text))
 NAMES = Field("a list of names, one regular expression, or null", optional(either(text, texts)))
 PROBABILITY = Field("a number from 0 up to, not including, 1", lambda v: number(v) and 0 <= v < 1, 0.0)
 ALPHA = Field("a number of size at most 1e6", lambda v: number(v) and abs(v) <= 1e6, 8)
