@@ -66,3 +66,16 @@ def test_generated_pages_are_up_to_date() -> None:
 
 def test_torch_is_on_one_thread() -> None:
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_plan(example: Path) -> None:
+    import json
+
+    from typer.testing import CliRunner
+
+    from rankloom.cli import app
+
+    done = CliRunner().invoke(app, ["plan", str(example), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)
