@@ -1,15 +1,22 @@
-"""Systems that are only a choice of parts."""
+"""Systems that are only a choice of parts. Settings beyond those that a preset names are the method's."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from rankloom.core.plan import Plan
 from rankloom.errors import SettingsError
 from rankloom.methods.asymmetric import AsymmetricLoRA
+from rankloom.methods.dylora import DyLoRA
 from rankloom.methods.lora import LoRA
 from rankloom.rules.projection import ProjectedGradient
+from rankloom.starts.split import LQ, LQER, LoftQ
+from rankloom.store.base import Store
+from rankloom.store.blockfloat import BlockFloat
+from rankloom.store.mixed import MixedBits
+from rankloom.store.normalfloat import NormalFloat
+from rankloom.store.uniform import Uniform
 
 _FACTOR_CODES = {"V": "svd", "V_last": "svd_last", "U": "svd", "U_last": "svd_last"}
 
@@ -31,9 +38,47 @@ def asymmetric_lora(code: str = "A_rand_hB_zero", **settings: Any) -> Asymmetric
     return AsymmetricLoRA(**{**starts, "update_A": bool(hat_a), "update_B": bool(hat_b), **settings})
 
 
+def loftq(bits: int = 4, iters: int = 5, quantizer: Literal["nf", "uniform"] = "nf", **settings: Any) -> Plan:
+    """LoftQ (arXiv 2310.08659): LoRA whose factors start from what `bits`-bit weights lose, best of `iters` rounds of
+    quantisation and SVD; "nf" is NormalFloat in blocks of 64, "uniform" affine in groups of 32.
+    """
+    store: Store = NormalFloat(bits, double=False) if quantizer == "nf" else Uniform(bits)
+    return Plan(LoRA(**{"r": 16, "lora_alpha": 16.0, **settings}), store=store, start=LoftQ(iters))
+
+
 def lora_fa(**settings: Any) -> Plan:
     """LoRA-FA (arXiv 2308.03303): A frozen at its start, B's gradient projected onto the full gradient step."""
     return Plan(LoRA(**{"frozen": "A", **settings}), rules=(ProjectedGradient(),))
+
+
+def lq_lora(
+    bits: float = 3.0, fisher: bool = False, solver: Literal["lagrange", "milp"] = "lagrange", **settings: Any
+) -> Plan:
+    """LQ-LoRA (arXiv 2311.12023): each weight a low-rank part and a quantised rest, SVD first; widths chosen for each
+    matrix within `bits` a weight on average; `fisher`: both weighted by Fisher information, from calibration data.
+    """
+    method = LoRA(**{"r": 64, "lora_alpha": 16.0, **settings})
+    return Plan(method, store=MixedBits(bits, solver=solver), start=LQ(fisher))
+
+
+def lqer(bits: int = 4, activations: bool = False, **settings: Any) -> Plan:
+    """LQER (arXiv 2402.02446), and L²QER with `activations` from calibration data: weights in `bits`-bit block floats,
+    the error's low-rank part in 8-bit factors. Nothing need be trained.
+    """
+    start = LQER(activations, factors=BlockFloat(8))
+    return Plan(LoRA(**{"r": 32, "lora_alpha": 32.0, **settings}), store=BlockFloat(bits), start=start)
+
+
+def qdylora(bits: int = 4, **settings: Any) -> Plan:
+    """QDyLoRA (arXiv 2402.10462): DyLoRA, every rank up to r, on a NormalFloat base with double quantisation."""
+    return Plan(DyLoRA(**{"r": 64, "lora_alpha": 16.0, "frozen": False, **settings}), store=NormalFloat(bits))
+
+
+def qlora(bits: int = 4, double_quant: bool = True, **settings: Any) -> Plan:
+    """QLoRA (arXiv 2305.14314): LoRA on a base in `bits`-bit NormalFloat, blocks of 64, scales in 8 bits
+    (`double_quant`). Its paged optimizer is a setting of the training: `train.optimizer=paged_adamw`.
+    """
+    return Plan(LoRA(**{"r": 64, "lora_alpha": 16.0, **settings}), store=NormalFloat(bits, double=double_quant))
 
 
 def rslora(**settings: Any) -> LoRA:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rankloom.errors import SettingsError, suggest
 
@@ -18,9 +18,14 @@ _METHODS: dict[str, str] = {
     "dora": "rankloom.methods.dora:DoRA",
     "dylora": "rankloom.methods.dylora:DyLoRA",
     "hydralora": "rankloom.methods.hydralora:HydraLoRA",
+    "loftq": "rankloom.presets:loftq",
     "lora": "rankloom.methods.lora:LoRA",
     "lora_fa": "rankloom.presets:lora_fa",
+    "lq_lora": "rankloom.presets:lq_lora",
+    "lqer": "rankloom.presets:lqer",
     "qa_lora": "rankloom.methods.qalora:QALoRA",
+    "qdylora": "rankloom.presets:qdylora",
+    "qlora": "rankloom.presets:qlora",
     "rslora": "rankloom.presets:rslora",
     "slices": "rankloom.methods.slices:Slices",
     "unrolled_lora": "rankloom.methods.unrolled:UnrolledLoRA",
@@ -33,13 +38,30 @@ _RULES: dict[str, str] = {
     "projected_gradient": "rankloom.rules.projection:ProjectedGradient",
     "rank_sampling": "rankloom.rules.sampling:RankSampling",
 }
+_STARTS: dict[str, str] = {
+    "loftq": "rankloom.starts.split:LoftQ",
+    "lq": "rankloom.starts.split:LQ",
+    "lqer": "rankloom.starts.split:LQER",
+}
+_STORES: dict[str, str] = {
+    "block_float": "rankloom.store.blockfloat:BlockFloat",
+    "mixed": "rankloom.store.mixed:MixedBits",
+    "nested_float": "rankloom.store.nested:NestedFloat",
+    "normal_float": "rankloom.store.normalfloat:NormalFloat",
+    "uniform": "rankloom.store.uniform:Uniform",
+}
+_KINDS: dict[str, dict[str, str]] = {"method": _METHODS, "rule": _RULES, "start": _STARTS, "store": _STORES}
 METHODS: Mapping[str, str] = MappingProxyType(_METHODS)
 RULES: Mapping[str, str] = MappingProxyType(_RULES)
+STARTS: Mapping[str, str] = MappingProxyType(_STARTS)
+STORES: Mapping[str, str] = MappingProxyType(_STORES)
 
 
 def register(name: str, target: str, *, kind: str = "method") -> None:
-    """Add a method or rule of your own: `register("mine", "my_package.mine:Mine")`."""
-    table = {"method": _METHODS, "rule": _RULES}[kind]
+    """Add a method, rule, start or store (`kind`) of your own: `register("mine", "my_package.mine:Mine")`."""
+    if kind not in _KINDS:
+        raise SettingsError(f"kind={kind!r}{suggest(kind, _KINDS)}")
+    table = _KINDS[kind]
     if name in table and table[name] != target:
         raise SettingsError(f"{kind} {name!r} is already {table[name]!r}")
     table[name] = target
@@ -66,21 +88,21 @@ def default_plan(name: str, **settings: Any) -> Plan:
 
 
 def name_of(cls: type) -> str | None:
-    """The registered name of a class of method or rule."""
+    """The registered name of a class of method, rule, start or store."""
     target = f"{cls.__module__}:{cls.__qualname__}"
-    return next((name for table in (_METHODS, _RULES) for name, t in table.items() if t == target), None)
+    return next((name for table in _KINDS.values() for name, t in table.items() if t == target), None)
 
 
 def class_of(base: type, name: str) -> type | None:
     """The class registered under `name`, if it is a `base`; presets are resolved by `plan_from_data`."""
-    tables: Iterable[Mapping[str, str]] = (_METHODS, _RULES)
-    for table in tables:
+    for table in _KINDS.values():
         if name in table:
             found = load(table[name])
-            if isinstance(found, type) and issubclass(found, base):
-                return found
-    known = [n for table in (_METHODS, _RULES) for n in table if _fits(load(table[n]), base)]
-    raise SettingsError(f"no {base.__name__.lower()} {name!r}{suggest(name, known)}")
+            if _fits(found, base):
+                return cast(type, found)
+    known = [n for table in _KINDS.values() for n in table if _fits(load(table[n]), base)]
+    what = "store" if base.__name__ == "Keeping" else base.__name__.lower()
+    raise SettingsError(f"no {what} {name!r}{suggest(name, known)}")
 
 
 def _fits(found: Any, base: type) -> bool:
@@ -108,9 +130,13 @@ def plan_from_data(data: Mapping[str, Any], where: str = "plan") -> Plan:
         found = load(METHODS[str(method["name"])])
         if not isinstance(found, type):
             settings = {k: v for k, v in method.items() if k != "name"}
-            preset = as_plan(found(**settings), {})
-            merged = {**plan_data(preset), **{k: v for k, v in data.items() if k != "method"}}
-            merged["rules"] = [*plan_data(preset).get("rules", []), *data.get("rules", [])]
+            preset = plan_data(as_plan(found(**settings), {}))
+            merged = {**preset, **{k: v for k, v in data.items() if k != "method"}}
+            merged["rules"] = [*preset.get("rules", []), *data.get("rules", [])]
+            for part in ("store", "start"):
+                own, given = preset.get(part), data.get(part)
+                if own and isinstance(given, Mapping) and given.get("name") == own["name"]:
+                    merged[part] = {**own, **given}
             return plan_from_data(merged, where)
     built: Plan = build(Plan, data, where, class_of)
     return as_plan(built, {})

@@ -139,7 +139,7 @@ def test_training_learns_and_the_saved_adapter_is_the_trained_one(run, model, tm
     assert judged["base"] == pytest.approx(found["before"])
     assert judged["adapter"] == pytest.approx(found["after"])
     merged = run("merge", out, tmp_path / "merged", "--json").json
-    assert merged["merged"]["relative"] < 1e-5
+    assert merged["error"]["relative"] < 1e-5
     assert merged["saved"]["relative"] < 1e-5
     assert run("generate", f"model={tmp_path / 'merged'}", "-p", "q", "--json").json[0]["answer"] == "yes"
     talk = run("chat", out, "--json", input="q\n/base\n/adapter\n/reset\nq\n\n").json
@@ -228,7 +228,7 @@ def test_merge_refuses_what_has_no_matrix_and_leaves_nothing(run, model, chats, 
 def test_merge_measures_and_refuses_by_the_tolerance(run, fine_tuned, tmp_path):
     half = run("merge", fine_tuned, tmp_path / "half", "model.dtype=bfloat16", "--json")
     assert half.code == 0, half.err
-    assert 1e-6 < half.json["merged"]["relative"] < 5e-2
+    assert 1e-6 < half.json["error"]["relative"] < 5e-2
     refused = run("merge", fine_tuned, tmp_path / "strict", "model.dtype=bfloat16", "--tolerance", "1e-9")
     assert refused.code == 1
     assert "differs from the unmerged" in refused.err

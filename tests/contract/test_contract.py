@@ -29,7 +29,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 6, "target_r": 4},
     "asymmetric_lora": {"r": 4},
     "dylora": {"r": 4},
+    "loftq": {"r": 4},
+    "lq_lora": {"r": 4},
+    "lqer": {"r": 4},
     "qa_lora": {"r": 4, "group_size": 2},
+    "qdylora": {"r": 4},
+    "qlora": {"r": 4},
     "unrolled_lora": {"r": 2},
     "vera": {"r": 32},
 }

@@ -16,6 +16,7 @@ from rankloom.cli.info import info
 from rankloom.cli.merge import merge
 from rankloom.cli.methods import methods
 from rankloom.cli.plan import plan
+from rankloom.cli.quantize import quantize
 from rankloom.cli.systems import systems
 from rankloom.cli.train import train
 
@@ -52,6 +53,7 @@ for _name, _function in (
     ("generate", generate),
     ("chat", chat),
     ("merge", merge),
+    ("quantize", quantize),
     ("export", export),
     ("info", info),
     ("methods", methods),

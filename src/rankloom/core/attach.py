@@ -16,8 +16,10 @@ from rankloom.core.graft import check_forward, own, plant, present, slot_table, 
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.plan import Plan
+from rankloom.core.prepare import kept_layers, prepare
 from rankloom.core.replicate import replicate
 from rankloom.core.site import Shared, Site
+from rankloom.core.start import Calibration
 from rankloom.core.switch import Voice, Voices
 from rankloom.core.targets import Place, base_tensors, pattern_key, resolve
 from rankloom.core.whole import TokenRows, Whole
@@ -30,13 +32,15 @@ def attach(
     name: str = "default",
     *,
     probe: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
     **overrides: Any,
 ) -> Bank:
     """Adapt `model` in place by a plan, or by a method and the plan's settings as keywords; returns `model.rankloom`.
 
     The base is frozen, every change starts at zero, and the first adapter of a model speaks at once. `probe`: a batch
-    of keyword arguments for the model; sites that it never reaches are refused (`DeafError`). Raises `TargetError`,
-    `SettingsError` before anything is touched.
+    of keyword arguments for the model; sites that it never reaches are refused (`DeafError`). A plan with a store packs
+    the weights of the base for good; `calibration`: batches of keyword arguments for a start that looks at data. Raises
+    `TargetError`, `SettingsError` before anything is touched.
     """
     plan = as_plan(plan, overrides)
     bank = getattr(model, "rankloom", None)
@@ -48,6 +52,7 @@ def attach(
     flags = {f"{p}.{k}": v.requires_grad for p, _, k, v in base_tensors(model)} if bank is None else {}
     undo = [replicate(model, plan.layer_replication)] if plan.layer_replication else []
     try:
+        kept_layers(model, plan)
         fitted, shared = _build(model, plan)
     except BaseException:
         for step in undo:
@@ -66,6 +71,8 @@ def attach(
         if probe is not None:
             with bank.using(name):
                 bank.require_heard(**probe)
+        if plan.store is not None:
+            bank._requires_grad.update({f"{path}.weight": False for path in prepare(bank, name, calibration)})
     except BaseException:
         detach(model, name)
         raise
@@ -75,7 +82,9 @@ def attach(
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take one adapter (or all) off; without adapters the model is exactly as it was handed to `attach`."""
+    """Take one adapter (or all) off; without adapters the model is exactly as it was handed to `attach`, except that
+    weights which a plan's store packed stay packed.
+    """
     bank = bank_of(model)
     if name is not None:
         bank._known(name)
@@ -89,6 +98,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         for place, _ in bank._fitted.pop(each):
             uproot(place.layer, place.slot, each)
         del bank.plans[each], bank._shared[each]
+        bank.started.pop(each, None)
         left = tuple(v for v in bank.switch.default.speakers if v.name != each)
         bank.switch.default = dataclasses.replace(bank.switch.default, speakers=left)
     if not bank.names:

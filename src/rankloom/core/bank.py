@@ -16,6 +16,7 @@ from rankloom.core.graft import LAYER, bring_home, present, slot_table
 from rankloom.core.kinds import Base
 from rankloom.core.plan import Plan
 from rankloom.core.site import Shared, Site
+from rankloom.core.start import Started
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.core.targets import Place
 from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
@@ -44,11 +45,14 @@ class Bank:
     model: nn.Module
     switch: Switch
     plans: dict[str, Plan]
+    started: dict[str, dict[str, Started]]
+    """How the start of a plan came out, by adapter and site."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.switch = Switch()
         self.plans = {}
+        self.started = {}
         self._fitted: dict[str, list[tuple[Place, Site]]] = {}
         self._shared: dict[str, Shared] = {}
         self._undo: dict[str, list[Callable[[], None]]] = {}
@@ -270,7 +274,9 @@ class Bank:
         for name, weight in weights.items():
             for fitted in self.fitted(name):
                 by_layer.setdefault(id(fitted.place.layer), []).append((fitted, weight))
-        new = [entry for parts in by_layer.values() for entry in _folded(parts)]
+        for parts in by_layer.values():
+            _check_in_memory(parts[0][0].place)
+        new = [entry for parts in by_layer.values() for entry in folded(parts)]
         lost: dict[str, float] = {}
         if into == "store":
             packed = [
@@ -293,12 +299,18 @@ class Bank:
             raise StateError(f"{call}: {', '.join(map(repr, self._merged))} is merged into the base; unmerge() first")
 
 
-def _folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """The new tensors of one layer: (layer, parameter name, value). Changes of one tensor add up."""
+def _check_in_memory(place: Place) -> None:
+    if getattr(place.layer.__dict__.get("_hf_hook"), "offload", False):
+        raise StateError(f"{place.name!r} is offloaded: load the model without offloading to merge into it")
+
+
+def folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The new tensors of one layer, whose adapters with their weights are given: (layer, parameter name, value).
+
+    Changes of one tensor add up. Nothing is written.
+    """
     place = parts[0][0].place
     layer = place.layer
-    if getattr(layer.__dict__.get("_hf_hook"), "offload", False):
-        raise StateError(f"{place.name!r} is offloaded: load the model without offloading to merge into it")
     new: dict[str, Tensor] = {}
     slots = {fitted.place.slot for fitted, _ in parts}
     for fitted, weight in parts:

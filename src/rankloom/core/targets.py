@@ -54,6 +54,13 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
                 yield path, module, key, value
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by name, but for the output head."""
+    head = _output_head(model)
+    found = {name: (module, kind_of(module)) for name, module in base_modules(model) if module is not head}
+    return {name: module for name, (module, kind) in found.items() if kind is not None and kind.linear}
+
+
 def resolve(model: nn.Module, plan: Plan) -> Resolution:
     """Every place that `plan` means in `model`. Raises `TargetError` with near matches for a name that hit nothing."""
     modules = dict(base_modules(model))
@@ -108,8 +115,8 @@ def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, 
     under_saved = tuple(f"{s}." for s in saved)
     names = [n for n in modules if n not in saved and not n.startswith(under_saved)] if saved else list(modules)
     if plan.target_modules == "all-linear":
-        head = _output_head(model)
-        chosen = [n for n in names if (k := kind_of(modules[n])) is not None and k.linear and modules[n] is not head]
+        linear = linear_layers(model)
+        chosen = [n for n in names if n in linear]
         if not chosen:
             raise TargetError(f"target_modules='all-linear' found no linear layer in {type(model).__name__}")
     else:
@@ -276,15 +283,16 @@ def _each_matches(setting: str, target: str | Sequence[str], names: list[str]) -
         except re.error as error:
             raise SettingsError(f"{setting}: {target!r} is not a regular expression ({error})") from error
         if not hit:
-            hint = suggest(target, _leaves(names))
+            hint = suggest(target, leaves(names))
             raise TargetError(f"{setting}: the regular expression {target!r} matches no whole name{hint}")
         return
     for one in target:
         if not any(matches((one,), n) for n in names):
-            raise TargetError(f"{setting}: {one!r} matches nothing in the model{suggest(one, _leaves(names))}")
+            raise TargetError(f"{setting}: {one!r} matches nothing in the model{suggest(one, leaves(names))}")
 
 
-def _leaves(names: list[str]) -> set[str]:
+def leaves(names: list[str]) -> set[str]:
+    """Last parts of dotted names, one and two deep, to suggest near ones from."""
     return {n.rsplit(".", 1)[-1] for n in names if n and not n.rsplit(".", 1)[-1].isdigit()} | {
         ".".join(n.rsplit(".", 2)[-2:]) for n in names if n.count(".") and not n.rsplit(".", 1)[-1].isdigit()
     }
@@ -299,7 +307,7 @@ def _check_patterns(plan: Plan, adapted: Sequence[Place]) -> None:
                 raise SettingsError(f"{setting}: {key!r} is not a regular expression ({error})") from error
             if not hit:
                 raise TargetError(
-                    f"{setting}: {key!r} matches no target{suggest(key, _leaves([p.name for p in adapted]))}"
+                    f"{setting}: {key!r} matches no target{suggest(key, leaves([p.name for p in adapted]))}"
                 )
 
 

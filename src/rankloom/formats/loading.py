@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from rankloom.core.attach import attach, detach
 from rankloom.core.bank import Bank
 from rankloom.core.plan import Plan
+from rankloom.core.prepare import kept_layers
 from rankloom.core.targets import base_modules
 from rankloom.errors import FileError, SettingsError, StateError, TargetError, suggest
 from rankloom.formats.base import skeleton
@@ -23,16 +25,19 @@ from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import view
 from rankloom.registry import plan_from_data
+from rankloom.store.base import Packed
 
 Reader = Native | Translator
 
 
-def load(model: nn.Module, folder: str | Path, name: str = "default", *, limits: Limits | None = None) -> Bank:
+def load(
+    model: nn.Module, folder: str | Path, name: str = "default", *, limits: Limits | None = None, pack: bool = True
+) -> Bank:
     """Attach the adapter in `folder` to `model` under `name`; a PEFT or a native folder is recognised by itself.
 
     Files, keys, shapes, dtypes and values are checked first, and only tensors that the method owns are written. Raises
     `FileError` naming file, tensor and shapes, or modules that this model has not; the model is then as before. A name
-    that is taken is a `StateError`.
+    that is taken is a `StateError`. `pack=False`: the base stays as it is, whatever store the adapter was trained on.
     """
     source = open_folder(folder, limits)
     reader = reader_of(source)
@@ -44,7 +49,7 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, limits:
     tensors = source.tensors()
     for key, of in copies.items():
         _is_copy(source, key, tensors[key], of, tensors)
-    bank = attach(model, plan, name)
+    bank = attach(model, _on_this_base(plan, model, source, pack), name)
     try:
         sorted_ = view(bank, name)
         reader.prepare(sorted_, source)
@@ -86,6 +91,20 @@ def _check_not_merged(model: nn.Module) -> None:
     bank = getattr(model, "rankloom", None)
     if isinstance(bank, Bank) and bank.merged:
         raise StateError(f"load: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
+
+
+def _on_this_base(plan: Plan, model: nn.Module, source: Source, pack: bool) -> Plan:
+    """The plan without its start where the base is split already; the start's factors are in the file."""
+    if plan.start is None:
+        return plan if pack else dataclasses.replace(plan, store=None, store_skip_modules=())
+    if any(isinstance(layer.get_parameter("weight"), Packed) for layer in kept_layers(model, plan).values()):
+        return dataclasses.replace(plan, start=None)
+    if plan.start.calibrated or not pack:
+        raise FileError(
+            f"{source.config_file}: the adapter belongs on a base that {plan.start} split: load "
+            "that base (the folder base/ of its run, or what `rankloom quantize` wrote), not the dense one"
+        )
+    return plan
 
 
 def _plans(reader: Reader, source: Source, copy: nn.Module) -> tuple[Plan, Plan]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def write(
         parameters=about["parameters"],
         bytes=(written / WEIGHTS).stat().st_size,
         compat=verdict,
-        notes=tuple(writer.notes(view)),
+        notes=(*writer.notes(view), *_store_notes(view)),
         pushed=hub.push(written, push_to) if push_to is not None else None,
     )
 
@@ -148,6 +148,16 @@ def _plan_data(view: View) -> dict[str, Any]:
             "rankloom.registry.register('mine', 'package.module:Mine', kind='rule')"
         ) from error
     return data
+
+
+def _store_notes(view: View) -> Iterator[str]:
+    if view.plan.store is not None:
+        base = (
+            "that very base"
+            if view.plan.start is not None
+            else "the base model, which is packed the same way on loading"
+        )
+        yield f"trained on a base kept as {view.plan.store}: it belongs on {base}"
 
 
 def _described(view: View, native: bool) -> dict[str, Any]:

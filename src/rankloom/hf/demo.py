@@ -14,9 +14,10 @@ import torch
 
 from rankloom import formats
 from rankloom.hf import wordorder
+from rankloom.hf.compare import Difference, difference, output, sample_batch
 from rankloom.hf.evaluation import Answer
 from rankloom.hf.job import JobResult, Trained, check_out, plain, train_job
-from rankloom.hf.merge import Difference, difference, merge_job, output, sample_batch
+from rankloom.hf.merge import merge_job
 from rankloom.hf.models import EMBEDDED, load_model
 from rankloom.hf.plan import plan_job
 from rankloom.microworld import DEMO, DEMO_TASK
@@ -30,7 +31,7 @@ RANK = 8
 @dataclass(frozen=True)
 class DemoResult:
     """What the demonstration came to. `reloaded`: the saved adapter on a fresh base against the trained model;
-    `merged`, `merged_saved`: the merged model against the unmerged, in memory and read back; `word_order`: None where
+    `merged`: the merged model, read back from its files, against the unmerged; `word_order`: None where
     its encoder is not installed.
     """
 
@@ -44,7 +45,6 @@ class DemoResult:
     seconds: float
     reloaded: Difference
     merged: Difference
-    merged_saved: Difference
     answers: tuple[tuple[Answer, Answer], ...]
     run: Path
     adapter: Path
@@ -102,9 +102,10 @@ def _run(out: Path | None, say: Callable[[str, str], None], report: Callable[[Ro
     reloaded = _reloaded(config, trained)
     say("reload", f"the saved adapter on a fresh base: largest difference {reloaded.largest:.1e}")
     merge = merge_job(config, job.adapter, out / "merged")
+    assert merge.error is not None
     say(
         "merge",
-        f"relative error {merge.merged.relative:.1e} in memory, {merge.saved.relative:.1e} read back from its files",
+        f"relative error {merge.error.relative:.1e}, read back from its files; merged {merge.how}",
     )
     for number, (before, after) in enumerate(_three(job), 1):
         say(
@@ -120,8 +121,7 @@ def _run(out: Path | None, say: Callable[[str, str], None], report: Callable[[Ro
         steps=job.steps,
         train_seconds=job.seconds,
         reloaded=reloaded,
-        merged=merge.merged,
-        merged_saved=merge.saved,
+        merged=merge.error,
         answers=_three(job),
         run=job.out,
         adapter=job.adapter,
@@ -171,7 +171,7 @@ def _reloaded(config: RunConfig, trained: Trained) -> Difference:
     """The saved adapter on a fresh base, against the model that was trained."""
     fresh = load_model(config.need_model())
     formats.load(fresh.model, trained.result.adapter, config.name)
-    batch, _ = sample_batch(config, fresh)
+    batch, _ = sample_batch(config, fresh.tokenizer)
     return difference(output(fresh.model, batch), output(trained.loaded.model, batch))
 
 

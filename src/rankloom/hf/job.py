@@ -15,8 +15,12 @@ from rankloom import formats
 from rankloom.core.attach import attach
 from rankloom.errors import FileError, SettingsError, StateError
 from rankloom.hf.evaluation import Answer, Evaluator
+from rankloom.hf.folder import model_folder, writing
 from rankloom.hf.models import Loaded, load_model, with_heads
+from rankloom.hf.packed import GLOB as PACKED
+from rankloom.hf.packed import save_packed
 from rankloom.hf.rundata import RunRecords, judged_records, prepared, read_records
+from rankloom.store.base import Store
 from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
 from rankloom.train.data import Batches, Prepared, preview
@@ -26,7 +30,9 @@ from rankloom.train.report import Report, Row
 from rankloom.train.rng import seed_all
 from rankloom.train.settings import TrainSettings
 
-CONFIG, RECORD, ADAPTER = "config.yaml", "run.json", "adapter"
+CONFIG, RECORD, ADAPTER, BASE = "config.yaml", "run.json", "adapter", "base"
+CALIBRATION = 64
+"""Rows of training data that a start looks at."""
 PACKAGES = ("rankloom", "torch", "transformers", "accelerate", "safetensors", "peft")
 Tell = Callable[[str, str], None]
 """Told (what, text) of each stage as it comes."""
@@ -88,7 +94,9 @@ def train_job(
     check_out(out, resume)
     records = read_records(data, config.seed)
     seed_all(config.seed)
-    loaded = load_model(settings, records.form, records.labels)
+    base = out / BASE if resume and (out / BASE).is_dir() else None
+    used = settings if base is None else dataclasses.replace(settings, path=str(base))
+    loaded = load_model(used, records.form, records.labels)
     train, evaluator = _prepare(loaded, records, data)
     say("data", f"{train.summary()}\nevaluation: {records.note}")
     say("preview", preview(train[0], loaded.tokenizer, labels=train.labels))
@@ -100,7 +108,7 @@ def train_job(
         train=_length(config.train, data, len(batches)),
     )
     with _settled(loaded, train, packing=data.packing), writing(out):
-        attach(loaded.model, with_heads(config.plan, loaded.heads), config.name, probe=_probe(batches, loaded))
+        _adapt(loaded, config, batches, base)
         replace_file(out / CONFIG, dump(config).encode())
         result = fit(
             loaded.model, batches, settings=config.train, evaluate=evaluator, out=out, resume=resume, report=report
@@ -113,11 +121,40 @@ def train_job(
     return Trained(found, loaded)
 
 
+def _adapt(loaded: Loaded, config: RunConfig, batches: Batches, base: Path | None) -> None:
+    """Attach the plan. A base that its store and start made from values or data is kept beside the run, in `base/`."""
+    plan, out = with_heads(config.plan, loaded.heads), Path(config.need_out()).expanduser()
+    bank = attach(
+        loaded.model,
+        plan if base is None else dataclasses.replace(plan, start=None),
+        config.name,
+        probe=_probe(batches, loaded),
+        calibration=_calibration(batches, config.need_data().batch_size),
+    )
+    bank.plans[config.name] = plan
+    if base is None and (plan.start is not None or not isinstance(plan.store, Store | None)):
+        with model_folder(out / BASE) as hidden:
+            save_packed(loaded.model, loaded.tokenizer, hidden)
+        loaded.model.name_or_path = str(out / BASE)
+
+
+def calibration(config: RunConfig, tokenizer: Any) -> list[dict[str, Any]] | None:
+    """Batches of the training data for a start that looks at data; None where there is no data."""
+    if config.data is None:
+        return None
+    train = prepared(read_records(config.data, config.seed).train, tokenizer, config.data)
+    return _calibration(Batches(train, config.data.batch_size, config.seed), config.data.batch_size)
+
+
+def _calibration(batches: Batches, rows: int) -> list[dict[str, Any]]:
+    return [batches.batch_at(i) for i in range(min(len(batches), math.ceil(CALIBRATION / rows)))]
+
+
 def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[str, float]]:
     """Metrics of the base, and with `adapter` of the adapted model, on `config.data`: what a training judges by, or the
     whole source where nothing is held out. `{"base": {…}, "adapter": {…}}`.
     """
-    data = config.need_data()
+    config, data = on_its_base(config, adapter), config.need_data()
     records = judged_records(data, config.seed)
     seed_all(config.seed)
     loaded = load_model(config.need_model(), records.format, records.labels)
@@ -133,10 +170,24 @@ def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[s
 
 def load_adapted(config: RunConfig, adapter: Path | None) -> Loaded:
     """The model of `config` with the adapter of a folder, speaking."""
+    config = on_its_base(config, adapter)
     loaded = load_model(config.need_model(), labels=known_labels(config))
     if adapter is not None:
         formats.load(loaded.model, adapter, config.name).use(config.name)
     return loaded
+
+
+def on_its_base(config: RunConfig, adapter: Path | None) -> RunConfig:
+    """The run on the base that lies with its adapter, where the run, or `quantize`, packed one of its own for it."""
+    if adapter is None:
+        return config
+    beside = adapter.absolute().parent
+    found = next((folder for folder in (beside / BASE, beside) if any(folder.glob(PACKED))), None)
+    return (
+        config
+        if found is None
+        else dataclasses.replace(config, model=dataclasses.replace(config.need_model(), path=str(found), revision=None))
+    )
 
 
 def known_labels(config: RunConfig) -> tuple[str, ...]:
@@ -164,15 +215,11 @@ def check_out(out: Path, resume: bool | str) -> None:
         )
 
 
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """What the system says about writing, as one message: no space, no permission."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(
-            f"{error.filename or out}: cannot be written: {error.strerror or error}; free space, or give another out="
-        ) from error
+def check_empty(out: Path) -> None:
+    """Refuse a folder that holds anything, or that cannot be written."""
+    check_out(out, False)
+    if out.exists() and any(out.iterdir()):
+        raise StateError(f"{out} is not empty: a model gets a folder of its own; give another --out")
 
 
 def versions() -> dict[str, str]:

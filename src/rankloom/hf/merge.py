@@ -1,51 +1,56 @@
-"""Folding an adapter into its model for good, with the error measured: in memory, and again after reading it back."""
+"""Folding an adapter into its model for good: file by file into the dense base, or into the packed one.
+
+The error of the merged model is measured against the unmerged one; one model at a time is in memory.
+"""
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rankloom import formats
 from rankloom.core.attach import detach
-from rankloom.errors import StateError
-from rankloom.hf.job import check_out, known_labels, plain, writing
-from rankloom.hf.models import Loaded, load_model, quiet
-from rankloom.hf.rundata import judged_records, prepared
-from rankloom.train.config import RunConfig
-from rankloom.train.data import Batches
-from rankloom.train.folder import sync_folder
+from rankloom.core.bank import Bank
+from rankloom.core.plan import Plan
+from rankloom.errors import SettingsError, StateError
+from rankloom.formats.loading import kept_plan
+from rankloom.formats.manifest import open_folder
+from rankloom.hf.compare import Difference, difference, output, sample_batch
+from rankloom.hf.folder import folder_size, model_folder
+from rankloom.hf.job import check_empty, known_labels, on_its_base, plain
+from rankloom.hf.models import Loaded, load_model, load_tokenizer, model_files, quiet, skeleton
+from rankloom.hf.packed import save_packed
+from rankloom.hf.shards import Shards, hang, has_shards, merged, write_shards
+from rankloom.store.base import Packed
+from rankloom.store.model import unpack
+from rankloom.train.config import ModelSettings, RunConfig
 
-ROWS, LENGTH = 4, 32
+Into = Literal["16bit", "store"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest relative error of a merge, by dtype of the base."""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Of two outputs: largest absolute difference, ‖a − b‖/‖b‖, and the share of positions with the same best class."""
-
-    largest: float
-    relative: float
-    same_choice: float
-
-
-@dataclass(frozen=True)
 class MergeReport:
-    """A merged model. `merged`: adapter on top against folded in; `saved`: against the model read back from the folder;
-    `measured_on`: the batch; `size`: bytes of the folder.
+    """A merged model. `error`: read back from its files, against the adapter on the same base (None: not verified);
+    `trained`: against the adapter on the packed base that it was trained on, where the merge is into another; `change`:
+    the base against the adapter, for a measure; `lost`: by packed weight, the part of its change that rounding lost;
+    `how`: file by file, or why in memory; `measured_on`: the batch; `size`: bytes of the folder.
     """
 
     out: Path
     adapter: Path
-    merged: Difference
-    saved: Difference
+    into: Into
+    error: Difference | None
+    trained: Difference | None
+    change: Difference | None
+    lost: dict[str, float]
+    how: str
     measured_on: str
     size: int
 
@@ -55,110 +60,186 @@ class MergeReport:
         return found
 
 
-def merge_job(config: RunConfig, adapter: Path, out: Path, tolerance: float | None = None) -> MergeReport:
-    """Fold the adapter into the model and save it as a plain Hugging Face folder, atomically.
+def merge_job(
+    config: RunConfig,
+    adapter: Path,
+    out: Path,
+    tolerance: float | None = None,
+    into: Into = "16bit",
+    verify: bool = True,
+) -> MergeReport:
+    """Fold the adapter into the model and save it as a model's folder, atomically.
 
     Args:
         config: model, the adapter's name, and data to measure on (random tokens where there is none).
-        tolerance: largest relative error; by default 1e-3 in float32, 2e-2 in float16, 5e-2 in bfloat16.
+        tolerance: largest relative error against the adapter on the same base; by default 1e-3 in float32, 2e-2 in
+            float16, 5e-2 in bfloat16, and into the store half of what the adapter itself changes.
+        into: "16bit": the base as its files have it (in their dtype), packed weights made dense; "store": the packed
+            base.
+        verify: measure, which loads one model after the other; without it none is loaded whole where `how` says so.
 
     Raises:
         NotMergeable: the change has no single matrix; nothing is written.
         StateError: the error is above the tolerance; nothing is written.
         FileError: the folder cannot be written, or is there already.
     """
-    check_out(out, False)
-    if out.exists() and any(out.iterdir()):
-        raise StateError(f"{out} is not empty: a merged model gets a folder of its own; give another --out")
-    loaded = load_model(config.need_model(), labels=known_labels(config))
-    model = loaded.model
-    bank = formats.load(model, adapter, config.name)
-    bank.use(config.name)
-    batch, measured_on = sample_batch(config, loaded)
-    unmerged = output(model, batch)
-    bank.fold(config.name)
-    detach(model)
-    _part_ties(model)
-    merged = difference(output(model, batch), unmerged)
-    most = TOLERANCE.get(model.dtype, 1e-3) if tolerance is None else tolerance
-    _check(merged, most, "folded in", model.dtype)
-    hidden = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}.part"
-    with writing(out):
-        try:
-            hidden.mkdir(parents=True)
-            with quiet():
-                model.save_pretrained(hidden)
-                loaded.tokenizer.save_pretrained(hidden)
-            saved = difference(_read_back(config, hidden, loaded, batch), unmerged)
-            _check(saved, most, "read back from its files", model.dtype)
-            size = _sync(hidden)
-            if out.exists():
-                out.rmdir()
-            os.rename(hidden, out)
-            sync_folder(out.absolute().parent)
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
-    return MergeReport(out, adapter, merged, saved, measured_on, size)
-
-
-def sample_batch(config: RunConfig, loaded: Loaded) -> tuple[dict[str, Tensor], str]:
-    """Rows of the data where there is some, else random tokens."""
-    device = loaded.model.device
-    if config.data is not None:
-        records = judged_records(replace(config.data, eval_examples=ROWS), config.seed)
-        rows = Batches(prepared(records, loaded.tokenizer, config.data), ROWS, shuffle=False).batch_at(0)
-        del rows["labels"]
-        return {k: v.to(device) for k, v in rows.items()}, f"{len(rows['input_ids'])} rows of {records.source}"
-    generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(0, len(loaded.tokenizer), (ROWS, LENGTH), generator=generator).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, f"{ROWS}×{LENGTH} random tokens"
-
-
-def output(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits, or hidden states where the model has no head, in float32 on the CPU; padding left out."""
-    model.eval()
-    with torch.no_grad():
-        out = model(**batch)
-    values: Tensor = out["logits"] if "logits" in out else out[0]
-    values = values.float().cpu()
-    return values[batch["attention_mask"].bool().cpu()] if values.ndim == 3 else values
-
-
-def difference(a: Tensor, b: Tensor) -> Difference:
-    """How far two outputs (…, classes) are apart."""
-    return Difference(
-        largest=float((a - b).abs().max()),
-        relative=float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-30)),
-        same_choice=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
+    check_empty(out)
+    config = on_its_base(config, adapter)
+    if into not in ("16bit", "store"):
+        raise SettingsError(f"into={into!r}: '16bit' or 'store'")
+    other_base = into == "16bit" and _packs_on_loading(config, adapter)
+    batch, measured_on = sample_batch(config, load_tokenizer(config.need_model()))
+    spoken = _spoken(config, adapter, batch, pack=not other_base) if verify else None
+    trained = _spoken(config, adapter, batch, pack=True) if verify and other_base else None
+    with model_folder(out) as hidden:
+        lost: dict[str, float] = {}
+        if into == "store":
+            lost, how = _into_store(config, adapter, hidden), "in memory, packed"
+        else:
+            how = _into_dense(config, adapter, hidden, pack=not other_base)
+        said = _read_back(config, hidden, batch) if verify else None
+        if said is not None and spoken is not None:
+            _check(difference(said, spoken.adapted), spoken, into, tolerance)
+        size = folder_size(hidden)
+    return MergeReport(
+        out=out,
+        adapter=adapter,
+        into=into,
+        error=None if said is None or spoken is None else difference(said, spoken.adapted),
+        trained=None if said is None or trained is None else difference(said, trained.adapted),
+        change=None if spoken is None else difference(spoken.base, spoken.adapted),
+        lost=lost,
+        how=how,
+        measured_on=measured_on if verify else "not measured",
+        size=size,
     )
 
 
-def _check(found: Difference, most: float, what: str, dtype: torch.dtype) -> None:
-    if not found.relative <= most:
-        raise StateError(
-            f"the merged model, {what}, differs from the unmerged by {found.relative:.2e} relative (at most {most:.0e} "
-            f"for {dtype}); merge into model.dtype=float32, or accept it with --tolerance. Nothing was written"
-        )
+@dataclass(frozen=True)
+class _Spoken:
+    """What a model says to the batch with its adapter and without, and the dtype of its weights."""
+
+    adapted: Tensor
+    base: Tensor
+    dtype: torch.dtype
 
 
-def _part_ties(model: Any) -> None:
-    """Embeddings that came apart in the merge are saved apart."""
+def _spoken(config: RunConfig, adapter: Path, batch: dict[str, Tensor], pack: bool) -> _Spoken:
+    loaded = load_model(config.need_model(), labels=known_labels(config))
+    bank = formats.load(loaded.model, adapter, config.name, pack=pack)
+    with bank.using(config.name):
+        adapted = output(loaded.model, batch)
+    with bank.using():
+        return _Spoken(adapted, output(loaded.model, batch), loaded.model.dtype)
+
+
+def _packs_on_loading(config: RunConfig, adapter: Path) -> bool:
+    """Whether loading the adapter would pack a dense base."""
+    plan = kept_plan(open_folder(adapter))
+    if plan is None or plan.store is None or plan.start is not None:
+        return False
+    model = skeleton(config.need_model(), labels=known_labels(config)).model
+    return not any(isinstance(parameter, Packed) for parameter in model.parameters())
+
+
+def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> str:
+    """Write the merged model, and say how: file by file where every weight lies in a file under its own name."""
+    settings = config.need_model()
+    bare = skeleton(settings, labels=known_labels(config))
+    files = model_files(settings)
+    why = _why_whole(bare, kept_plan(open_folder(adapter)), files)
+    if not why:
+        shards = Shards(files)
+        dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        missing = hang(bare.model, shards, dtype)
+        bank = formats.load(bare.model, adapter, config.name, pack=pack)
+        why = _why_tied(bank, config.name, set(missing))
+        if not why:
+            write_shards(hidden, merged(bank, config.name, shards, dtype))
+            _write_about(bare, settings, files, dtype or shards.tensor(shards.names[0]).dtype, hidden)
+            return "file by file, one layer in memory"
+    _in_memory(config, adapter, hidden, pack)
+    return f"in memory: {why}"
+
+
+def _why_whole(bare: Loaded, plan: Plan | None, files: Path) -> str:
+    """Why the model must be in memory to be merged; "" where it need not."""
+    packed = any(isinstance(parameter, Packed) for parameter in bare.model.parameters())
+    if plan is not None and plan.start is not None and not packed:
+        return "its base is split anew"
+    if plan is not None and plan.layer_replication:
+        return "its layers are replicated"
+    return "" if has_shards(files) else "the weights are in no safetensors file"
+
+
+def _why_tied(bank: Bank, name: str, missing: set[str]) -> str:
+    """Why these adapters cannot be merged layer by layer: a weight without a file, or one that other layers use too."""
+    owners: dict[int, set[str]] = {}
+    for path, parameter in bank.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(path)
+    for fitted in bank.fitted(name):
+        place = fitted.place
+        for key, tensor in place.layer._parameters.items():
+            if tensor is not None and (f"{place.path}.{key}" in missing or len(owners[id(tensor)]) > 1):
+                return f"{place.path}.{key} is tied, or in no file under that name"
+    return ""
+
+
+def _in_memory(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> None:
+    loaded = load_model(config.need_model(), labels=known_labels(config))
+    model = loaded.model
+    formats.load(model, adapter, config.name, pack=pack).fold(config.name)
+    detach(model)
+    unpack(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False
+    with quiet():
+        model.save_pretrained(hidden)
+        loaded.tokenizer.save_pretrained(hidden)
 
 
-def _read_back(config: RunConfig, folder: Path, loaded: Loaded, batch: dict[str, Tensor]) -> Tensor:
-    settings = replace(config.need_model(), path=str(folder), task=loaded.task, revision=None)
-    return output(load_model(settings).model, batch)
+def _into_store(config: RunConfig, adapter: Path, hidden: Path) -> dict[str, float]:
+    """Write the packed model with the adapter in it; what each packed weight lost of its change."""
+    loaded = load_model(config.need_model(), labels=known_labels(config))
+    bank = formats.load(loaded.model, adapter, config.name)
+    if not any(isinstance(parameter, Packed) for parameter in loaded.model.parameters()):
+        raise StateError(
+            "into='store': this base is not packed; give the folder of a packed model, or an adapter that was trained "
+            "with a store in its plan; or merge into='16bit'"
+        )
+    lost = bank.merge(config.name, into="store")
+    save_packed(loaded.model, loaded.tokenizer, hidden)
+    return lost
 
 
-def _sync(folder: Path) -> int:
-    """Force every file to disk; the bytes of all."""
-    size = 0
-    for path in folder.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        size += path.stat().st_size
-    sync_folder(folder)
-    return size
+def _write_about(bare: Loaded, settings: ModelSettings, files: Path, dtype: torch.dtype, hidden: Path) -> None:
+    """Configuration and tokenizer beside merged weights."""
+    bare.model.config.dtype = dtype
+    bare.model.config.save_pretrained(hidden)
+    generation = files / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, hidden / generation.name)
+    load_tokenizer(settings).save_pretrained(hidden)
+
+
+def _read_back(config: RunConfig, folder: Path, batch: dict[str, Tensor]) -> Tensor:
+    settings = replace(config.need_model(), path=str(folder), revision=None)
+    return output(load_model(settings, labels=known_labels(config)).model, batch)
+
+
+def _check(found: Difference, spoken: _Spoken, into: Into, tolerance: float | None) -> None:
+    change = difference(spoken.base, spoken.adapted).relative
+    most = change / 2 if into == "store" else TOLERANCE.get(spoken.dtype, 1e-3)
+    most = most if tolerance is None else tolerance
+    if not found.relative <= most:
+        what = (
+            "half of what the adapter itself changes"
+            if into == "store" and tolerance is None
+            else f"for {spoken.dtype}"
+        )
+        remedy = "merge into='16bit'" if into == "store" else "merge with model.dtype=float32"
+        raise StateError(
+            f"the merged model, read back from its files, differs from the unmerged by {found.relative:.2e} relative "
+            f"(at most {most:.0e}, {what}); {remedy}, or accept it with --tolerance. Nothing was written"
+        )

@@ -14,9 +14,12 @@ import torch
 
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, MissingExtra, SettingsError, suggest
+from rankloom.hf.packed import is_packed, load_packed, skeleton_packed
 from rankloom.train.config import ModelSettings, Task
 
 EMBEDDED = "microworld"
+WHOLE: dict[str, Any] = {"missing_keys": (), "unexpected_keys": ()}
+"""What loading says of a model that lacks nothing."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -59,9 +62,12 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
     dtype = _dtype(settings.dtype, config, device)
     cls = _class(task)
     with _explained(source, "a model"), quiet():
-        model, info = cls.from_pretrained(
-            source, config=config, output_loading_info=True, **_dtype_argument(dtype), **_remote(settings)
-        )
+        if is_packed(config):
+            model, info = load_packed(cls, config, source, _dtype_argument(dtype)), WHOLE
+        else:
+            model, info = cls.from_pretrained(
+                source, config=config, output_loading_info=True, **_dtype_argument(dtype), **_remote(settings)
+            )
     heads = (*_heads(model, task), *_unwritten(model, info["missing_keys"], task))
     model.name_or_path = settings.path
     return Loaded(
@@ -78,10 +84,12 @@ def skeleton(settings: ModelSettings, form: str | None = None, labels: Sequence[
     """The model on the meta device: every name, shape and dtype, no values and no memory. Raises as `load_model`."""
     source, config, task = _config(settings, form, labels)
     dtype = _dtype(settings.dtype, config, _device(settings.device))
+    arguments = {**_dtype_argument(dtype), **({"trust_remote_code": True} if settings.trust_remote_code else {})}
     with _explained(source, "a model"), torch.device("meta"):
-        model = _class(task).from_config(
-            config, **_dtype_argument(dtype), **({"trust_remote_code": True} if settings.trust_remote_code else {})
-        )
+        if is_packed(config):
+            model = skeleton_packed(_class(task), config, source, arguments)
+        else:
+            model = _class(task).from_config(config, **arguments)
     return Loaded(model, None, source, task, _heads(model, task))
 
 
@@ -119,6 +127,17 @@ def find_model(path: str) -> str:
         what = "a file, not a model's folder" if folder.exists() else "no such folder"
         raise FileError(f"{path}: {what}{suggest(folder.name, near) or '; check the path'}")
     return path
+
+
+def model_files(settings: ModelSettings) -> Path:
+    """The folder with the model's files; those of a hub id come into the local cache."""
+    source = find_model(settings.path)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    with _explained(source, "weight files"):
+        return Path(snapshot_download(source, revision=settings.revision, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def with_heads(plan: Plan, heads: Sequence[str]) -> Plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,17 @@ from rankloom.core.attach import attach
 from rankloom.core.bank import Bank
 from rankloom.core.kinds import kind_of
 from rankloom.core.plan import Plan
-from rankloom.core.targets import base_modules
+from rankloom.core.prepare import kept_layers
+from rankloom.core.targets import base_modules, base_tensors
 from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.hf.models import load_tokenizer, skeleton, with_heads
 from rankloom.hf.rundata import LENGTH, prepared, read_records
 from rankloom.registry import name_of
+from rankloom.store.base import Packed
+from rankloom.store.footprint import Kept, footprint
+from rankloom.store.normalfloat import NormalFloat
+from rankloom.store.uniform import Uniform
 from rankloom.train.config import RunConfig
 from rankloom.train.data import preview
 from rankloom.train.drive import Rules
@@ -65,11 +70,21 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class StoreCost:
+    """What the base would take if its linear weights were kept in `store`: `bytes` of all weights."""
+
+    store: str
+    bits_per_weight: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """What `plan_job` finds out.
 
     `sites`: places hit; `missed`: linear layers that stay as they are; `whole`: tensors trained whole; `mergeable`:
-    whether the change has one matrix; `file`: bytes of the adapter's tensors; `conflicts`: what would stop the run.
+    whether the change has one matrix; `file`: bytes of the adapter's tensors; `weights`: the base's, by how they are
+    kept; `stores`: what the base would take in other stores; `conflicts`: what would stop the run.
     """
 
     model: str
@@ -84,6 +99,8 @@ class PlanReport:
     mergeable: bool
     file: int
     memory: Memory
+    weights: tuple[Kept, ...]
+    stores: tuple[StoreCost, ...]
     conflicts: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
@@ -157,9 +174,11 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
     loaded = skeleton(config.need_model(), form, labels)
     model = loaded.model
     plan = with_heads(config.plan, loaded.heads)
-    total, weights = sum(p.numel() for p in model.parameters()), _bytes(model.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    stores = by_store(model, plan)
     bank = attach(model, plan, config.name)
     tensors = list({id(t): t for _, t, _ in bank.tensors(config.name)}.values())
+    weights = footprint(value for _, _, _, value in base_tensors(model))
     trained = [t for t in tensors if t.requires_grad]
     conflicts, rules = _conflicts(model, config)
     mergeable, why = _mergeable(bank, config.name)
@@ -184,7 +203,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
         mergeable=mergeable,
         file=_bytes(tensors),
         memory=Memory(
-            weights=weights,
+            weights=sum(kept.bytes for kept in weights),
             adapters=_bytes(tensors),
             gradients=_bytes(trained),
             optimizer=2 * _bytes(trained),
@@ -193,8 +212,25 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
             length=length,
             formula=CHECKPOINTED if config.train.gradient_checkpointing else FORMULA,
         ),
+        weights=weights,
+        stores=stores,
         conflicts=conflicts,
         notes=tuple(notes),
+    )
+
+
+def by_store(model: nn.Module, plan: Plan) -> tuple[StoreCost, ...]:
+    """The bytes of a model's weights in the usual stores, what the plan keeps dense kept dense."""
+    wanted = replace(plan, store=NormalFloat(), start=None)
+    linear = [layer.get_parameter("weight") for layer in kept_layers(model, wanted).values()]
+    if any(isinstance(weight, Packed) for weight in linear):
+        return ()
+    numbers = sum(weight.numel() for weight in linear)
+    rest = _bytes(model.parameters()) - _bytes(linear)
+    return tuple(
+        StoreCost(f"{type(store).__name__}, {store.bits} bits", bits, rest + round(numbers * bits / 8))
+        for store in (NormalFloat(4), NormalFloat(3), NormalFloat(2), Uniform(8), Uniform(4), Uniform(3), Uniform(2))
+        for bits in [store.bits_per_weight()]
     )
 
 

@@ -1,60 +1,112 @@
-"""Starts that split the base: the weight becomes its quantised part, the factors take what a low rank can correct."""
+"""Starts that split the base: the weight becomes its quantised part, the factors take what a low rank can correct.
+
+As a plan's `start` they run when the plan is attached; `split_base` runs one on a model that is attached already.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankloom.core.bank import Bank, Fitted
 from rankloom.core.graft import LAYER
-from rankloom.errors import SettingsError, TargetError, suggest
+from rankloom.core.start import Calibration, Evidence, Start, Started
+from rankloom.errors import SettingsError, StateError, TargetError, suggest
 from rankloom.methods.lora import LoRAAdapter
 from rankloom.ops.decompose import SVD, Split, loftq, lq, lqer
-from rankloom.store.base import Store, dense
+from rankloom.store.base import Packed, Store, dense
+from rankloom.store.calibrate import activation_scales, fisher
+
+
+class Splitter(Start):
+    """Splits each weight on its own: W ≈ Q + s·B A."""
+
+    @abstractmethod
+    def split(self, w: Tensor, store: Store, r: int, scale: float, evidence: Tensor | None) -> Split:
+        """One weight (out, in) in its store, at rank `r` and adapter scale `scale`."""
+
+    def known(self, evidence: Evidence) -> Mapping[str, Tensor]:
+        """The part of the evidence that `split` looks at."""
+        return {}
+
+    def check(self, bank: Bank, name: str) -> int:
+        return max(map(_rank, bank.fitted(name)))
+
+    def apply(self, bank: Bank, name: str, stores: Mapping[str, Store], evidence: Evidence) -> dict[str, Started]:
+        splits = split_base(bank, self, stores, name, self.known(evidence) if self.calibrated else None)
+        return {site: Started(made.errors, made.best) for site, made in splits.items()}
 
 
 @dataclass(frozen=True)
-class LoftQ:
+class LoftQ(Splitter):
     """Q first, `iters` rounds, the best one kept; 0 rounds is QLoRA (arXiv 2310.08659)."""
 
     iters: int = 5
     svd: SVD = "exact"
 
-    def __call__(self, w: Tensor, store: Store, r: int, scale: float, evidence: Tensor | None) -> Split:
+    def split(self, w: Tensor, store: Store, r: int, scale: float, evidence: Tensor | None) -> Split:
         return loftq(w, store, r, self.iters, scale, self.svd)
 
 
 @dataclass(frozen=True)
-class LQ:
-    """SVD first, until the error rises; the evidence is Fisher information (arXiv 2311.12023)."""
+class LQ(Splitter):
+    """SVD first, until the error rises; with `fisher` errors are weighted by Fisher information, gathered one example
+    at a time (arXiv 2311.12023).
+    """
 
+    fisher: bool = False
     max_iters: int = 100
     svd: SVD = "exact"
 
-    def __call__(self, w: Tensor, store: Store, r: int, scale: float, evidence: Tensor | None) -> Split:
+    @property
+    def calibrated(self) -> bool:
+        return self.fisher
+
+    def gather(self, model: nn.Module, layers: Mapping[str, nn.Module], batches: Calibration) -> Evidence:
+        """Fisher information of every kept weight, from the model's own loss on single rows of the batches."""
+        weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+        return Evidence(fisher=fisher(weights, _rows(batches), lambda row: model(**row).loss))
+
+    def known(self, evidence: Evidence) -> Mapping[str, Tensor]:
+        return evidence.fisher
+
+    def split(self, w: Tensor, store: Store, r: int, scale: float, evidence: Tensor | None) -> Split:
         return lq(w, store, r, evidence, self.max_iters, scale, self.svd)
 
 
 @dataclass(frozen=True)
-class LQER:
-    """One correction of the quantisation error; the evidence is the scale of the activations (arXiv 2402.02446)."""
+class LQER(Splitter):
+    """One correction of the quantisation error; with `activations` (L²QER) weighted by the scale of each input channel;
+    `factors`: what keeps the factors in fewer bits too (arXiv 2402.02446).
+    """
 
+    activations: bool = False
     factors: Store | None = None
 
-    def __call__(self, w: Tensor, store: Store, r: int, scale: float, evidence: Tensor | None) -> Split:
+    @property
+    def calibrated(self) -> bool:
+        return self.activations
+
+    def gather(self, model: nn.Module, layers: Mapping[str, nn.Module], batches: Calibration) -> Evidence:
+        """The scale of each input channel of every kept layer."""
+        return Evidence(scales=activation_scales(layers, batches, lambda batch: model(**batch)))
+
+    def known(self, evidence: Evidence) -> Mapping[str, Tensor]:
+        return evidence.scales
+
+    def split(self, w: Tensor, store: Store, r: int, scale: float, evidence: Tensor | None) -> Split:
         return lqer(w, store, r, evidence, scale, self.factors)
-
-
-How = Callable[[Tensor, Store, int, float, Tensor | None], Split]
 
 
 @torch.no_grad()
 def split_base(
     bank: Bank,
-    how: How,
+    how: Splitter,
     store: Store | Mapping[str, Store],
     name: str = "default",
     evidence: Mapping[str, Tensor] | None = None,
@@ -63,7 +115,7 @@ def split_base(
 
     `store`: one for all sites, or one by site name (`mix(...).stores`); `evidence`: by site name, in the layout of the
     weight's matrix (out, in), or (in,). Factors stay at their start where the split has nothing to say. The base stays
-    split after `detach`. Returns the splits' histories by site name. Raises before anything is replaced.
+    split after `detach`. Returns the splits by site name. Raises before anything is replaced.
     """
     found = bank.fitted(name)
     for fitted in found:
@@ -72,13 +124,13 @@ def split_base(
 
 
 def _split_one(
-    fitted: Fitted, how: How, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None
+    fitted: Fitted, how: Splitter, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None
 ) -> Split:
     layer, kind, adapter = fitted.place.layer, fitted.place.kind, fitted.adapter
     assert isinstance(adapter, LoRAAdapter)
     one = store if isinstance(store, Store) else store[fitted.site.name]
     known = None if evidence is None else evidence[fitted.site.name]
-    made = how(dense(kind.tensor(layer)), one, adapter.A.shape[-2], adapter.scaling, known)
+    made = how.split(dense(kind.tensor(layer)), one, adapter.A.shape[-2], adapter.scaling, known)
     layer._parameters[kind.parameter()] = nn.Parameter(made.q, requires_grad=False)
     if made.b.any():
         adapter.A.copy_(made.a)
@@ -88,11 +140,32 @@ def _split_one(
 
 def _check(fitted: Fitted, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None) -> None:
     site = fitted.site
+    _rank(fitted)
+    for what, table in (("store", store), ("evidence", evidence)):
+        if isinstance(table, Mapping) and site.name not in table:
+            raise SettingsError(f"no {what} for the site {site.name!r}{suggest(site.name, table)}")
+
+
+def _rank(fitted: Fitted) -> int:
+    """The rank of a site. Refuses anything but LoRA on a linear layer, and a weight that is packed already."""
+    site = fitted.site
     if not isinstance(fitted.adapter, LoRAAdapter) or fitted.place.slot != LAYER or site.kind.name != "linear":
         raise TargetError(
             f"{site.name!r} ({site.kind.name}) has a {type(fitted.adapter).__name__}: a base is split for LoRA on "
             "linear layers; leave this site out, or pack it without a split"
         )
-    for what, table in (("store", store), ("evidence", evidence)):
-        if isinstance(table, Mapping) and site.name not in table:
-            raise SettingsError(f"no {what} for the site {site.name!r}{suggest(site.name, table)}")
+    weight = fitted.place.kind.tensor(fitted.place.layer)
+    if isinstance(weight, Packed):
+        raise StateError(
+            f"the weight of {site.name!r} is packed already ({weight.store}): a split needs the dense base; load it "
+            "anew, or leave the plan's start out"
+        )
+    return int(fitted.adapter.A.shape[-2])
+
+
+def _rows(batches: Calibration) -> Iterator[dict[str, Any]]:
+    """The single rows of the batches, each as a batch of one."""
+    for batch in batches:
+        rows = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        for i in range(rows):
+            yield {k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}

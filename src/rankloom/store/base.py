@@ -21,9 +21,23 @@ aten = torch.ops.aten
 Parts = dict[str, Tensor]
 
 
+class Keeping(ABC):
+    """What decides how each weight of a model is kept: one store for all of them, or a choice."""
+
+    @abstractmethod
+    def choose(self, weights: Mapping[str, Tensor], fisher: Mapping[str, Tensor], r: int) -> Mapping[str, Store]:
+        """The store of each weight (out, in). `fisher`: information of the same shapes where it is known; `r`: rank of
+        what an adapter will take off each weight.
+        """
+
+
 @dataclass(frozen=True)
-class Store(ABC):
+class Store(Keeping):
     """How a weight is kept: two pure functions and their settings."""
+
+    def choose(self, weights: Mapping[str, Tensor], fisher: Mapping[str, Tensor], r: int) -> Mapping[str, Store]:
+        """This store for every weight."""
+        return dict.fromkeys(weights, self)
 
     @abstractmethod
     def encode(self, weight: Tensor) -> Parts:
@@ -159,6 +173,10 @@ def _to_copy(w: Packed, *, dtype: torch.dtype | None = None, device: Any = None,
     return w.with_parts(lambda p: p.to(device=device, **keep), dtype)
 
 
+def _empty_like(w: Packed, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Packed:
+    return w.with_parts(lambda p: torch.empty_like(p, device=device), dtype)
+
+
 def _copy(w: Packed, source: Tensor, *_: Any) -> Packed:
     new = source if isinstance(source, Packed) and source.store == w.store else w.repack(_unpacked(source))
     for name, part in w.parts.items():
@@ -172,6 +190,7 @@ _OPS: dict[Any, Callable[..., Any]] = {
     aten.clone: lambda w, **_: w.with_parts(torch.clone),
     aten._to_copy: _to_copy,
     aten.copy_: _copy,
+    aten.empty_like: _empty_like,
 }
 
 
@@ -197,6 +216,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether its elements are the numbers themselves, in 16 bits or more."""
+    return weight.is_floating_point() and weight.element_size() >= 2
+
+
 def dense(weight: Tensor) -> Tensor:
     """The plain floating-point tensor behind `weight`, of the weight's logical shape.
 
@@ -204,7 +228,7 @@ def dense(weight: Tensor) -> Tensor:
     """
     if isinstance(weight, Packed):
         return weight.unpack()
-    if not weight.is_floating_point() or weight.element_size() < 2:
+    if not is_plain(weight):
         raise StateError(
             f"a base weight of type {type(weight).__name__} and dtype {weight.dtype} cannot be read as numbers: "
             "load the base model in float32, bfloat16 or float16, or pack it with a store"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankloom.errors import FileError, SettingsError
-from rankloom.store.base import Packed
+from rankloom.store.base import Packed, Store
 from rankloom.store.names import store_data, store_from_data
 
 KEY = "rankloom_stores"
@@ -58,13 +58,38 @@ def _about(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return about
 
 
-def _packed(name: str, about: Any, tensors: dict[str, Tensor]) -> Packed:
-    """Take the parts of `name` out of `tensors`, checked against what the store makes of such a weight."""
+def packed_shapes(metadata: Mapping[str, str] | None) -> dict[str, tuple[Store, torch.Size, torch.dtype]]:
+    """Store, shape and dtype of every weight that the metadata calls packed. Raises `FileError` for odd metadata."""
+    return {name: _described(name, about) for name, about in _about(metadata).items()}
+
+
+def packed_keys(metadata: Mapping[str, str] | None) -> dict[str, tuple[str, ...]]:
+    """The tensors that each packed weight lies in."""
+    return {
+        name: tuple(f"{name}.{part}" for part in store.encode(torch.empty(shape, dtype=dtype, device="meta")))
+        for name, (store, shape, dtype) in packed_shapes(metadata).items()
+    }
+
+
+def metadata_of(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of one packed weight alone."""
+    return {KEY: json.dumps({name: _about(metadata)[name]})}
+
+
+def _described(name: str, about: Any) -> tuple[Store, torch.Size, torch.dtype]:
     if not isinstance(about, dict) or about.keys() != {"store", "shape", "dtype"}:
         raise FileError(f"metadata of {name!r}: expected store, shape and dtype, got {about!r}")
-    shape, dtype = _shape(name, about["shape"]), _dtype(name, about["dtype"])
     try:
         store = store_from_data(about["store"], f"store of {name!r}")
+    except SettingsError as error:
+        raise FileError(f"metadata of {name!r}: {error}") from error
+    return store, _shape(name, about["shape"]), _dtype(name, about["dtype"])
+
+
+def _packed(name: str, about: Any, tensors: dict[str, Tensor]) -> Packed:
+    """Take the parts of `name` out of `tensors`, checked against what the store makes of such a weight."""
+    store, shape, dtype = _described(name, about)
+    try:
         wanted = store.encode(torch.empty(shape, dtype=dtype, device="meta"))
     except SettingsError as error:
         raise FileError(f"metadata of {name!r}: {error}") from error

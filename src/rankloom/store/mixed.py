@@ -17,7 +17,7 @@ from torch import Tensor
 from rankloom.errors import SettingsError, suggest
 from rankloom.ops.bits import Allocation, allocate
 from rankloom.ops.decompose import low_rank
-from rankloom.store.base import Store, dense
+from rankloom.store.base import Keeping, Store, dense
 from rankloom.store.nested import NestedFloat
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
@@ -30,6 +30,41 @@ class Mixed:
     stores: Mapping[str, Store]
     bits: float
     allocation: Allocation
+
+
+@dataclass(frozen=True)
+class MixedBits(Keeping):
+    """A store for each weight, within `bits` a weight on average, scales included: the choice of least squared error of
+    what the adapter's rank leaves, under Fisher information where a start gathers it.
+
+    Chosen from every combination of `widths`, `scale_widths`, `scale_dtypes`, `blocks` and `double_blocks`; the paper's
+    432 are widths and scale widths (2, 3, 4, 8), all three dtypes, blocks (16, 32, 64), double blocks (16, 64, 256).
+    `solver`: "lagrange" is fast, "milp" exact (needs scipy).
+    """
+
+    bits: float = 3.0
+    widths: tuple[int, ...] = (2, 3, 4, 8)
+    scale_widths: tuple[int, ...] = (8,)
+    scale_dtypes: tuple[ScaleDtype, ...] = ("float32",)
+    blocks: tuple[int, ...] = (32, 64)
+    double_blocks: tuple[int, ...] = (256,)
+    solver: Literal["lagrange", "milp"] = "lagrange"
+
+    def __post_init__(self) -> None:
+        least = min(store.bits_per_weight() for store in self.stores())
+        if self.bits < least:
+            raise SettingsError(f"bits={self.bits}: the smallest of these stores takes {least:.3f} bits a weight")
+
+    def stores(self) -> tuple[NestedFloat, ...]:
+        """What may be chosen."""
+        return candidates(self.widths, self.scale_widths, self.scale_dtypes, self.blocks, self.double_blocks)
+
+    def choose(self, weights: Mapping[str, Tensor], fisher: Mapping[str, Tensor], r: int) -> Mapping[str, Store]:
+        """The allocation of `mix`; on the meta device, where there are no errors, the largest store that fits all."""
+        if any(weight.is_meta for weight in weights.values()):
+            fitting = [store for store in self.stores() if store.bits_per_weight() <= self.bits]
+            return dict.fromkeys(weights, max(fitting, key=NestedFloat.bits_per_weight))
+        return mix(weights, self.bits, self.stores(), fisher=fisher or None, r=r, solver=self.solver).stores
 
 
 def candidates(

@@ -9,6 +9,7 @@ rankloom.testing.count(MyMethod(r=4), 4_194_304, make_big)()               # par
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,8 @@ def checks(
     """
     from rankloom.train.rng import untouched_rng
 
-    subject = Subject(as_plan(method, plan), make, run, tuple(batches), steps, lr, tolerance)
+    wanted = replace(as_plan(method, plan), start=None)
+    subject = Subject(wanted, make, run, tuple(batches), steps, lr, tolerance)
     with untouched_rng():
         check_fit(subject)
     name = type(subject.plan.method).__name__

@@ -14,6 +14,7 @@ from rankloom.core.attach import attach
 from rankloom.core.bank import Bank, Fitted
 from rankloom.core.graft import LAYER
 from rankloom.core.plan import Plan
+from rankloom.core.prepare import keep_base
 from rankloom.core.targets import base_modules
 from rankloom.errors import SettingsError
 
@@ -26,7 +27,8 @@ class Unfit(SettingsError):
 
 @dataclass(frozen=True)
 class Subject:
-    """`make()` gives a fresh model, always the same; `run(model, batch)` its output, batch rows in the first dim.
+    """`make()` gives a fresh model, always the same; `run(model, batch)` its output, batch rows in the first dim. Where
+    the plan has a store, the base of the contract is the packed model.
 
     `steps`, `lr`: of the training that must learn; `tolerance`: largest relative difference between two computations of
     the same thing (None: 2000 units in the last place of the output's dtype, and 4 of the plan's own).
@@ -41,8 +43,10 @@ class Subject:
     tolerance: float | None
 
     def model(self) -> nn.Module:
-        """A fresh model in evaluation mode."""
-        return self.make().eval()
+        """A fresh model in evaluation mode, as the plan's store keeps it."""
+        model = self.make().eval()
+        keep_base(model, self.plan)
+        return model
 
     def adapted(self, name: str = "default", seed: int = 0) -> tuple[nn.Module, Bank]:
         """A fresh model with the adapter at its start."""

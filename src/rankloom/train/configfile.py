@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from rankloom.core.method import Method
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, SettingsError, suggest
-from rankloom.registry import METHODS, maker, name_of
+from rankloom.registry import METHODS, STARTS, STORES, default_plan, load, maker, name_of
 from rankloom.train.config import (
     SHORT,
     DataSettings,
@@ -27,6 +28,9 @@ from rankloom.train.settings import TrainSettings
 
 Origins = dict[str, str]
 """Dotted path of a setting → where it was given."""
+NAMED = ("method", "inner", "store", "start")
+"""Settings that are objects with a name, in the order in which their names are applied."""
+PARTS: Mapping[str, Mapping[str, str]] = {"plan.store": STORES, "plan.start": STARTS}
 
 
 def read_config(file: Path | None, changes: Sequence[str] = ()) -> RunConfig:
@@ -139,17 +143,17 @@ def _lines(node: Any, path: str, where: str, seen: set[int]) -> Iterator[tuple[s
 
 
 def _methods_first(change: str) -> int:
-    """A method decides which settings there are, so its name is applied before they are."""
+    """A method, store or start decides which settings there are, so its name is applied before they are."""
     leaf = change.partition("=")[0].strip().rpartition(".")[2]
-    return ("method", "inner").index(leaf) if leaf in ("method", "inner") else 2
+    return NAMED.index(leaf) if leaf in NAMED else len(NAMED)
 
 
 def _apply(data: dict[str, Any], origins: Origins, change: str) -> None:
     key, sign, text = change.partition("=")
     if not sign or not key:
         raise SettingsError(f"{change!r}: write a change as key=value, as in train.lr=1e-3")
-    methods = dict(_methods(data))
-    path = _path(key.strip(), methods)
+    methods = dict(_named(data))
+    path = _path(key.strip(), {p: n for p, n in methods.items() if p not in PARTS or _at(data, p) is not None})
     value = parse_value(text)
     if path in methods or path == "plan.method":
         current = _at(data, path)
@@ -189,22 +193,41 @@ def _known(methods: Mapping[str, str]) -> Iterator[str]:
     for section, cls in sections.items():
         yield from (f"{section}.{f.name}" for f in dataclasses.fields(cls) if (section, f.name) != ("train", "seed"))
     for path, name in methods.items():
-        yield from (f"{path}.{f.name}" for f in _fields(name))
+        yield from (f"{path}.{setting}" for setting in _settings(path, name))
+
+
+def _settings(path: str, name: str) -> Iterator[str]:
+    """The settings of a store, a start, a method, or a preset: what it names itself, and its method's."""
+    if path in PARTS:
+        yield from (f.name for f in dataclasses.fields(load(PARTS[path][name])))
+        return
+    fields = [f.name for f in _fields(name)]
+    made = maker(name)
+    own = () if isinstance(made, type) else inspect.signature(made).parameters.values()
+    yield from dict.fromkeys([*fields, *(p.name for p in own if p.kind is not p.VAR_KEYWORD)])
 
 
 def _fields(name: str) -> Sequence[dataclasses.Field[Any]]:
-    """The settings of a registered method or preset."""
-    from rankloom.core.attach import as_plan
-
+    """The settings of a registered method, or of the method of a preset."""
     made = maker(name)
-    cls = made if isinstance(made, type) else type(as_plan(made(), {}).method)
-    return dataclasses.fields(cls)
+    return dataclasses.fields(made if isinstance(made, type) else type(default_plan(name).method))
 
 
-def _methods(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(path, registered name) of the plan's method and of the methods inside it."""
-    plan = data.get("plan")
-    yield from _inside("plan.method", method_data(plan.get("method", "lora") if isinstance(plan, Mapping) else "lora"))
+def _named(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(path, registered name) of the plan's method, of the methods inside it, and of its store and start."""
+    given = data.get("plan")
+    plan: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    method = method_data(plan.get("method", "lora"))
+    yield from _inside("plan.method", method)
+    preset = method.get("name") if isinstance(method, Mapping) else None
+    for path, table in PARTS.items():
+        leaf = path.rpartition(".")[2]
+        said = method_data(plan.get(leaf))
+        name = said.get("name") if isinstance(said, Mapping) else None
+        if name is None and preset in METHODS:
+            name = name_of(type(getattr(default_plan(str(preset)), leaf)))
+        if name in table:
+            yield path, str(name)
 
 
 def _inside(path: str, data: Any) -> Iterator[tuple[str, str]]:
