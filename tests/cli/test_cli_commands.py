@@ -140,7 +140,6 @@ def test_training_learns_and_the_saved_adapter_is_the_trained_one(run, model, tm
     assert judged["adapter"] == pytest.approx(found["after"])
     merged = run("merge", out, tmp_path / "merged", "--json").json
     assert merged["error"]["relative"] < 1e-5
-    assert merged["saved"]["relative"] < 1e-5
     assert run("generate", f"model={tmp_path / 'merged'}", "-p", "q", "--json").json[0]["answer"] == "yes"
     talk = run("chat", out, "--json", input="q\n/base\n/adapter\n/reset\nq\n\n").json
     assert [t["role"] for t in talk] == ["user", "assistant"]
@@ -197,7 +196,7 @@ def test_classification_trains_its_head(run, encoder, tmp_path):
     assert judged.json["base"] == pytest.approx(found.json["before"])
     merged = run("merge", tmp_path / "r", tmp_path / "m", "--json")
     assert merged.code == 0, merged.err
-    assert merged.json["saved"]["relative"] < 1e-5
+    assert merged.json["error"]["relative"] < 1e-5
     assert BertForSequenceClassification.from_pretrained(tmp_path / "m").config.id2label == {0: "bad", 1: "good"}
     plan = run("plan", f"model={encoder}", f"data={file}", "--json").json
     assert plan["whole"] == ["classifier.weight", "classifier.bias"]
@@ -209,7 +208,7 @@ def test_merge_parts_tied_embeddings_and_keeps_the_answer(run, model, chats, tmp
     run("train", f"model={model}", f"data={chats}", f"out={out}", "steps=3", "lr=1e-1", "target_modules=[embed_tokens]")
     found = run("merge", out, "-o", tmp_path / "m", "--json")
     assert found.code == 0, found.err
-    assert found.json["saved"]["relative"] < 1e-5
+    assert found.json["error"]["relative"] < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
     assert merged.config.tie_word_embeddings is False

@@ -6,7 +6,7 @@ The error of the merged model is measured against the unmerged one; one model at
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,14 +92,13 @@ def merge_job(
     spoken = _spoken(config, adapter, batch, pack=not other_base) if verify else None
     trained = _spoken(config, adapter, batch, pack=True) if verify and other_base else None
     with model_folder(out) as hidden:
-        lost: dict[str, float] = {}
         if into == "store":
-            lost, how = _into_store(config, adapter, hidden), "in memory, packed"
+            written = _into_store(config, adapter, hidden)
         else:
-            how = _into_dense(config, adapter, hidden, pack=not other_base)
+            written = _into_dense(config, adapter, hidden, pack=not other_base)
         said = _read_back(config, hidden, batch) if verify else None
         if said is not None and spoken is not None:
-            _check(difference(said, spoken.adapted), spoken, into, tolerance)
+            _check(difference(said, spoken.adapted), spoken, written, tolerance)
         size = folder_size(hidden)
     return MergeReport(
         out=out,
@@ -108,8 +107,8 @@ def merge_job(
         error=None if said is None or spoken is None else difference(said, spoken.adapted),
         trained=None if said is None or trained is None else difference(said, trained.adapted),
         change=None if spoken is None else difference(spoken.base, spoken.adapted),
-        lost=lost,
-        how=how,
+        lost=written.lost,
+        how=written.how,
         measured_on=measured_on if verify else "not measured",
         size=size,
     )
@@ -117,11 +116,19 @@ def merge_job(
 
 @dataclass(frozen=True)
 class _Spoken:
-    """What a model says to the batch with its adapter and without, and the dtype of its weights."""
+    """What a model says to the batch with its adapter and without."""
 
     adapted: Tensor
     base: Tensor
-    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Written:
+    """How a model was written, in which dtype (None: packed), and what packed weights lost of their change."""
+
+    how: str
+    dtype: torch.dtype | None
+    lost: dict[str, float] = field(default_factory=dict)
 
 
 def _spoken(config: RunConfig, adapter: Path, batch: dict[str, Tensor], pack: bool) -> _Spoken:
@@ -130,7 +137,7 @@ def _spoken(config: RunConfig, adapter: Path, batch: dict[str, Tensor], pack: bo
     with bank.using(config.name):
         adapted = output(loaded.model, batch)
     with bank.using():
-        return _Spoken(adapted, output(loaded.model, batch), loaded.model.dtype)
+        return _Spoken(adapted, output(loaded.model, batch))
 
 
 def _packs_on_loading(config: RunConfig, adapter: Path) -> bool:
@@ -142,8 +149,8 @@ def _packs_on_loading(config: RunConfig, adapter: Path) -> bool:
     return not any(isinstance(parameter, Packed) for parameter in model.parameters())
 
 
-def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> str:
-    """Write the merged model, and say how: file by file where every weight lies in a file under its own name."""
+def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> _Written:
+    """Write the merged model: file by file where every weight lies in a file under its own name."""
     settings = config.need_model()
     bare = skeleton(settings, labels=known_labels(config))
     files = model_files(settings)
@@ -156,10 +163,10 @@ def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> s
         why = _why_tied(bank, config.name, set(missing))
         if not why:
             write_shards(hidden, merged(bank, config.name, shards, dtype))
-            _write_about(bare, settings, files, dtype or shards.tensor(shards.names[0]).dtype, hidden)
-            return "file by file, one layer in memory"
-    _in_memory(config, adapter, hidden, pack)
-    return f"in memory: {why}"
+            written = dtype or shards.tensor(shards.names[0]).dtype
+            _write_about(bare, settings, files, written, hidden)
+            return _Written("file by file, one layer in memory", written)
+    return _Written(f"in memory: {why}", _in_memory(config, adapter, hidden, pack))
 
 
 def _why_whole(bare: Loaded, plan: Plan | None, files: Path) -> str:
@@ -185,7 +192,7 @@ def _why_tied(bank: Bank, name: str, missing: set[str]) -> str:
     return ""
 
 
-def _in_memory(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> None:
+def _in_memory(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> torch.dtype:
     loaded = load_model(config.need_model(), labels=known_labels(config))
     model = loaded.model
     formats.load(model, adapter, config.name, pack=pack).fold(config.name)
@@ -197,10 +204,12 @@ def _in_memory(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> No
     with quiet():
         model.save_pretrained(hidden)
         loaded.tokenizer.save_pretrained(hidden)
+    dtype: torch.dtype = model.dtype
+    return dtype
 
 
-def _into_store(config: RunConfig, adapter: Path, hidden: Path) -> dict[str, float]:
-    """Write the packed model with the adapter in it; what each packed weight lost of its change."""
+def _into_store(config: RunConfig, adapter: Path, hidden: Path) -> _Written:
+    """Write the packed model with the adapter in it."""
     loaded = load_model(config.need_model(), labels=known_labels(config))
     bank = formats.load(loaded.model, adapter, config.name)
     if not any(isinstance(parameter, Packed) for parameter in loaded.model.parameters()):
@@ -210,7 +219,7 @@ def _into_store(config: RunConfig, adapter: Path, hidden: Path) -> dict[str, flo
         )
     lost = bank.merge(config.name, into="store")
     save_packed(loaded.model, loaded.tokenizer, hidden)
-    return lost
+    return _Written("in memory, packed", None, lost)
 
 
 def _write_about(bare: Loaded, settings: ModelSettings, files: Path, dtype: torch.dtype, hidden: Path) -> None:
@@ -228,17 +237,14 @@ def _read_back(config: RunConfig, folder: Path, batch: dict[str, Tensor]) -> Ten
     return output(load_model(settings, labels=known_labels(config)).model, batch)
 
 
-def _check(found: Difference, spoken: _Spoken, into: Into, tolerance: float | None) -> None:
-    change = difference(spoken.base, spoken.adapted).relative
-    most = change / 2 if into == "store" else TOLERANCE.get(spoken.dtype, 1e-3)
+def _check(found: Difference, spoken: _Spoken, written: _Written, tolerance: float | None) -> None:
+    what, remedy = f"for {written.dtype}", "merge with model.dtype=float32"
+    most = TOLERANCE.get(written.dtype, 1e-3) if written.dtype is not None else 0.0
+    if written.dtype is None:
+        most = difference(spoken.base, spoken.adapted).relative / 2
+        what, remedy = "half of what the adapter itself changes", "merge into='16bit'"
     most = most if tolerance is None else tolerance
     if not found.relative <= most:
-        what = (
-            "half of what the adapter itself changes"
-            if into == "store" and tolerance is None
-            else f"for {spoken.dtype}"
-        )
-        remedy = "merge into='16bit'" if into == "store" else "merge with model.dtype=float32"
         raise StateError(
             f"the merged model, read back from its files, differs from the unmerged by {found.relative:.2e} relative "
             f"(at most {most:.0e}, {what}); {remedy}, or accept it with --tolerance. Nothing was written"
