@@ -14,6 +14,7 @@ from rankloom.errors import SettingsError, TargetError, suggest
 from rankloom.methods.lora import LoRAAdapter
 from rankloom.ops.decompose import SVD, Split, loftq, lq, lqer
 from rankloom.store.base import Store, dense
+from rankloom.store.bridges import bridge_of
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ def _check(fitted: Fitted, store: Store | Mapping[str, Store], evidence: Mapping
             f"{site.name!r} ({site.kind.name}) has a {type(fitted.adapter).__name__}: a base is split for LoRA on "
             "linear layers; leave this site out, or pack it without a split"
         )
+    bridge = bridge_of(fitted.place.kind.tensor(fitted.place.layer))
+    if bridge is not None:
+        raise TargetError(f"{site.name!r} is kept in few bits by {bridge.library} already: split a base in 16 bits")
     for what, table in (("store", store), ("evidence", evidence)):
         if isinstance(table, Mapping) and site.name not in table:
             raise SettingsError(f"no {what} for the site {site.name!r}{suggest(site.name, table)}")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloom.errors import SettingsError, StateError
+from rankloom.store.bridges import bridge_of
 
 aten = torch.ops.aten
 Parts = dict[str, Tensor]
@@ -200,10 +201,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def dense(weight: Tensor) -> Tensor:
     """The plain floating-point tensor behind `weight`, of the weight's logical shape.
 
-    A plain floating tensor is returned as it is. Raises `StateError` for a weight that no store of ours can read.
+    A plain floating tensor is returned as it is. Raises `StateError` for a weight that no store of ours and no bridge
+    can read.
     """
     if isinstance(weight, Packed):
         return weight.unpack()
+    bridge = None if type(weight) in (Tensor, torch.nn.Parameter) else bridge_of(weight)
+    if bridge is not None:
+        return bridge.read(weight)
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise StateError(
             f"a base weight of type {type(weight).__name__} and dtype {weight.dtype} cannot be read as numbers: "

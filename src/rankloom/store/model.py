@@ -9,6 +9,7 @@ from torch import nn
 
 from rankloom.errors import StateError, TargetError, suggest
 from rankloom.store.base import Packed, Store, dense
+from rankloom.store.bridges import bridge_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ def keep(model: nn.Module, stores: Mapping[str, Store]) -> Saving:
             raise TargetError(f"no parameter {name!r}{suggest(name, owners)}")
         if isinstance(model.get_parameter(name), Packed):
             raise StateError(f"{name!r} is packed already: unpack(model) first, or leave it out")
+        bridge = bridge_of(model.get_parameter(name))
+        if bridge is not None:
+            raise StateError(
+                f"{name!r} is kept in few bits by {bridge.library} already: load the model in 16 bits, or leave it out"
+            )
     weights = before = after = 0
     for name, store in stores.items():
         old = model.get_parameter(name)

@@ -1,0 +1,130 @@
+"""bitsandbytes' 4-bit weights (`Params4bit`, NF4 and FP4), decoded from their quantisation state.
+
+Decoded here and not by bitsandbytes: its AVX-512 kernel misreads rows that are no multiple of the block. On CPUs with
+AVX512-BF16 an eval forward rearranges codes and scales in place, rounds the scales to bfloat16, and from then on cuts
+the gradient of the layer's input; both arrangements are read, and `settle` undoes the second one and forbids it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.errors import StateError
+
+LANES = 32
+"""Rows that bitsandbytes' CPU arrangement keeps together."""
+
+
+def read(weight: Tensor) -> Tensor:
+    """The dense (out, in) weight in the dtype that it was packed from. Raises `StateError` for one not packed yet."""
+    return _decoded(weight, _state(weight, None))
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """`read` of a `Linear4bit`, also where the state stands at the layer alone (a sharded parameter)."""
+    weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+    return _decoded(weight, _state(weight, layer))
+
+
+def repack(like: Any, weight: Tensor) -> Tensor:
+    """`weight` quantised by bitsandbytes itself, with the settings of `like`."""
+    state = _state(like, None)
+    made: Tensor = type(like)(
+        weight.detach().to("cpu", _dtype(state)).contiguous(),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=_nested(state),
+        quant_type=state.quant_type,
+        quant_storage=like.quant_storage,
+    ).to(like.device)
+    return made
+
+
+def stored(weight: Tensor) -> list[Tensor]:
+    """Codes and scales."""
+    state = _state(weight, None)
+    nested = [state.state2.absmax, state.offset] if state.nested else []
+    return [weight.data, state.absmax, *nested]
+
+
+def settle(layer: Any) -> None:
+    """Codes and scales row by row, now and after every forward, and one state for weight and layer."""
+    layer.support_avx512bf16_for_cpu = False
+    weight = layer._parameters["weight"]
+    if not hasattr(weight, "quant_state"):
+        layer.quant_state = None
+        return
+    state = _state(weight, layer)
+    if _rearranged(state):
+        weight.data = _rows(weight, state).view(state.original_qshape)
+        if getattr(state, "original_storage_type", None) is not None:
+            weight.data = weight.data.view(state.original_storage_type)
+        state.absmax = state.absmax.T.reshape(-1).float()
+        state.dtype, state.packing_format_for_cpu = state.original_dtype, False
+    weight.quant_state = layer.quant_state = state
+
+
+def release(layer: Any) -> None:
+    """Let bitsandbytes rearrange the weight again, where it would."""
+    found = getattr(sys.modules.get("bitsandbytes.nn.modules"), "has_avx512bf16", None)
+    layer.support_avx512bf16_for_cpu = found is not None and found()
+
+
+def _state(weight: Any, layer: Any) -> Any:
+    state = getattr(weight, "quant_state", None)
+    state = getattr(layer, "quant_state", None) if state is None else state
+    if state is None:
+        raise StateError(
+            f"a Params4bit of {tuple(weight.shape)} is not packed yet: bitsandbytes packs it when the model moves to "
+            "its device; call model.to('cpu') or model.to('cuda') first"
+        )
+    return state
+
+
+def _rearranged(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _dtype(state: Any) -> torch.dtype:
+    dtype: torch.dtype = state.original_dtype if _rearranged(state) else state.dtype
+    return dtype
+
+
+def _nested(state: Any) -> bool:
+    return bool(state.original_nested if _rearranged(state) else state.nested)
+
+
+def _decoded(weight: Tensor, state: Any) -> Tensor:
+    shape: torch.Size = state.shape
+    data = _rows(weight, state) if _rearranged(state) else weight.data.contiguous().view(torch.uint8).flatten()
+    codes = torch.stack((data >> 4, data & 0xF), -1).flatten()[: shape.numel()]
+    values: Tensor = state.code.to(data.device).index_select(0, codes.int())
+    scales = _scales(state).repeat_interleave(state.blocksize)[: shape.numel()]
+    return (values * scales).reshape(shape).to(_dtype(state))
+
+
+def _scales(state: Any) -> Tensor:
+    """absmax of the blocks in row-major order, float32."""
+    if _rearranged(state):
+        absmax: Tensor = state.absmax.T.reshape(-1)
+    elif state.nested:
+        inner = state.state2
+        absmax = inner.code.index_select(0, state.absmax.flatten().int())
+        absmax = absmax * inner.absmax.repeat_interleave(inner.blocksize)[: absmax.numel()] + state.offset
+    else:
+        absmax = state.absmax.flatten()
+    return absmax.float()
+
+
+def _rows(weight: Tensor, state: Any) -> Tensor:
+    """The bytes in row-major order, out of blocks of 32 rows whose codes lie column by column."""
+    rows, columns = state.shape
+    data = weight.data.reshape(-1, LANES)
+    codes = torch.cat((data & 0xF, data >> 4), -1).reshape(rows // LANES, columns // 2, LANES, 2)
+    codes = codes.transpose(1, 2).reshape(-1, 2)
+    packed: Tensor = (codes[:, 0] << 4) | codes[:, 1]
+    return packed
