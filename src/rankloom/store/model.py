@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from rankloom.errors import StateError, TargetError, suggest
 from rankloom.store.base import Packed, Store, dense
@@ -32,8 +32,13 @@ def keep(model: nn.Module, stores: Mapping[str, Store]) -> Saving:
 
     Parameters that are tied stay tied. Raises `TargetError` before anything is packed if a name is no parameter.
     """
+    return keep_with(model, {name: store.pack for name, store in stores.items()})
+
+
+def keep_with(model: nn.Module, packers: Mapping[str, Callable[[Tensor], Packed]]) -> Saving:
+    """`keep`, where each weight is packed by a function of its own."""
     owners = _owners(model)
-    for name in stores:
+    for name in packers:
         if name not in owners:
             raise TargetError(f"no parameter {name!r}{suggest(name, owners)}")
         if isinstance(model.get_parameter(name), Packed):
@@ -44,11 +49,11 @@ def keep(model: nn.Module, stores: Mapping[str, Store]) -> Saving:
                 f"{name!r} is kept in few bits by {bridge.library} already: load the model in 16 bits, or leave it out"
             )
     weights = before = after = 0
-    for name, store in stores.items():
+    for name, packer in packers.items():
         old = model.get_parameter(name)
         if isinstance(old, Packed):
             continue
-        packed = store.pack(dense(old))
+        packed = packer(dense(old))
         weights, before = weights + old.numel(), before + old.numel() * old.element_size()
         after += packed.stored_bytes
         _put(model, owners[name], nn.Parameter(packed, requires_grad=False))
