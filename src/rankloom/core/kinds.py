@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.store.base import dense
-from rankloom.store.bridges import bridge_of, eightbit, fourbit
+from rankloom.store.bridges import eightbit, fourbit
 
 
 class Kind(ABC):
@@ -134,7 +134,7 @@ class FourBit(Bitsandbytes):
     """`Linear4bit`."""
 
     def weight(self, layer: nn.Module) -> Tensor:
-        return fourbit.weight_of(layer) if bridge_of(self.tensor(layer)) is not None else super().weight(layer)
+        return super().weight(layer) if self.tensor(layer).is_floating_point() else fourbit.weight_of(layer)
 
     def settle(self, layer: nn.Module) -> None:
         fourbit.settle(layer)
@@ -147,7 +147,7 @@ class EightBit(Bitsandbytes):
     """`Linear8bitLt`."""
 
     def weight(self, layer: nn.Module) -> Tensor:
-        return eightbit.weight_of(layer) if bridge_of(self.tensor(layer)) is not None else super().weight(layer)
+        return super().weight(layer) if self.tensor(layer).is_floating_point() else eightbit.weight_of(layer)
 
     def settle(self, layer: nn.Module) -> None:
         eightbit.settle(layer)

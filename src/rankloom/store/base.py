@@ -198,6 +198,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def stored_tensors(weight: Tensor) -> list[Tensor]:
+    """What is held for a weight: the parts of a store, codes (first) and scales of another library, or the weight."""
+    if isinstance(weight, Packed):
+        return list(weight.parts.values())
+    bridge = bridge_of(weight)
+    return [weight.detach()] if bridge is None else bridge.stored(weight)
+
+
 def dense(weight: Tensor) -> Tensor:
     """The plain floating-point tensor behind `weight`, of the weight's logical shape.
 

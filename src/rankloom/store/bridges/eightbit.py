@@ -5,9 +5,10 @@ The first forward of a `Linear8bitLt` takes the scales out of the weight and int
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankloom.errors import StateError
 
@@ -40,9 +41,18 @@ def stored(weight: Any) -> list[Tensor]:
 def settle(layer: Any) -> None:
     """Codes and scales with the weight, as before the first forward: the weight alone says what it is."""
     weight, state = layer._parameters["weight"], layer.state
+    if type(weight) is nn.Parameter and not weight.is_floating_point():
+        scales = getattr(weight, "SCB", None)
+        weight = layer._parameters["weight"] = _named_again(weight, state.SCB if scales is None else scales)
     if getattr(weight, "SCB", weight) is None and state.SCB is not None:
         weight.CB, weight.SCB = weight.data, state.SCB
     state.reset_grads()
+
+
+def _named_again(weight: nn.Parameter, scales: Tensor) -> Any:
+    """The Int8Params that `weight` was before pickling made a plain parameter of it."""
+    make = sys.modules["bitsandbytes.nn.modules"].Int8Params
+    return make(weight.data, requires_grad=False, has_fp16_weights=False, CB=weight.data, SCB=scales)
 
 
 def _decoded(weight: Tensor, scales: Tensor | None) -> Tensor:

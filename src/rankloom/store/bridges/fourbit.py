@@ -55,10 +55,12 @@ def settle(layer: Any) -> None:
     """Codes and scales row by row, now and after every forward, and one state for weight and layer."""
     layer.support_avx512bf16_for_cpu = False
     weight = layer._parameters["weight"]
-    if not hasattr(weight, "quant_state"):
-        layer.quant_state = None
+    if weight.is_floating_point():
+        layer.quant_state = getattr(weight, "quant_state", None)
         return
     state = _state(weight, layer)
+    if type(weight) is nn.Parameter:
+        weight = layer._parameters["weight"] = _named_again(weight, state)
     if _rearranged(state):
         weight.data = _rows(weight, state).view(state.original_qshape)
         if getattr(state, "original_storage_type", None) is not None:
@@ -72,6 +74,20 @@ def release(layer: Any) -> None:
     """Let bitsandbytes rearrange the weight again, where it would."""
     found = getattr(sys.modules.get("bitsandbytes.nn.modules"), "has_avx512bf16", None)
     layer.support_avx512bf16_for_cpu = found is not None and found()
+
+
+def _named_again(weight: nn.Parameter, state: Any) -> Any:
+    """The Params4bit that `weight` was before pickling or sharding made a plain parameter of it."""
+    return sys.modules["bitsandbytes.nn.modules"].Params4bit(
+        weight.data,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=_nested(state),
+        quant_type=state.quant_type,
+        quant_storage=weight.dtype,
+        bnb_quantized=True,
+    )
 
 
 def _state(weight: Any, layer: Any) -> Any:
