@@ -34,6 +34,12 @@ class Store(ABC):
     def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The dense weight of `shape` and `dtype` behind the parts."""
 
+    def grain(self) -> Mapping[str, tuple[int, int]] | None:
+        """(weights, entries) of each part: so many entries in a row hold so many weights in a row, and (0, 0) is for
+        all weights; None: a weight in this store is never cut.
+        """
+        return None
+
     @abstractmethod
     def bits_per_weight(self) -> float:
         """Bits for one weight, scales included, of a matrix without padding."""
@@ -41,6 +47,22 @@ class Store(ABC):
     def pack(self, weight: Tensor) -> Packed:
         """`weight` kept in this store; its dtype stays the logical dtype."""
         return Packed(self.encode(weight.detach()), self, weight.shape, weight.dtype)
+
+    def cut(self, parts: Mapping[str, Tensor], start: int, stop: int, last: bool) -> Parts | None:
+        """The parts of the weights from `start` to `stop` (row-major, `last`: to the end); None within a block."""
+        grain, found = self.grain(), Parts()
+        if grain is None:
+            return None
+        for name, (weights, entries) in grain.items():
+            if not weights:
+                found[name] = parts[name]
+                continue
+            if start % weights or (stop % weights and not last):
+                return None
+            end = None if last else stop // weights * entries
+            piece = parts[name].flatten()[start // weights * entries : end]
+            found[name] = piece.reshape(-1, *parts[name].shape[1:])
+        return found
 
     def round_trip(self, weight: Tensor) -> Tensor:
         """What is left of `weight` after packing: decode(encode(weight))."""
@@ -167,12 +189,32 @@ def _copy(w: Packed, source: Tensor, *_: Any) -> Packed:
     return w
 
 
+def _split(w: Packed, size: int | list[int], dim: int = 0) -> list[Tensor]:
+    """Packed pieces of whole rows and whole blocks; nothing else, as a dense piece would be a silent unpacking."""
+    sizes = [min(size, w.shape[0] - i) for i in range(0, w.shape[0], size)] if isinstance(size, int) else size
+    columns, made, row = w.shape[1:].numel(), list[Tensor](), 0
+    for rows in sizes:
+        parts = None
+        if dim in (0, -w.ndim):
+            parts = w.store.cut(w.parts, row * columns, (row + rows) * columns, row + rows == w.shape[0])
+        if parts is None:
+            raise StateError(
+                f"a packed weight {tuple(w.shape)} ({w.store}) splits along dim 0 between blocks, not into pieces of "
+                f"{rows} along dim {dim}: unpack it first (store.dense), or split at other rows"
+            )
+        made.append(Packed(parts, w.store, torch.Size((rows, *w.shape[1:])), w.dtype))
+        row += rows
+    return made
+
+
 _OPS: dict[Any, Callable[..., Any]] = {
     aten.detach: lambda w: w.with_parts(torch.Tensor.detach),
     aten.alias: lambda w: w.with_parts(torch.Tensor.detach),
     aten.clone: lambda w, **_: w.with_parts(torch.clone),
     aten._to_copy: _to_copy,
     aten.copy_: _copy,
+    aten.split: _split,
+    aten.split_with_sizes: _split,
 }
 
 

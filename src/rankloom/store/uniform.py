@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankloom.errors import SettingsError
 from rankloom.ops.affine import affine_codes, affine_grid
-from rankloom.ops.unpack import pack, unpack
+from rankloom.ops.unpack import GROUPS, pack, unpack
 from rankloom.store.base import Packed, Parts, Store, check_bits, check_blocks
 
 
@@ -44,6 +44,9 @@ class Uniform(Store):
         scale, zero = parts["scale"].flatten(), parts["zero"].flatten()
         weight: Tensor = scale[:, None] * (codes.to(scale.dtype) - zero[:, None])
         return weight.reshape(shape).to(dtype)
+
+    def grain(self) -> Mapping[str, tuple[int, int]]:
+        return {"codes": GROUPS[self.bits], "scale": (self.group, 1), "zero": (self.group, 1)}
 
     def bits_per_weight(self) -> float:
         """Codes, scale and zero point."""

@@ -17,20 +17,25 @@ from rankloom.store.bridges import eightbit, fourbit, torchao
 @dataclass(frozen=True)
 class Bridge:
     """`read`: the dense weight of the logical shape; `repack`: a dense weight, kept as another one is; `stored`: the
-    tensors that are held in its place.
+    tensors that are held in its place, codes first; `count`: numbers in the weight.
     """
 
     library: str
     read: Callable[[Tensor], Tensor]
     repack: Callable[[Tensor, Tensor], Tensor]
     stored: Callable[[Tensor], list[Tensor]]
+    count: Callable[[Tensor], int] = Tensor.numel
 
 
+_INT8 = Bridge("bitsandbytes", eightbit.read, eightbit.repack, eightbit.stored)
+_FOUR = Bridge("bitsandbytes", fourbit.read, fourbit.repack, fourbit.stored, fourbit.count)
+_AO = Bridge("torchao", torchao.read, torchao.repack, torchao.stored)
+_AO_NF4 = Bridge("torchao", torchao.read_nf4, torchao.repack_nf4, torchao.stored)
 BRIDGES: dict[str, Bridge] = {
-    "bitsandbytes.nn.modules.Int8Params": Bridge("bitsandbytes", eightbit.read, eightbit.repack, eightbit.stored),
-    "bitsandbytes.nn.modules.Params4bit": Bridge("bitsandbytes", fourbit.read, fourbit.repack, fourbit.stored),
-    "torchao.utils.TorchAOBaseTensor": Bridge("torchao", torchao.read, torchao.repack, torchao.stored),
-    **dict.fromkeys(torchao.NF4, Bridge("torchao", torchao.read_nf4, torchao.repack_nf4, torchao.stored)),
+    "bitsandbytes.nn.modules.Int8Params": _INT8,
+    "bitsandbytes.nn.modules.Params4bit": _FOUR,
+    "torchao.utils.TorchAOBaseTensor": _AO,
+    **dict.fromkeys(torchao.NF4, _AO_NF4),
 }
 """Class of a tensor → its bridge; classes derived from it follow."""
 

@@ -38,6 +38,13 @@ def stored(weight: Any) -> list[Tensor]:
     return [weight.data] + ([] if weight.SCB is None else [weight.SCB])
 
 
+def beside(layer: nn.Module) -> list[Tensor]:
+    """The scales that a forward has moved from the weight of a `Linear8bitLt` into its state."""
+    scales = getattr(getattr(layer, "state", None), "SCB", None)
+    moved = getattr(layer._parameters.get("weight"), "SCB", layer) is None
+    return [scales] if moved and isinstance(scales, Tensor) else []
+
+
 def settle(layer: Any) -> None:
     """Codes and scales with the weight, as before the first forward: the weight alone says what it is."""
     weight, state = layer._parameters["weight"], layer.state

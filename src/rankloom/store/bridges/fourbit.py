@@ -51,6 +51,11 @@ def stored(weight: Tensor) -> list[Tensor]:
     return [weight.data, state.absmax, *nested]
 
 
+def count(weight: Tensor) -> int:
+    """Numbers in the weight, of which two share a byte."""
+    return int(_state(weight, None).shape.numel())
+
+
 def settle(layer: Any) -> None:
     """Codes and scales row by row, now and after every forward, and one state for weight and layer."""
     layer.support_avx512bf16_for_cpu = False
