@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -338,3 +339,22 @@ def test_copies_of_an_adapted_model():
     twin.rankloom.merge()
     assert torch.allclose(say(twin), say(model), atol=1e-4)
     assert isinstance(model.model.layers[0].self_attn.q_proj, bnb.nn.Linear4bit)
+
+
+@pytest.mark.parametrize("backend", [BACKENDS["bnb_nf4"], BACKENDS["bnb_int8"]], ids=["nf4", "int8"])
+def test_unpickled_weights_find_their_class_again(backend):
+    """torch pickles these parameters as plain bytes: read all the same, and merged into the store as before."""
+    model = quantised(backend).train()
+    bank = rl.attach(model, rl.DoRA(rl.LoRA(r=4)), target_modules=TARGETS)
+    nudge(bank)
+    said = say(model).detach()
+    twin = pickle.loads(pickle.dumps(model))
+    layer, original = twin.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.q_proj
+    assert type(layer.weight) is nn.Parameter
+    assert torch.equal(say(twin), said)
+    lost = twin.rankloom.merge(into="store")
+    assert type(layer.weight) is type(original.weight)
+    assert lost == pytest.approx(bank.merge(into="store"), rel=1e-4)
+    assert torch.allclose(say(twin), say(model), atol=1e-4)
+    twin.rankloom.unmerge()
+    assert torch.equal(say(twin), said)

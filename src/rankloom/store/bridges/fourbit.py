@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rankloom.errors import StateError
 
@@ -122,10 +123,12 @@ def _nested(state: Any) -> bool:
 def _decoded(weight: Tensor, state: Any) -> Tensor:
     shape: torch.Size = state.shape
     data = _rows(weight, state) if _rearranged(state) else weight.data.contiguous().view(torch.uint8).flatten()
-    codes = torch.stack((data >> 4, data & 0xF), -1).flatten()[: shape.numel()]
-    values: Tensor = state.code.to(data.device).index_select(0, codes.int())
-    scales = _scales(state).repeat_interleave(state.blocksize)[: shape.numel()]
-    return (values * scales).reshape(shape).to(_dtype(state))
+    code: Tensor = state.code.to(data.device)
+    of_bytes = torch.stack((code.repeat_interleave(16), code.repeat(16)), -1)
+    values = of_bytes.index_select(0, data.int()).flatten()
+    blocks = pad(values, (0, -values.numel() % state.blocksize)).reshape(-1, state.blocksize)
+    weight = blocks * _scales(state)[:, None]
+    return weight.flatten()[: shape.numel()].reshape(shape).to(_dtype(state))
 
 
 def _scales(state: Any) -> Tensor:
