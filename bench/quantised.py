@@ -30,7 +30,7 @@ from rankloom import microworld
 from rankloom.core.plan import Plan
 from rankloom.hf.evaluation import Evaluator
 from rankloom.hf.models import load_model
-from rankloom.store.footprint import stored_bytes
+from rankloom.store.base import stored_tensors
 from rankloom.train import data
 from rankloom.train.config import ModelSettings
 from rankloom.train.settings import TrainSettings
@@ -67,6 +67,10 @@ def perplexity(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> floa
         count = batch["labels"].shape[1] - 1
         total, tokens = total + float(model(**batch).loss) * count, tokens + count
     return math.exp(total / tokens)
+
+
+def stored_bytes(weight: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in stored_tensors(weight))
 
 
 def bits_per_weight(model: nn.Module) -> float:

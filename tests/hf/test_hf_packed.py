@@ -128,8 +128,8 @@ def test_a_damaged_packed_folder_is_refused_by_name(base, tmp_path, damage):
 def test_quantize_reports_bytes_and_error(base, tmp_path):
     found = quantize_job(config_of(base, store={"name": "normal_float", "bits": 4}), tmp_path / "q")
     kept = {k.how: k for k in found.kept}
-    assert kept["NormalFloat, 4 bits"].tensors == 14
-    assert kept["NormalFloat, 4 bits"].bits_per_weight == pytest.approx(4.13, abs=0.05)
+    assert kept[str(rl.NormalFloat(4))].tensors == 14
+    assert kept[str(rl.NormalFloat(4))].bits_per_weight == pytest.approx(4.13, abs=0.05)
     assert 0 < found.error.relative < 0.3
     assert found.adapter is None
     with pytest.raises(SettingsError, match="the plan has no store"):
@@ -193,8 +193,8 @@ def test_plan_counts_the_packed_weights_and_shows_other_stores(base):
     dense = plan_job(config_of(base))
     packed = plan_job(config_of(base, method={"name": "qlora", "r": 4}))
     assert dense.memory.weights == sum(k.bytes for k in dense.weights)
-    assert {k.how for k in packed.weights} == {"NormalFloat, 4 bits", "float32"}
-    four = next(s for s in dense.stores if s.store == "NormalFloat, 4 bits")
+    assert {k.how for k in packed.weights} == {str(rl.NormalFloat(4)), "float32"}
+    four = next(s for s in dense.stores if s.store == str(rl.NormalFloat(4)))
     assert four.bytes == pytest.approx(packed.memory.weights, rel=0.01)
     assert packed.memory.activations
     assert packed.trainable == plan_job(config_of(base, method={"name": "lora", "r": 4})).trainable

@@ -34,7 +34,7 @@ def plan(arguments: Arguments = None, json: Json = False) -> None:
                 ("mergeable", found.mergeable),
                 ("adapter file", size(found.file)),
                 ("weights", "; ".join(f"{size(kept.bytes)} in {kept.how}" for kept in found.weights)),
-                ("weights in other stores", ", ".join(f"{s.store} {size(s.bytes)}" for s in found.stores) or None),
+                ("weights in other stores", "; ".join(f"{size(s.bytes)} in {s.store}" for s in found.stores) or None),
                 ("adapters + gradients", size(memory.adapters + memory.gradients)),
                 ("optimizer", size(memory.optimizer)),
                 (f"activations, {memory.rows} × {memory.length} tokens", size(memory.activations)),

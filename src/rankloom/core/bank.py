@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter, tensors_by_role
-from rankloom.core.graft import LAYER, bring_home, present, slot_table
+from rankloom.core.graft import LAYER, bring_home, present, recast, slot_table
 from rankloom.core.kinds import Base
 from rankloom.core.plan import Plan
 from rankloom.core.site import Shared, Site
 from rankloom.core.start import Started
 from rankloom.core.switch import Switch, Voice, Voices, Weight
-from rankloom.core.targets import Place
+from rankloom.core.targets import Place, base_tensors
 from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
 from rankloom.store.base import Packed, dense
+from rankloom.store.bridges import bridge_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -59,6 +60,7 @@ class Bank:
         self._requires_grad: dict[str, bool] = {}
         self._merged: dict[str, float] = {}
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._recast: list[tuple[nn.Module, type[nn.Module]]] = []
 
     def __repr__(self) -> str:
         return f"Bank(adapters={list(self.plans)}, active={list(self.active)}, merged={list(self._merged)})"
@@ -180,10 +182,11 @@ class Bank:
             raise StateError("nothing is merged")
         for layer, key, tensor in reversed(self._originals):
             here = layer._parameters[key] if key in layer._parameters else layer._buffers[key]
-            if tensor is not None and here is not None and (here.device, here.dtype) != (tensor.device, tensor.dtype):
-                tensor.data = tensor.data.to(here.device, here.dtype)
-            _assign(layer, key, tensor)
-        self._originals, self._merged = [], {}
+            _assign(layer, key, _beside(tensor, here))
+        for layer, original in self._recast:
+            recast(layer, original)
+        _settle([layer for layer, _, _ in self._originals])
+        self._originals, self._recast, self._merged = [], [], {}
         self.switch.muted = False
 
     def delta(self, name: str) -> dict[str, Tensor]:
@@ -276,7 +279,9 @@ class Bank:
                 by_layer.setdefault(id(fitted.place.layer), []).append((fitted, weight))
         for parts in by_layer.values():
             _check_in_memory(parts[0][0].place)
-        new = [entry for parts in by_layer.values() for entry in folded(parts)]
+        _settle([parts[0][0].place.layer for parts in by_layer.values()])
+        dtype = _plain_dtype(self.model)
+        new = [entry for parts in by_layer.values() for entry in folded(parts, dtype)]
         lost: dict[str, float] = {}
         if into == "store":
             packed = [
@@ -287,7 +292,14 @@ class Bank:
             buffer = key in layer._buffers
             if keep:
                 self._originals.append((layer, key, layer._buffers[key] if buffer else layer._parameters[key]))
-            _assign(layer, key, value if buffer else nn.Parameter(value, requires_grad=False))
+            as_it_is = buffer or isinstance(value, nn.Parameter)
+            _assign(layer, key, value if as_it_is else nn.Parameter(value, requires_grad=False))
+            original = _plain_class(layer, key)
+            if original is not None:
+                if keep:
+                    self._recast.append((layer, type(layer).rankloom_original))  # type: ignore[attr-defined]
+                recast(layer, original)
+        _settle([layer for layer, _, _ in new])
         return lost
 
     def _known(self, name: str) -> None:
@@ -304,10 +316,12 @@ def _check_in_memory(place: Place) -> None:
         raise StateError(f"{place.name!r} is offloaded: load the model without offloading to merge into it")
 
 
-def folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def folded(
+    parts: list[tuple[Fitted, float]], dtype: torch.dtype | None = None
+) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """The new tensors of one layer, whose adapters with their weights are given: (layer, parameter name, value).
 
-    Changes of one tensor add up. Nothing is written.
+    Changes of one tensor add up. `dtype`: of what replaces a weight that has none of its own. Nothing is written.
     """
     place = parts[0][0].place
     layer = place.layer
@@ -322,7 +336,8 @@ def folded(parts: list[tuple[Fitted, float]]) -> Iterator[tuple[nn.Module, str, 
     for key, value in new.items():
         now = layer._buffers.get(key) if key in layer._buffers else layer._parameters.get(key)
         like = place.kind.tensor(layer) if now is None else now
-        yield layer, key, value.detach().to(like.dtype, copy=key in slots)
+        wanted = like.dtype if like.is_floating_point() else dtype or place.kind.weight(layer).dtype
+        yield layer, key, value.detach().to(wanted, copy=key in slots)
 
 
 def _repacked(
@@ -331,24 +346,26 @@ def _repacked(
     """The new value in the store of the old one, where that is packed; what it lost goes to `lost`."""
     layer, key, value = entry
     old = layer._parameters.get(key)
-    if not isinstance(old, Packed):
+    bridge = None if old is None else bridge_of(old)
+    if old is None or (bridge is None and not isinstance(old, Packed)):
         return entry
     (fitted, weight), *others = parts
     made = fitted.adapter.repacked(fitted.base, weight) if not others and fitted.place.kind.parameter() == key else None
-    packed = old.repack(value) if made is None else made
-    change = torch.linalg.vector_norm(value - dense(old)).clamp_min(1e-38)
-    lost[fitted.place.name] = float(torch.linalg.vector_norm(dense(packed) - value) / change)
-    return layer, key, packed
+    if made is None:
+        made = old.repack(value) if isinstance(old, Packed) else bridge.repack(old, value)  # type: ignore[union-attr]
+    change = torch.linalg.vector_norm(value - fitted.place.kind.weight(layer)).clamp_min(1e-38)
+    lost[fitted.place.name] = float(torch.linalg.vector_norm(dense(made) - value) / change)
+    return layer, key, made
 
 
 def _add_layer_change(new: dict[str, Tensor], fitted: Fitted, weight: float) -> None:
     """Add the change of a layer's matrix and bias to the values that are to be written, in float32 at least."""
     kind, layer = fitted.place.kind, fitted.place.layer
     key = kind.parameter()
-    old = new.get(key, kind.tensor(layer))
+    old = new[key] if key in new else kind.weight(layer)
     wide = torch.promote_types(old.dtype, torch.float32)
     change = kind.to_weight(layer, fitted.adapter.delta(fitted.base).to(wide))
-    new[key] = torch.add(dense(old).to(wide), change, alpha=weight)
+    new[key] = torch.add(old.to(wide), change, alpha=weight)
     shift = fitted.adapter.delta_bias(fitted.base)
     if shift is not None:
         if "bias" not in layer._parameters:
@@ -358,6 +375,39 @@ def _add_layer_change(new: dict[str, Tensor], fitted: Fitted, weight: float) -> 
             )
         bias = new.get("bias", layer._parameters.get("bias"))
         new["bias"] = weight * shift if bias is None else bias + weight * shift
+
+
+def _plain_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the first base parameter that is kept as plain numbers."""
+    own = (value for _, _, _, value in base_tensors(model) if value.is_floating_point() and bridge_of(value) is None)
+    return next((value.dtype for value in own), None)
+
+
+def _plain_class(layer: nn.Module, key: str) -> type[nn.Module] | None:
+    """The class that the layer needs for the plain parameter `key` that it now has; None: its own."""
+    kind = layer.__dict__["_rankloom"].kind
+    value = layer._parameters.get(key)
+    if kind is None or kind.parameter() != key or value is None or bridge_of(value) is not None:
+        return None
+    plain: type[nn.Module] | None = kind.plain(layer)
+    return plain
+
+
+def _settle(layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        kind = layer.__dict__["_rankloom"].kind
+        if kind is not None:
+            kind.settle(layer)
+
+
+def _beside(tensor: Tensor | None, here: Tensor | None) -> Tensor | None:
+    """A kept tensor where, and in the dtype in which, the one that takes its place for now has come to be."""
+    if tensor is None or here is None or (here.device, here.dtype) == (tensor.device, tensor.dtype):
+        return tensor
+    if bridge_of(tensor) is not None:
+        return tensor if here.device == tensor.device else tensor.to(here.device)
+    tensor.data = tensor.data.to(here.device, here.dtype)
+    return tensor
 
 
 def _assign(layer: nn.Module, key: str, value: Tensor | None) -> None:

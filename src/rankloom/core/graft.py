@@ -230,6 +230,7 @@ def plant(layer: nn.Module, slot: str, name: str, adapter: Adapter, switch: Swit
     anchor: Anchor = layer.__dict__["_rankloom"]
     if slot == LAYER:
         anchor.kind = kind
+        kind.settle(layer)
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
     if slot not in slots:
         slots[slot] = nn.ModuleDict()
@@ -241,8 +242,10 @@ def uproot(layer: nn.Module, slot: str, name: str) -> None:
     """Take the adapter out; the last one gives the layer its own class back."""
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
     _drop(slots, slot, name)
-    if slot == LAYER and LAYER not in slots:
-        layer.__dict__["_rankloom"].kind = None
+    anchor: Anchor = layer.__dict__["_rankloom"]
+    if slot == LAYER and LAYER not in slots and anchor.kind is not None:
+        anchor.kind.release(layer)
+        anchor.kind = None
     if not any(name in slot_table(layer, s) for s in slots._modules if s != SHARED):
         _drop(slots, SHARED, name)
     if len(slots):
@@ -309,6 +312,14 @@ def _set_class(layer: nn.Module) -> None:
     assert slots is not None
     parameters = tuple(sorted(s for s in slots._modules if s not in (LAYER, SHARED)))
     cls = _generated(original, parameters, LAYER in slots._modules)
+    _rebind_instance_forward(layer, cls)
+    layer.__class__ = cls
+
+
+def recast(layer: nn.Module, original: type[nn.Module]) -> None:
+    """Give a grafted layer another class below its adapters."""
+    slots = layer._modules["adapters"]
+    cls = _generated(original, type(layer).rankloom_parameters, slots is not None and LAYER in slots._modules)  # type: ignore[attr-defined]
     _rebind_instance_forward(layer, cls)
     layer.__class__ = cls
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.store.base import dense
+from rankloom.store.bridges import eightbit, fourbit
 
 
 class Kind(ABC):
@@ -34,6 +35,20 @@ class Kind(ABC):
     def parameter(self) -> str:
         """Name of the parameter that a merge replaces."""
         return "weight"
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """The base parameter, dense, of the layer's own shape."""
+        return dense(self.tensor(layer))
+
+    def plain(self, layer: nn.Module) -> type[nn.Module] | None:
+        """The class that the layer needs once its parameter is a plain one; None: its own will do."""
+        return None
+
+    def settle(self, layer: nn.Module) -> None:  # noqa: B027
+        """Have the parameter alone say what the base is, in every forward to come; done again when it is replaced."""
+
+    def release(self, layer: nn.Module) -> None:  # noqa: B027
+        """Undo what `settle` forbids."""
 
     @abstractmethod
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
@@ -90,7 +105,7 @@ class Dense(Kind):
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
     def matrix(self, layer: nn.Module) -> Tensor:
-        return dense(self.tensor(layer))
+        return self.weight(layer)
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix
@@ -108,6 +123,36 @@ class Dense(Kind):
         return F.linear(x, matrix)
 
 
+class Bitsandbytes(Dense):
+    """A linear layer whose weight bitsandbytes keeps in 4 or 8 bits, part of it beside the parameter."""
+
+    def plain(self, layer: nn.Module) -> type[nn.Module] | None:
+        return nn.Linear
+
+
+class FourBit(Bitsandbytes):
+    """`Linear4bit`."""
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        return super().weight(layer) if self.tensor(layer).is_floating_point() else fourbit.weight_of(layer)
+
+    def settle(self, layer: nn.Module) -> None:
+        fourbit.settle(layer)
+
+    def release(self, layer: nn.Module) -> None:
+        fourbit.release(layer)
+
+
+class EightBit(Bitsandbytes):
+    """`Linear8bitLt`."""
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        return super().weight(layer) if self.tensor(layer).is_floating_point() else eightbit.weight_of(layer)
+
+    def settle(self, layer: nn.Module) -> None:
+        eightbit.settle(layer)
+
+
 class TransposedDense(Dense):
     """transformers' `Conv1D` (GPT-2): the weight is stored (in, out)."""
 
@@ -118,7 +163,7 @@ class TransposedDense(Dense):
         return int(cols), int(rows)
 
     def matrix(self, layer: nn.Module) -> Tensor:
-        return dense(self.tensor(layer)).T
+        return self.weight(layer).T
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -134,7 +179,7 @@ class Lookup(Dense):
         return int(layer.embedding_dim), int(layer.num_embeddings)  # type: ignore[arg-type]
 
     def matrix(self, layer: nn.Module) -> Tensor:
-        return dense(self.tensor(layer)).T
+        return self.weight(layer).T
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -164,7 +209,7 @@ class Convolution(Kind):
         return int(weight.shape[0]), math.prod(weight.shape[1:])
 
     def matrix(self, layer: nn.Module) -> Tensor:
-        return dense(self.tensor(layer)).flatten(1)
+        return self.weight(layer).flatten(1)
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.tensor(layer).shape)
@@ -255,7 +300,7 @@ class Bare(Kind):
         return tuple(self.tensor(layer).shape)
 
     def matrix(self, layer: nn.Module) -> Tensor:
-        return dense(self.tensor(layer))
+        return self.weight(layer)
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix
@@ -277,6 +322,8 @@ class Bare(Kind):
 
 
 KINDS: dict[str, Kind] = {
+    "bitsandbytes.nn.modules.Linear4bit": FourBit(),
+    "bitsandbytes.nn.modules.Linear8bitLt": EightBit(),
     "torch.nn.modules.conv.Conv1d": Convolution1d(),
     "torch.nn.modules.conv.Conv2d": Convolution2d(),
     "torch.nn.modules.conv.Conv3d": Convolution3d(),

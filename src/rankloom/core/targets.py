@@ -12,6 +12,7 @@ from rankloom.core.graft import LAYER, Grafted
 from rankloom.core.kinds import Bare, Kind, kind_of
 from rankloom.core.plan import Plan
 from rankloom.errors import SettingsError, TargetError, suggest
+from rankloom.store.bridges import bridge_of
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,12 @@ def _bare(path: str, module: nn.Module, key: str) -> Place:
         raise TargetError(
             f"{path!r} is an {type(module).__name__}, which keeps its own list of weights and would not hear a change "
             f"of {key!r}: leave it out, or train it beside the adapters by requires_grad_(True) after attach"
+        )
+    bridge = bridge_of(module._parameters.get(key))  # type: ignore[arg-type]
+    if bridge is not None:
+        raise TargetError(
+            f"{'.'.join(filter(None, (path, key)))!r} is kept in few bits by {bridge.library}, which reads it past any "
+            f"change: adapt the layer itself, target_modules=[{path!r}], or load the model in 16 bits"
         )
     return Place(path, module, key, Bare(key))
 

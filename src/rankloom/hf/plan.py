@@ -20,7 +20,7 @@ from rankloom.core.bank import Bank
 from rankloom.core.kinds import kind_of
 from rankloom.core.plan import Plan
 from rankloom.core.prepare import kept_layers
-from rankloom.core.targets import base_modules, base_tensors
+from rankloom.core.targets import base_modules
 from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.hf.models import load_tokenizer, skeleton, with_heads
@@ -178,7 +178,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
     stores = by_store(model, plan)
     bank = attach(model, plan, config.name)
     tensors = list({id(t): t for _, t, _ in bank.tensors(config.name)}.values())
-    weights = footprint(value for _, _, _, value in base_tensors(model))
+    weights = footprint(module for _, module in base_modules(model)).rows
     trained = [t for t in tensors if t.requires_grad]
     conflicts, rules = _conflicts(model, config)
     mergeable, why = _mergeable(bank, config.name)
@@ -228,7 +228,7 @@ def by_store(model: nn.Module, plan: Plan) -> tuple[StoreCost, ...]:
     numbers = sum(weight.numel() for weight in linear)
     rest = _bytes(model.parameters()) - _bytes(linear)
     return tuple(
-        StoreCost(f"{type(store).__name__}, {store.bits} bits", bits, rest + round(numbers * bits / 8))
+        StoreCost(str(store), bits, rest + round(numbers * bits / 8))
         for store in (NormalFloat(4), NormalFloat(3), NormalFloat(2), Uniform(8), Uniform(4), Uniform(3), Uniform(2))
         for bits in [store.bits_per_weight()]
     )

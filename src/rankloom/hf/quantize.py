@@ -9,6 +9,7 @@ from typing import Any
 from rankloom import formats
 from rankloom.core.attach import attach
 from rankloom.core.prepare import keep_base
+from rankloom.core.targets import base_modules
 from rankloom.errors import SettingsError
 from rankloom.hf.compare import Difference, difference, output, sample_batch
 from rankloom.hf.folder import folder_size, model_folder
@@ -55,7 +56,7 @@ def quantize_job(config: RunConfig, out: Path) -> QuantizeReport:
     loaded = load_model(config.need_model())
     model, tokenizer = loaded.model, loaded.tokenizer
     batch, measured_on = sample_batch(config, tokenizer)
-    before, dense = footprint(model.parameters()), output(model, batch)
+    before, dense = footprint(model.modules()).rows, output(model, batch)
     splits = {}
     if plan.start is None:
         keep_base(model, plan)
@@ -72,7 +73,7 @@ def quantize_job(config: RunConfig, out: Path) -> QuantizeReport:
     return QuantizeReport(
         out=out,
         before=before,
-        kept=footprint(p for n, p in model.named_parameters() if ".adapters." not in f".{n}"),
+        kept=footprint(module for _, module in base_modules(model)).rows,
         error=error,
         measured_on=measured_on,
         adapter=out / ADAPTER if splits else None,

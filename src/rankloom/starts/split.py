@@ -20,6 +20,7 @@ from rankloom.errors import SettingsError, StateError, TargetError, suggest
 from rankloom.methods.lora import LoRAAdapter
 from rankloom.ops.decompose import SVD, Split, loftq, lq, lqer
 from rankloom.store.base import Packed, Store, dense
+from rankloom.store.bridges import bridge_of
 from rankloom.store.calibrate import activation_scales, fisher
 
 
@@ -160,6 +161,9 @@ def _rank(fitted: Fitted) -> int:
             f"the weight of {site.name!r} is packed already ({weight.store}): a split needs the dense base; load it "
             "anew, or leave the plan's start out"
         )
+    bridge = bridge_of(weight)
+    if bridge is not None:
+        raise TargetError(f"{site.name!r} is kept in few bits by {bridge.library} already: split a base in 16 bits")
     return int(fitted.adapter.A.shape[-2])
 
 

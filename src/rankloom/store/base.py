@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloom.errors import SettingsError, StateError
+from rankloom.store.bridges import bridge_of
 
 aten = torch.ops.aten
 Parts = dict[str, Tensor]
@@ -47,6 +48,12 @@ class Store(Keeping):
     def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The dense weight of `shape` and `dtype` behind the parts."""
 
+    def grain(self) -> Mapping[str, tuple[int, int]] | None:
+        """(weights, entries) of each part: so many entries in a row hold so many weights in a row, and (0, 0) is for
+        all weights; None: a weight in this store is never cut.
+        """
+        return None
+
     @abstractmethod
     def bits_per_weight(self) -> float:
         """Bits for one weight, scales included, of a matrix without padding."""
@@ -54,6 +61,22 @@ class Store(Keeping):
     def pack(self, weight: Tensor) -> Packed:
         """`weight` kept in this store; its dtype stays the logical dtype."""
         return Packed(self.encode(weight.detach()), self, weight.shape, weight.dtype)
+
+    def cut(self, parts: Mapping[str, Tensor], start: int, stop: int, last: bool) -> Parts | None:
+        """The parts of the weights from `start` to `stop` (row-major, `last`: to the end); None within a block."""
+        grain, found = self.grain(), Parts()
+        if grain is None:
+            return None
+        for name, (weights, entries) in grain.items():
+            if not weights:
+                found[name] = parts[name]
+                continue
+            if start % weights or (stop % weights and not last):
+                return None
+            end = None if last else stop // weights * entries
+            piece = parts[name].flatten()[start // weights * entries : end]
+            found[name] = piece.reshape(-1, *parts[name].shape[1:])
+        return found
 
     def round_trip(self, weight: Tensor) -> Tensor:
         """What is left of `weight` after packing: decode(encode(weight))."""
@@ -184,6 +207,24 @@ def _copy(w: Packed, source: Tensor, *_: Any) -> Packed:
     return w
 
 
+def _split(w: Packed, size: int | list[int], dim: int = 0) -> list[Tensor]:
+    """Packed pieces of whole rows and whole blocks; nothing else, as a dense piece would be a silent unpacking."""
+    sizes = [min(size, w.shape[0] - i) for i in range(0, w.shape[0], size)] if isinstance(size, int) else size
+    columns, made, row = w.shape[1:].numel(), list[Tensor](), 0
+    for rows in sizes:
+        parts = None
+        if dim in (0, -w.ndim):
+            parts = w.store.cut(w.parts, row * columns, (row + rows) * columns, row + rows == w.shape[0])
+        if parts is None:
+            raise StateError(
+                f"a packed weight {tuple(w.shape)} ({w.store}) splits along dim 0 between blocks, not into pieces of "
+                f"{rows} along dim {dim}: unpack it first (store.dense), or split at other rows"
+            )
+        made.append(Packed(parts, w.store, torch.Size((rows, *w.shape[1:])), w.dtype))
+        row += rows
+    return made
+
+
 _OPS: dict[Any, Callable[..., Any]] = {
     aten.detach: lambda w: w.with_parts(torch.Tensor.detach),
     aten.alias: lambda w: w.with_parts(torch.Tensor.detach),
@@ -191,6 +232,8 @@ _OPS: dict[Any, Callable[..., Any]] = {
     aten._to_copy: _to_copy,
     aten.copy_: _copy,
     aten.empty_like: _empty_like,
+    aten.split: _split,
+    aten.split_with_sizes: _split,
 }
 
 
@@ -218,16 +261,28 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_plain(weight: Tensor) -> bool:
     """Whether its elements are the numbers themselves, in 16 bits or more."""
-    return weight.is_floating_point() and weight.element_size() >= 2
+    return bridge_of(weight) is None and weight.is_floating_point() and weight.element_size() >= 2
+
+
+def stored_tensors(weight: Tensor) -> list[Tensor]:
+    """What is held for a weight: the parts of a store, codes (first) and scales of another library, or the weight."""
+    if isinstance(weight, Packed):
+        return list(weight.parts.values())
+    bridge = bridge_of(weight)
+    return [weight.detach()] if bridge is None else bridge.stored(weight)
 
 
 def dense(weight: Tensor) -> Tensor:
     """The plain floating-point tensor behind `weight`, of the weight's logical shape.
 
-    A plain floating tensor is returned as it is. Raises `StateError` for a weight that no store of ours can read.
+    A plain floating tensor is returned as it is. Raises `StateError` for a weight that no store of ours and no bridge
+    can read.
     """
     if isinstance(weight, Packed):
         return weight.unpack()
+    bridge = None if type(weight) in (Tensor, torch.nn.Parameter) else bridge_of(weight)
+    if bridge is not None:
+        return bridge.read(weight)
     if not is_plain(weight):
         raise StateError(
             f"a base weight of type {type(weight).__name__} and dtype {weight.dtype} cannot be read as numbers: "

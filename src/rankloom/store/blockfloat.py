@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rankloom.ops.unpack import pack, unpack
+from rankloom.ops.unpack import GROUPS, pack, unpack
 from rankloom.store.base import Parts, Store, check_bits, check_blocks
 
 
@@ -47,6 +47,9 @@ class BlockFloat(Store):
         scale = parts["exponent"].float().exp2().repeat_interleave(self.block)[:n]
         weight: Tensor = mantissa * scale
         return weight.reshape(shape).to(dtype)
+
+    def grain(self) -> Mapping[str, tuple[int, int]]:
+        return {"codes": GROUPS[self.bits], "exponent": (self.block, 1)}
 
     def bits_per_weight(self) -> float:
         """Mantissas and shared exponents."""

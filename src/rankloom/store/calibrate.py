@@ -23,17 +23,17 @@ def activation_scales(
     LQER, arXiv 2402.02446 and released code. `run(batch)` calls the model. Raises `DeafError` for a layer that no
     batch reaches.
     """
-    found: dict[str, Tensor] = {}
-    hooks = [layer.register_forward_pre_hook(_watch(found, name)) for name, layer in layers.items()]
-    try:
-        for batch in batches:
-            run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name in layers.keys() - found.keys():
-        raise DeafError(f"no batch reached the layer {name!r}: its input has no scale; leave it out, or call it")
+    found = _gathered(layers, batches, run, lambda x: x.abs().mean(0), torch.maximum)
     return {name: balanced(found[name]) for name in layers}
+
+
+@torch.no_grad()
+def hessians(layers: Mapping[str, nn.Module], batches: Iterable[Any], run: Callable[[Any], Any]) -> dict[str, Tensor]:
+    """Σ x xᵀ (in, in) over every input row of each layer, float32: the Hessian of its squared output error, halved.
+
+    GPTQ, arXiv 2210.17323. `run(batch)` calls the model. Raises `DeafError` for a layer that no batch reaches.
+    """
+    return _gathered(layers, batches, run, lambda x: x.T @ x, torch.add)
 
 
 def balanced(magnitude: Tensor) -> Tensor:
@@ -42,13 +42,34 @@ def balanced(magnitude: Tensor) -> Tensor:
     return c / (c.min() * c.max()).sqrt()
 
 
-def _watch(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
-    def observe(layer: nn.Module, args: Any) -> None:
-        x = args[0].detach()
-        now = x.reshape(-1, x.shape[-1]).float().abs().mean(0)
-        found[name] = torch.maximum(found[name], now) if name in found else now
+def _gathered(
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    measure: Callable[[Tensor], Tensor],
+    join: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """`measure` of the input (rows, in) of each layer, float32, joined over all calls."""
+    found: dict[str, Tensor] = {}
 
-    return observe
+    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+        def observe(layer: nn.Module, args: Any) -> None:
+            x = args[0].detach()
+            now = measure(x.reshape(-1, x.shape[-1]).float())
+            found[name] = join(found[name], now) if name in found else now
+
+        return observe
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            run(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in layers.keys() - found.keys():
+        raise DeafError(f"no batch reached the layer {name!r}: its input is not known; leave it out, or call it")
+    return found
 
 
 def fisher(

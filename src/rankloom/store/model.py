@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from rankloom.errors import StateError, TargetError, suggest
 from rankloom.store.base import Packed, Store, dense
+from rankloom.store.bridges import bridge_of
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,28 @@ def keep(model: nn.Module, stores: Mapping[str, Store]) -> Saving:
 
     Parameters that are tied stay tied. Raises `TargetError` before anything is packed if a name is no parameter.
     """
+    return keep_with(model, {name: store.pack for name, store in stores.items()})
+
+
+def keep_with(model: nn.Module, packers: Mapping[str, Callable[[Tensor], Packed]]) -> Saving:
+    """`keep`, where each weight is packed by a function of its own."""
     owners = _owners(model)
-    for name in stores:
+    for name in packers:
         if name not in owners:
             raise TargetError(f"no parameter {name!r}{suggest(name, owners)}")
         if isinstance(model.get_parameter(name), Packed):
             raise StateError(f"{name!r} is packed already: unpack(model) first, or leave it out")
+        bridge = bridge_of(model.get_parameter(name))
+        if bridge is not None:
+            raise StateError(
+                f"{name!r} is kept in few bits by {bridge.library} already: load the model in 16 bits, or leave it out"
+            )
     weights = before = after = 0
-    for name, store in stores.items():
+    for name, packer in packers.items():
         old = model.get_parameter(name)
         if isinstance(old, Packed):
             continue
-        packed = store.pack(dense(old))
+        packed = packer(dense(old))
         weights, before = weights + old.numel(), before + old.numel() * old.element_size()
         after += packed.stored_bytes
         _put(model, owners[name], nn.Parameter(packed, requires_grad=False))

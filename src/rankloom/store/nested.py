@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rankloom.ops.unpack import pack, unpack
+from rankloom.ops.unpack import GROUPS, pack, unpack
 from rankloom.store.base import Parts, Store, check_bits, check_blocks
 from rankloom.store.normalfloat import block_absmax, blocks_of, looked_up, nearest
 
@@ -62,6 +62,15 @@ class NestedFloat(Store):
         step = parts["scale_top"].float() / (2**self.scale_bits - 1)
         scales: Tensor = parts["scale_offset"] + steps * step.repeat_interleave(self.double_block)[:n]
         return scales
+
+    def grain(self) -> Mapping[str, tuple[int, int]]:
+        values, size = GROUPS[self.scale_bits]
+        return {
+            "codes": GROUPS[self.bits],
+            "scale_codes": (values * self.block, size),
+            "scale_top": (self.block * self.double_block, 1),
+            "scale_offset": (0, 0),
+        }
 
     def bits_per_weight(self) -> float:
         """b + b0/B0 + b1/(B0·B1): 4.127 for the defaults."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rankloom.ops.unpack import pack, unpack
+from rankloom.ops.unpack import GROUPS, pack, unpack
 from rankloom.store.base import Parts, Store, check_bits, check_blocks
 
 OFFSET = 0.9677083
@@ -63,6 +63,13 @@ class NormalFloat(Store):
         if not self.double:
             return parts["absmax"]
         return _decode8(parts["absmax8"], parts["absmax_scale"], self.double_block) + parts["absmax_offset"]
+
+    def grain(self) -> Mapping[str, tuple[int, int]]:
+        codes = {"codes": GROUPS[self.bits]}
+        if not self.double:
+            return codes | {"absmax": (self.block, 1)}
+        double = {"absmax8": (self.block, 1), "absmax_scale": (self.block * self.double_block, 1)}
+        return codes | double | {"absmax_offset": (0, 0)}
 
     def bits_per_weight(self) -> float:
         """Codes and scales: 4.127 for NF4 with blocks of 64 and 256."""

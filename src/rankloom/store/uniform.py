@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rankloom.errors import SettingsError
-from rankloom.ops.unpack import pack, unpack
+from rankloom.ops.affine import affine_codes, affine_grid
+from rankloom.ops.unpack import GROUPS, pack, unpack
 from rankloom.store.base import Packed, Parts, Store, check_bits, check_blocks
 
 
@@ -33,10 +34,8 @@ class Uniform(Store):
         nearest between each group's extremes.
         """
         groups = self._grouped(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale = ((high - low) / (2**self.bits - 1)).clamp_min(1e-12)
-        zero = -low / scale
-        codes = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 2**self.bits - 1)
+        scale, zero = affine_grid(groups, self.bits)
+        codes = affine_codes(groups, scale, zero, self.bits)
         return {"codes": pack(codes.flatten().to(torch.uint8), self.bits), "scale": scale, "zero": zero}
 
     def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -45,6 +44,9 @@ class Uniform(Store):
         scale, zero = parts["scale"].flatten(), parts["zero"].flatten()
         weight: Tensor = scale[:, None] * (codes.to(scale.dtype) - zero[:, None])
         return weight.reshape(shape).to(dtype)
+
+    def grain(self) -> Mapping[str, tuple[int, int]]:
+        return {"codes": GROUPS[self.bits], "scale": (self.group, 1), "zero": (self.group, 1)}
 
     def bits_per_weight(self) -> float:
         """Codes, scale and zero point."""

@@ -17,6 +17,7 @@ from rankloom.core.plan import Plan
 from rankloom.core.prepare import keep_base
 from rankloom.core.targets import base_modules
 from rankloom.errors import SettingsError
+from rankloom.testing.trace import equal
 
 NUDGE = 0.2
 
@@ -145,7 +146,7 @@ def same(found: Tensor, wanted: Tensor, promise: str) -> None:
     """Assert that two tensors are bitwise equal; `promise` begins the message."""
     assert found.shape == wanted.shape, f"{promise}: shapes {tuple(found.shape)} and {tuple(wanted.shape)}"
     assert found.dtype == wanted.dtype, f"{promise}: dtypes {found.dtype} and {wanted.dtype}"
-    assert torch.equal(found, wanted), f"{promise}: they differ by {difference(found, wanted):.2g}, and not a bit may"
+    assert equal(found, wanted), f"{promise}: they differ by {difference(found, wanted):.2g}, and not a bit may"
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:

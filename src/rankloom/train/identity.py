@@ -17,8 +17,8 @@ from rankloom.train.run import bank_or_none
 from rankloom.train.settings import TrainSettings
 
 STEERING = (
-    "lr", "weight_decay", "betas", "eps", "schedule", "warmup_steps", "warmup_ratio", "accumulate", "clip", "precision",
-    "seed",
+    "optimizer", "lr", "weight_decay", "betas", "eps", "schedule", "warmup_steps", "warmup_ratio", "accumulate", "clip",
+    "precision", "seed",
 )  # fmt: skip
 
 

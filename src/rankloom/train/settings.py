@@ -8,6 +8,7 @@ from typing import Literal
 
 from rankloom.errors import SettingsError, suggest
 
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 
@@ -16,6 +17,8 @@ class TrainSettings:
     """How a run trains; what it trains is the model's business, and what it adds to gradient descent the rules'.
 
     - `steps`: optimizer steps; `lr`: peak rate; `weight_decay`, `betas`, `eps`: of AdamW.
+    - `optimizer`: AdamW with moments in float32 beside the weights, in 8 bits (bitsandbytes), in host memory paged in
+      by need, or both.
     - `schedule`: of the rate after the warm-up, down to 0 (`constant`: none); the warm-up is linear, `warmup_steps`
       long or `warmup_ratio` of all steps.
     - `accumulate`: batches per step; `clip`: largest norm of all gradients together (None: never clipped).
@@ -34,6 +37,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     warmup_ratio: float = 0.0
@@ -67,6 +71,7 @@ class TrainSettings:
         if not 0 <= self.warmup < self.steps:
             raise SettingsError(f"a warm-up of {self.warmup} steps does not fit into steps={self.steps}")
         for name, known in (
+            ("optimizer", OPTIMIZERS),
             ("schedule", ("cosine", "linear", "constant")),
             ("precision", ("no", "bf16", "fp16")),
             ("end_with", ("last", "best")),
