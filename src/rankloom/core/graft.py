@@ -276,7 +276,7 @@ def _check_graftable(layer: nn.Module, path: str) -> None:
     kind = type(layer)
     if isinstance(layer, Grafted):
         _check_class(layer)
-    elif "adapters" in layer._modules or "adapters" in layer.__dict__ or "adapters" in dir(kind):
+    elif "adapters" in layer._modules or "adapters" in layer.__dict__ or hasattr(kind, "adapters"):
         raise TargetError(f"layer {path!r} ({kind.__name__}) already has an attribute 'adapters'")
     check_forward(layer, path)
 
