@@ -43,14 +43,30 @@ class Combined:
     error: float
 
 
+_Place = tuple[int, str]
+_Part = tuple[Fitted, Thin, float]
+"""An adapter in its place, its factors, and its weight times its scale."""
+
+
 @dataclass(frozen=True)
-class _Pair:
-    """A (…, r, in) and B (…, out, r) of a new site, and two Frobenius norms: of the sum, and of what is lost of it."""
+class _Parts:
+    """Places whose parts are alike, stacked: of each part the factors (places, …, r, in) and (places, …, out, r), and
+    weight times scale (places, 1 …).
+    """
+
+    a: list[Tensor]
+    b: list[Tensor]
+    w: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """New factors, stacked, and two Frobenius norms of each place: of the sum, and of what is lost of it."""
 
     a: Tensor
     b: Tensor
-    size: float = 0.0
-    lost: float = 0.0
+    size: Tensor
+    lost: Tensor
 
 
 @torch.no_grad()
@@ -66,25 +82,25 @@ def combine(bank: Bank, weights: Mapping[str, float], name: str, how: How = "svd
     check_name(name, bank)
     views = {each: view(bank, each) for each in weights}
     parts = _by_place(views, weights)
-    largest = max(thin.a.shape[-2] for found in parts.values() for _, thin, _ in found)
-    ways = {"svd": lambda f: _svd(f, r or largest), "linear": lambda f: [_linear(p) for p in f], "cat": _cat}
-    pairs: dict[tuple[int, str], _Pair] = {}
+    site = {key: at[0][0].site.name for key, at in parts.items()}
+    rank = r or max(thin.a.shape[-2] for at in parts.values() for _, thin, _ in at)
+    made: dict[_Place, tuple[Tensor, Tensor, float, float]] = {}
     for keys in _alike(parts):
-        pairs |= zip(keys, ways[how]([parts[key] for key in keys]))
-    ranks = {parts[key][0][0].site.name: pair.a.shape[-2] for key, pair in pairs.items()}
+        stacked = _stacked([parts[key] for key in keys])
+        found = _svd(stacked, rank) if how == "svd" else _linear(stacked) if how == "linear" else _side_by_side(stacked)
+        made |= zip(keys, zip(found.a, found.b, found.size.tolist(), found.lost.tolist()))
+    ranks = {site[key]: a.shape[-2] for key, (a, *_) in made.items()}
     _attach(bank, name, list(views.values()), ranks)
     for fitted in bank.fitted(name):
-        pair, made = pairs[_place(fitted)], fitted.adapter.thin()
-        assert made is not None
-        made.a.copy_(pair.a)
-        made.b.copy_(pair.b)
-    errors = {parts[key][0][0].site.name: p.lost / p.size if p.size else 0.0 for key, p in pairs.items()}
-    whole = math.hypot(*(p.size for p in pairs.values()))
-    return Combined(name, ranks, errors, math.hypot(*(p.lost for p in pairs.values())) / whole if whole else 0.0)
-
-
-_Part = tuple[Fitted, Thin, float]
-"""An adapter in its place, its factors, and its weight times its scale."""
+        thin = fitted.adapter.thin()
+        assert thin is not None
+        a, b, *_ = made[_place(fitted)]
+        thin.a.copy_(a)
+        thin.b.copy_(b)
+    norms = {site[key]: (size, lost) for key, (_, _, size, lost) in made.items()}
+    errors = {at: lost / size if size else 0.0 for at, (size, lost) in norms.items()}
+    whole, lost = (math.hypot(*each) for each in zip(*norms.values()))
+    return Combined(name, ranks, errors, lost / whole if whole else 0.0)
 
 
 def _check(weights: Mapping[str, float], how: str, r: int | None) -> None:
@@ -101,9 +117,9 @@ def _check(weights: Mapping[str, float], how: str, r: int | None) -> None:
             raise SettingsError(f"combine: r={r} belongs to how='svd'; {how!r} has the rank that its parts give it")
 
 
-def _by_place(views: Mapping[str, View], weights: Mapping[str, float]) -> dict[tuple[int, str], list[_Part]]:
+def _by_place(views: Mapping[str, View], weights: Mapping[str, float]) -> dict[_Place, list[_Part]]:
     """The parts that meet at each place."""
-    parts: dict[tuple[int, str], list[_Part]] = {}
+    parts: dict[_Place, list[_Part]] = {}
     for name, found in views.items():
         for fitted in found.fitted:
             thin = fitted.adapter.thin()
@@ -116,53 +132,66 @@ def _by_place(views: Mapping[str, View], weights: Mapping[str, float]) -> dict[t
     return parts
 
 
-def _place(fitted: Fitted) -> tuple[int, str]:
+def _place(fitted: Fitted) -> _Place:
     return id(fitted.place.layer), fitted.place.slot
 
 
-def _alike(parts: Mapping[tuple[int, str], list[_Part]]) -> list[list[tuple[int, str]]]:
+def _alike(parts: Mapping[_Place, list[_Part]]) -> list[list[_Place]]:
     """Places whose factors have the same shapes, types and devices: they are computed together."""
-    found: dict[object, list[tuple[int, str]]] = {}
+    found: dict[object, list[_Place]] = {}
     for key, at in parts.items():
         kind = tuple((t.shape, t.dtype, t.device) for _, thin, _ in at for t in (thin.a, thin.b))
         found.setdefault(kind, []).append(key)
     return list(found.values())
 
 
-def _cat(places: Sequence[Sequence[_Part]]) -> list[_Pair]:
-    """[w₁s₁A₁; …] and [B₁ …], the whole sum."""
-    return [
-        _Pair(torch.cat([w * t.a for _, t, w in at], dim=-2), torch.cat([t.b for _, t, _ in at], dim=-1))
-        for at in places
-    ]
+def _stacked(places: Sequence[Sequence[_Part]]) -> _Parts:
+    columns = list(zip(*places))
+    a = [torch.stack([thin.a for _, thin, _ in column]) for column in columns]
+    b = [torch.stack([thin.b for _, thin, _ in column]) for column in columns]
+    w = [t.new_tensor([w for *_, w in column]).reshape(-1, *(1,) * (t.ndim - 1)) for t, column in zip(a, columns)]
+    return _Parts(a, b, w)
 
 
-def _svd(places: Sequence[Sequence[_Part]], rank: int) -> list[_Pair]:
+def _whole(parts: _Parts) -> tuple[Tensor, Tensor]:
+    """[w₁s₁A₁; …] and [B₁ …]: the sum."""
+    return torch.cat([w * a for w, a in zip(parts.w, parts.a)], dim=-2), torch.cat(parts.b, dim=-1)
+
+
+def _side_by_side(parts: _Parts) -> _Made:
+    a, b = _whole(parts)
+    nothing = torch.zeros(a.shape[0])
+    return _Made(a, b, nothing, nothing)
+
+
+def _svd(parts: _Parts, rank: int) -> _Made:
     """A = √S Vᵀ, B = U √S of the `rank` largest singular values of the sum; zeros where it has fewer."""
-    whole = _cat(places)
-    u, s, vh = product_svd(torch.stack([p.b for p in whole]), torch.stack([p.a for p in whole]))
+    whole_a, whole_b = _whole(parts)
+    u, s, vh = product_svd(whole_b, whole_a)
     kept, root = min(rank, s.shape[-1]), s[..., :rank].sqrt()
     a = vh.new_zeros(*vh.shape[:-2], rank, vh.shape[-1])
     b = u.new_zeros(*u.shape[:-1], rank)
     a[..., :kept, :] = root[..., None] * vh[..., :kept, :]
     b[..., :kept] = u[..., :kept] * root[..., None, :]
-    sizes, lost = (torch.linalg.vector_norm(part.flatten(1), dim=-1).tolist() for part in (s, s[..., rank:]))
-    return [_Pair(*each) for each in zip(a, b, sizes, lost)]
+    return _Made(a, b, _norm(s), _norm(s[..., rank:]))
 
 
-def _linear(at: Sequence[_Part]) -> _Pair:
+def _linear(parts: _Parts) -> _Made:
     """A = Σ ±√|wᵢsᵢ| Aᵢ, B = Σ √|wᵢsᵢ| Bᵢ."""
-    ranks = [thin.a.shape[-2] for _, thin, _ in at]
+    ranks = [a.shape[-2] for a in parts.a]
     if len(set(ranks)) > 1:
-        raise SettingsError(
-            f"combine: how='linear' adds factors of one rank; at {at[0][0].site.name!r} there are {ranks}: "
-            "use 'svd' or 'cat'"
-        )
-    a = sum((math.copysign(math.sqrt(abs(w)), w) * t.a for _, t, w in at), torch.zeros_like(at[0][1].a))
-    b = sum((math.sqrt(abs(w)) * t.b for _, t, w in at), torch.zeros_like(at[0][1].b))
-    (whole,) = _cat([at])
-    off_a, off_b = torch.cat([whole.a, -a], dim=-2), torch.cat([whole.b, b], dim=-1)
-    return _Pair(a, b, product_norm(whole.b, whole.a), product_norm(off_b, off_a))
+        raise SettingsError(f"combine: how='linear' adds factors of one rank, not of {ranks}; use 'svd' or 'cat'")
+    a = torch.stack([w.sign() * w.abs().sqrt() * a for w, a in zip(parts.w, parts.a)]).sum(0)
+    b = torch.stack([w.abs().sqrt() * b for w, b in zip(parts.w, parts.b)]).sum(0)
+    whole_a, whole_b = _whole(parts)
+    off = product_norm(torch.cat([whole_b, b], dim=-1), torch.cat([whole_a, -a], dim=-2))
+    return _Made(a, b, _norm(product_norm(whole_b, whole_a)), _norm(off))
+
+
+def _norm(values: Tensor) -> Tensor:
+    """The norm over all but the first dim."""
+    norm: Tensor = torch.linalg.vector_norm(values.reshape(values.shape[0], -1), dim=-1)
+    return norm
 
 
 def _attach(bank: Bank, name: str, views: Sequence[View], ranks: Mapping[str, int]) -> None:

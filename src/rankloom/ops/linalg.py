@@ -41,11 +41,12 @@ def product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ u, s, vh @ right.mT
 
 
-def product_norm(b: Tensor, a: Tensor) -> float:
-    """‖B A‖_F for thin factors, as ‖R₁R₂ᵀ‖_F: no cancellation where the product is small and the factors are not."""
+def product_norm(b: Tensor, a: Tensor) -> Tensor:
+    """‖B A‖_F (…) for thin factors, as ‖R₁R₂ᵀ‖_F: no cancellation where the product is small, the factors are not."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     r1, r2 = (torch.linalg.qr(t.to(dtype), mode="r")[1] for t in (b, a.mT))
-    return float(torch.linalg.vector_norm(r1 @ r2.mT))
+    norm: Tensor = torch.linalg.matrix_norm(r1 @ r2.mT)
+    return norm
 
 
 def orthonormal_rows(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
