@@ -92,7 +92,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             uproot(place.layer, place.slot, each)
         del bank.plans[each], bank._shared[each]
         left = tuple(v for v in bank.switch.default.speakers if v.name != each)
-        bank.switch.default = dataclasses.replace(bank.switch.default, speakers=left)
+        if left != bank.switch.default.speakers:
+            bank.switch.default = dataclasses.replace(bank.switch.default, speakers=left, segments=None)
     if not bank.names:
         for path, _, key, value in base_tensors(model):
             value.requires_grad_(bank._requires_grad[f"{path}.{key}"])

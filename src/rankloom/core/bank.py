@@ -19,6 +19,7 @@ from rankloom.core.site import Shared, Site
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.core.targets import Place
 from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
+from rankloom.ops.segments import segments
 from rankloom.store.base import Packed, dense
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -243,8 +244,14 @@ class Bank:
         wanted = dict.fromkeys(name for name in rows if name is not None)
         for name in wanted:
             self._known(name)
-        index = {name: torch.tensor([i for i, row in enumerate(rows) if row == name]) for name in wanted}
-        return Voices(tuple(Voice(n, 1.0, index[n]) for n in wanted), batch=len(rows), context=context)
+        if not wanted:
+            return Voices(batch=len(rows), context=context)
+        number = {name: i for i, name in enumerate(wanted)}
+        sorted_ = segments([-1 if row is None else number[row] for row in rows])
+        spoken = tuple(
+            Voice(n, 1.0, torch.tensor([i for i, w in enumerate(sorted_.which) if w == number[n]])) for n in wanted
+        )
+        return Voices(spoken, batch=len(rows), context=context, segments=sorted_)
 
     def _numbers(self, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
         chosen = dict.fromkeys(names, 1.0) | dict(weights)
