@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankloom.ops.triton import usable
+
 FEW = 8
 """Tokens of a row up to which rows are gathered for one batched product (decoding); beyond it, run by run."""
 
@@ -43,6 +45,16 @@ class Segments:
             places = torch.arange(self.slots.numel()) if self.filled is None else self.filled
             self._known[device] = self.slots.flatten().to(device), places.to(device)
         found: tuple[Tensor, Tensor] = self._known[device]
+        return found
+
+    def blocks(self, tokens: int, tile: int, device: torch.device) -> Tensor:
+        """(blocks, 3) int32: up to `tile` neighbouring tokens of an adapter: its number, the first, the end."""
+        key = (tokens, tile, device)
+        if key not in self._known:
+            spans = [(i, start * tokens, stop * tokens) for i, start, stop in self.runs]
+            table = [(i, at, stop) for i, start, stop in spans for at in range(start, stop, tile)]
+            self._known[key] = torch.tensor(table, dtype=torch.int32, device=device)
+        found: Tensor = self._known[key]
         return found
 
     def only(self, adapters: tuple[int, ...]) -> Segments:
@@ -106,6 +118,10 @@ def added(y: Tensor, x: Tensor, found: Segments, held: Stack) -> Tensor:
 
     The batch of `found` may stand for several rows of `y` each (beams): batch row i is rows i·m to (i+1)·m.
     """
+    if usable(y):
+        from rankloom.ops.triton import segments as kernels
+
+        return kernels.added(y, x, found, held)
     tokens = x.numel() // x.shape[-1] // found.batch
     flat = y.reshape(-1, y.shape[-1])
     if found.filled is None:
