@@ -1,6 +1,6 @@
-"""Attach, select, silence and merge on 504 linear layers, beside PEFT in the same process (CPU milliseconds, medians).
+"""G7 and G8: attach, load, select, silence, merge and combine on 504 linear layers, beside PEFT in the same process.
 
-OMP_NUM_THREADS=1 python bench/plumbing.py        writes bench/results/plumbing.json
+OMP_NUM_THREADS=1 python bench/plumbing.py        CPU milliseconds, medians; writes plumbing.json and gates.json
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,10 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from _measure import RESULTS, Gate, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankloom as rl
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from rankloom.compose.arithmetic import combine
 
 ROUNDS = 7
 SHAPE = {
@@ -32,12 +35,30 @@ SHAPE = {
     "vocab_size": 1000,
 }
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SUM = {"a0": 0.7, "a1": 0.3}
 
 
-def cpu_ms(action: Callable[[], object]) -> float:
-    started = time.process_time()
-    action()
-    return 1e3 * (time.process_time() - started)
+class Table:
+    """CPU milliseconds by what is done and who does it."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[float]]] = {}
+
+    def note(self, what: str, who: str, action: Callable[[], object]) -> None:
+        started = time.process_time()
+        action()
+        spent = 1e3 * (time.process_time() - started)
+        self.found.setdefault(what, {}).setdefault(who, []).append(spent)
+
+    def of(self, what: str, who: str = "ours") -> float:
+        return statistics.median(self.found[what][who])
+
+    def rows(self) -> list[dict[str, object]]:
+        pairs = {what: (self.of(what), self.of(what, "peft")) for what in self.found if "peft" in self.found[what]}
+        return [
+            {"what": what, "ours_ms": round(o, 3), "peft_ms": round(p, 3), "ratio": round(o / p, 4)}
+            for what, (o, p) in pairs.items()
+        ]
 
 
 def silent_ours(bank: rl.Bank) -> None:
@@ -45,51 +66,104 @@ def silent_ours(bank: rl.Bank) -> None:
         pass
 
 
-def silent_peft(model: object) -> None:
-    with model.disable_adapter():  # type: ignore[attr-defined]
+def silent_peft(model: PeftModel) -> None:
+    with model.disable_adapter():
         pass
+
+
+def shaken(model: torch.nn.Module, folder: str) -> str:
+    """A saved adapter whose every tensor speaks."""
+    bank = rl.attach(model, rl.LoRA(r=8), "saved", target_modules=NAMES)
+    for _, parameter, _ in bank.tensors("saved"):
+        torch.nn.init.normal_(parameter, std=0.02)
+    rl.save(model, folder, "saved")
+    rl.detach(model)
+    return folder
+
+
+def attach_and_load(table: Table, base: torch.nn.Module, folder: str) -> None:
+    config = LoraConfig(r=8, target_modules=NAMES)
+    for _ in range(ROUNDS):
+        ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
+        table.note("attach the first adapter", "ours", partial(rl.attach, ours, rl.LoRA(r=8), target_modules=NAMES))
+        table.note("attach the first adapter", "peft", partial(get_peft_model, theirs, config))
+        ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
+        table.note("load the first adapter", "ours", partial(rl.load, ours, folder))
+        table.note("load the first adapter", "peft", partial(PeftModel.from_pretrained, theirs, folder))
+
+
+def beside_sixteen(table: Table, base: torch.nn.Module, folder: str) -> tuple[rl.Bank, PeftModel]:
+    """Models with adapters a0 to a15, and what loading the second and the seventeenth cost."""
+    ours = copy.deepcopy(base)
+    bank, peft = rl.load(ours, folder, "a0"), PeftModel.from_pretrained(copy.deepcopy(base), folder, "a0")
+    for number in range(1, 16):
+        if number == 1:
+            loads(table, "load the 2nd", ours, peft, folder)
+        rl.load(ours, folder, f"a{number}")
+        peft.load_adapter(folder, f"a{number}")
+    loads(table, "load the 17th", ours, peft, folder)
+    config = LoraConfig(r=8, target_modules=NAMES)
+    table.note("attach the 17th", "ours", lambda: rl.attach(ours, rl.LoRA(r=8), name="last"))
+    table.note("attach the 17th", "peft", lambda: peft.add_adapter("last", config))
+    return bank, peft
+
+
+def loads(table: Table, what: str, ours: torch.nn.Module, peft: PeftModel, folder: str) -> None:
+    for _ in range(ROUNDS):
+        table.note(what, "ours", lambda: rl.load(ours, folder, "new"))
+        rl.detach(ours, "new")
+    for _ in range(2):
+        table.note(what, "peft", lambda: peft.load_adapter(folder, "new"))
+        peft.delete_adapter("new")
+
+
+@torch.no_grad()
+def switch_and_merge(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
+    thin = [(f.base.matrix().clone(), f.adapter.thin()) for f in bank.fitted("a3")]
+    for i in range(ROUNDS):
+        table.note("select one of 17", "ours", lambda i=i: bank.use(f"a{i}"))
+        table.note("select one of 17", "peft", lambda i=i: peft.set_adapter(f"a{i}"))
+        table.note("silence and back", "ours", lambda: silent_ours(bank))
+        table.note("silence and back", "peft", lambda: silent_peft(peft))
+        table.note("merge one", "ours", lambda: bank.merge("a3"))
+        bank.unmerge()
+        table.note("merge one", "peft", lambda: peft.merge_adapter(["a3"]))
+        peft.unmerge_adapter()
+        table.note("merge one", "limit", lambda: [w.addmm_(t.b, t.a, alpha=t.scale) for w, t in thin])
+        table.note("svd of a weighted sum", "ours", lambda: combine(bank, SUM, "sum"))
+        rl.detach(bank.model, "sum")
+    table.note("svd of a weighted sum", "peft", lambda: peft.add_weighted_adapter([*SUM], [*SUM.values()], "sum"))
+
+
+def gates(table: Table) -> list[Gate]:
+    both = {what: (table.of(what), table.of(what, "peft")) for what in table.found}
+    seventeenth, second = both["load the 17th"], both["load the 2nd"]
+    merging = table.of("merge one", "limit")
+    return [
+        Gate("G7 attach 504 layers, CPU ms", *both["attach the first adapter"], None, 80),
+        Gate("G7 load 504 layers, CPU ms", *both["load the first adapter"], None, 120),
+        Gate("G7 load the 17th, ratio to the 2nd", *(a / b for a, b in zip(seventeenth, second)), 1.0, 1.2),
+        Gate("G7 select one of 17, CPU ms", *both["select one of 17"], None, 1),
+        Gate("G7 silence and back, CPU ms", *both["silence and back"], None, 1),
+        Gate("G8 merge 504 layers, CPU ms", *both["merge one"], merging, 70),
+        Gate("G8 svd of a weighted sum, CPU ms", *both["svd of a weighted sum"], None, 200),
+    ]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    base = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
-    config = LoraConfig(r=8, target_modules=NAMES)
-    found: dict[str, dict[str, list[float]]] = {}
-
-    def note(what: str, who: str, action: Callable[[], object]) -> None:
-        found.setdefault(what, {"ours": [], "peft": []})[who].append(cpu_ms(action))
-
-    for _ in range(ROUNDS):
-        ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
-        note("attach the first adapter", "ours", partial(rl.attach, ours, rl.LoRA(r=8), target_modules=NAMES))
-        note("attach the first adapter", "peft", partial(get_peft_model, theirs, config))
-    bank, peft = rl.attach(base_a := copy.deepcopy(base), rl.LoRA(r=8)), get_peft_model(copy.deepcopy(base), config)
-    for i in range(15):
-        rl.attach(base_a, rl.LoRA(r=8), name=f"a{i}")
-        peft.add_adapter(f"a{i}", config)
-    note("attach the 17th", "ours", lambda: rl.attach(base_a, rl.LoRA(r=8), name="last"))
-    note("attach the 17th", "peft", lambda: peft.add_adapter("last", config))
-    for i in range(ROUNDS):
-        note("select one of 17", "ours", lambda i=i: bank.use(f"a{i}"))
-        note("select one of 17", "peft", lambda i=i: peft.set_adapter(f"a{i}"))
-        note("silence and back", "ours", lambda: silent_ours(bank))
-        note("silence and back", "peft", lambda: silent_peft(peft))
-        note("merge one", "ours", lambda: bank.merge("a3"))
-        bank.unmerge()
-        note("merge one", "peft", lambda: peft.merge_adapter(["a3"]))
-        peft.unmerge_adapter()
-    rows = [
-        {"what": what, "ours_ms": round(o, 3), "peft_ms": round(p, 3), "ratio": round(o / p, 4)}
-        for what, times in found.items()
-        for o, p in [(statistics.median(times["ours"]), statistics.median(times["peft"]))]
-    ]
-    for row in rows:
+    table, base = Table(), LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    with tempfile.TemporaryDirectory() as room:
+        folder = shaken(copy.deepcopy(base), str(Path(room) / "adapter"))
+        attach_and_load(table, base, folder)
+        switch_and_merge(table, *beside_sixteen(table, base, folder))
+    for row in table.rows():
         print(
             f"{row['what']:26} ours {row['ours_ms']:9.3f} ms   PEFT {row['peft_ms']:9.3f} ms   ratio {row['ratio']:.4f}"
         )
-    out = Path(__file__).parent / "results" / "plumbing.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(rows, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "plumbing.json").write_text(json.dumps(table.rows(), indent=1) + "\n")
+    record(gates(table))
 
 
 if __name__ == "__main__":

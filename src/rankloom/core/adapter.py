@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,19 @@ from rankloom.core.kinds import Base
 from rankloom.core.site import Shared, Site
 from rankloom.core.switch import Weight
 from rankloom.errors import NotMergeable
+
+
+@dataclass(frozen=True, slots=True)
+class Thin:
+    """A change that is a product of two thin matrices and nothing more: Δy = scale·B A drop(x), ΔW = scale·B A.
+
+    `a` (…, r, in) and `b` (…, out, r) are the adapter's own tensors; `dropout`: of x, in training.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float
 
 
 class Adapter(nn.Module):
@@ -46,6 +60,10 @@ class Adapter(nn.Module):
 
     def delta_bias(self, base: Base) -> Tensor | None:
         """Δb of shape (out,), or None."""
+        return None
+
+    def thin(self) -> Thin | None:
+        """The two factors of a change that is nothing but their product, for paths that never build ΔW; else None."""
         return None
 
     def repacked(self, base: Base, weight: float) -> Tensor | None:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rankloom.core.adapter import Adapter, Sum
-from rankloom.core.bank import NAME, Bank
+from rankloom.core.bank import NAME, Bank, Fitted
+from rankloom.core.burst import burst
 from rankloom.core.graft import check_forward, own, plant, present, slot_table, uproot
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
@@ -26,6 +27,7 @@ from rankloom.core.whole import TokenRows, Whole
 from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
 
 
+@burst()
 def attach(
     model: nn.Module,
     plan: Plan | Method,
@@ -44,7 +46,7 @@ def attach(
     """
     plan = as_plan(plan, overrides)
     bank = getattr(model, "rankloom", None)
-    _check_name(name, bank)
+    check_name(name, bank)
     if bank is not None and bank.merged:
         raise StateError(f"attach: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
     if plan.layer_replication and bank is not None:
@@ -53,7 +55,7 @@ def attach(
     undo = [replicate(model, plan.layer_replication)] if plan.layer_replication else []
     try:
         kept_layers(model, plan)
-        fitted, shared = _build(model, plan)
+        fitted, shared = build(model, plan)
     except BaseException:
         for step in undo:
             step()
@@ -100,7 +102,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         del bank.plans[each], bank._shared[each]
         bank.started.pop(each, None)
         left = tuple(v for v in bank.switch.default.speakers if v.name != each)
-        bank.switch.default = dataclasses.replace(bank.switch.default, speakers=left)
+        if left != bank.switch.default.speakers:
+            bank.switch.default = dataclasses.replace(bank.switch.default, speakers=left, segments=None)
     if not bank.names:
         for path, _, key, value in base_tensors(model):
             value.requires_grad_(bank._requires_grad[f"{path}.{key}"])
@@ -151,7 +154,8 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _check_name(name: str, bank: Bank | None) -> None:
+def check_name(name: str, bank: Bank | None) -> None:
+    """Refuse what cannot name an adapter (`SettingsError`), and a name that is taken (`StateError`)."""
     if not NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name) or name in ("rows", "context"):
         raise SettingsError(
             f"{name!r} cannot name an adapter: letters, digits, '_' and '-', at most 64, "
@@ -161,7 +165,8 @@ def _check_name(name: str, bank: Bank | None) -> None:
         raise StateError(f"there is an adapter {name!r} already: detach(model, {name!r}) first, or choose another name")
 
 
-def _build(model: nn.Module, plan: Plan) -> tuple[list[tuple[Place, Site, Adapter]], Shared]:
+def build(model: nn.Module, plan: Plan) -> tuple[list[Fitted], Shared]:
+    """The adapters of `plan` for their places, unfilled and not yet planted, and what they share."""
     resolution = resolve(model, plan)
     shared = Shared()
     shapes = [p.kind.shape(p.layer) for p in resolution.adapted]
@@ -187,7 +192,7 @@ def _build(model: nn.Module, plan: Plan) -> tuple[list[tuple[Place, Site, Adapte
         built.setdefault((id(place.layer), place.slot), (place, site, []))[2].append(adapter)
     if not built:
         raise TargetError(f"method {type(plan.method).__name__} left every one of the {len(parts)} targets alone")
-    return [(p, s, found[0] if len(found) == 1 else Sum(s, found)) for p, s, found in built.values()], shared
+    return [Fitted(p, s, found[0] if len(found) == 1 else Sum(s, found)) for p, s, found in built.values()], shared
 
 
 def _check_bare(adapter: Adapter, place: Place, method: Method) -> None:
@@ -240,21 +245,20 @@ def _dtype(plan: Plan, place: Place, weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _plant(
-    bank: Bank, name: str, plan: Plan, fitted: list[tuple[Place, Site, Adapter]], shared: Shared, undo: list[Any]
-) -> None:
+def _plant(bank: Bank, name: str, plan: Plan, fitted: list[Fitted], shared: Shared, undo: list[Any]) -> None:
     bank.plans[name] = plan
     bank._shared[name] = shared
     bank._undo[name] = undo
     bank._fitted[name] = []
     try:
-        for place, site, adapter in fitted:
-            adapter.train(bank.model.training)
+        for each in fitted:
+            place = each.place
+            each.adapter.train(bank.model.training)
             with present(place.layer):
-                plant(place.layer, place.slot, name, adapter, bank.switch, place.path, place.kind)
-            bank._fitted[name].append((place, site))
+                plant(place.layer, place.slot, name, each.adapter, bank.switch, place.path, place.kind)
+            bank._fitted[name].append((place, each.site))
         if len(shared._parameters):
-            own(fitted[0][0].layer, name, shared)
+            own(fitted[0].place.layer, name, shared)
     except BaseException:
         detach(bank.model, name)
         raise

@@ -20,6 +20,7 @@ from rankloom.core.start import Started
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.core.targets import Place, base_tensors
 from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
+from rankloom.ops.segments import segments
 from rankloom.store.base import Packed, dense
 from rankloom.store.bridges import bridge_of
 
@@ -250,8 +251,14 @@ class Bank:
         wanted = dict.fromkeys(name for name in rows if name is not None)
         for name in wanted:
             self._known(name)
-        index = {name: torch.tensor([i for i, row in enumerate(rows) if row == name]) for name in wanted}
-        return Voices(tuple(Voice(n, 1.0, index[n]) for n in wanted), batch=len(rows), context=context)
+        if not wanted:
+            return Voices(batch=len(rows), context=context)
+        number = {name: i for i, name in enumerate(wanted)}
+        sorted_ = segments([-1 if row is None else number[row] for row in rows])
+        spoken = tuple(
+            Voice(n, 1.0, torch.tensor([i for i, w in enumerate(sorted_.which) if w == number[n]])) for n in wanted
+        )
+        return Voices(spoken, batch=len(rows), context=context, segments=sorted_)
 
     def _numbers(self, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
         chosen = dict.fromkeys(names, 1.0) | dict(weights)
@@ -327,11 +334,13 @@ def folded(
     layer = place.layer
     new: dict[str, Tensor] = {}
     slots = {fitted.place.slot for fitted, _ in parts}
+    inside = [part for part in parts if part[0].place.slot == LAYER]
+    if inside:
+        new[place.kind.parameter()] = place.kind.to_weight(layer, _changed_matrix(inside))
+        _add_shifts(new, inside)
     for fitted, weight in parts:
         slot, old = fitted.place.slot, fitted.place.kind.tensor(layer)
-        if slot == LAYER:
-            _add_layer_change(new, fitted, weight)
-        else:
+        if slot != LAYER:
             new[slot] = fitted.adapter.add(new.get(slot, old), None, old, fitted.base, weight)
     for key, value in new.items():
         now = layer._buffers.get(key) if key in layer._buffers else layer._parameters.get(key)
@@ -358,16 +367,25 @@ def _repacked(
     return layer, key, made
 
 
-def _add_layer_change(new: dict[str, Tensor], fitted: Fitted, weight: float) -> None:
-    """Add the change of a layer's matrix and bias to the values that are to be written, in float32 at least."""
-    kind, layer = fitted.place.kind, fitted.place.layer
-    key = kind.parameter()
-    old = new[key] if key in new else kind.weight(layer)
-    wide = torch.promote_types(old.dtype, torch.float32)
-    change = kind.to_weight(layer, fitted.adapter.delta(fitted.base).to(wide))
-    new[key] = torch.add(old.to(wide), change, alpha=weight)
-    shift = fitted.adapter.delta_bias(fitted.base)
-    if shift is not None:
+def _changed_matrix(parts: list[tuple[Fitted, float]]) -> Tensor:
+    """A layer's matrix (out, in) with every change added, in float32 at least: one pass for each thin change."""
+    matrix = parts[0][0].base.matrix()
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    for fitted, weight in parts:
+        thin = fitted.adapter.thin()
+        if thin is None:
+            matrix = torch.add(matrix, fitted.adapter.delta(fitted.base).to(matrix.dtype), alpha=weight)
+        else:
+            matrix = torch.addmm(matrix, thin.b.to(matrix), thin.a.to(matrix), alpha=weight * thin.scale)
+    return matrix
+
+
+def _add_shifts(new: dict[str, Tensor], parts: list[tuple[Fitted, float]]) -> None:
+    """Add the changes of a layer's bias to the values that are to be written."""
+    for fitted, weight in parts:
+        layer, shift = fitted.place.layer, fitted.adapter.delta_bias(fitted.base)
+        if shift is None:
+            continue
         if "bias" not in layer._parameters:
             raise NotMergeable(
                 f"{type(fitted.adapter).__name__} at {fitted.site.name!r} changes the bias, and a "

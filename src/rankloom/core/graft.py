@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
 from rankloom.core.kinds import Bare, Base, Kind
+from rankloom.core.mixed import Stacks, in_segments
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.errors import StateError, TargetError
 
@@ -33,6 +34,7 @@ class Anchor:
         self.switch = switch
         self.name = name
         self.kind: Kind | None = None
+        self.stacks = Stacks()
 
 
 class _Values(threading.local):
@@ -91,8 +93,11 @@ def _speak(layer: nn.Module, kind: Kind, x: Any, y: Tensor, voices: Voices) -> T
     table = slot_table(layer, LAYER)
     base = Base(kind, layer, voices.context)
     hooked = "_hf_hook" in layer.__dict__
-    out = y
-    for voice in voices.speakers:
+    out, speakers = y, voices.speakers
+    if voices.segments is not None and kind.linear and not hooked and _plain(y):
+        _times(layer, y, voices.batch)
+        out, speakers = in_segments(table, x, y, voices, layer.__dict__["_rankloom"].stacks)
+    for voice in speakers:
         adapter = table.get(voice.name)
         if adapter is None:
             continue
@@ -137,12 +142,18 @@ def _fold(layer: nn.Module, y: Tensor, batch: int) -> int:
     return times
 
 
+def _times(layer: nn.Module, y: Tensor, batch: int | None) -> int:
+    return 1 if batch is None or batch == y.shape[0] else _fold(layer, y, batch)
+
+
 def _expand(layer: nn.Module, y: Tensor, rows: Tensor, batch: int | None) -> Tensor:
-    rows = rows.to(y.device)
-    if batch is None or batch == y.shape[0]:
-        return rows
-    times = _fold(layer, y, batch)
-    return (rows[:, None] * times + torch.arange(times, device=y.device)).flatten()
+    rows, times = rows.to(y.device), _times(layer, y, batch)
+    return rows if times == 1 else (rows[:, None] * times + torch.arange(times, device=y.device)).flatten()
+
+
+def _plain(y: Tensor) -> bool:
+    """True where nothing traces or recasts what runs now."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(y.device.type))
 
 
 def _effective(owner: Grafted, key: str) -> Tensor | None:
@@ -241,6 +252,7 @@ def plant(layer: nn.Module, slot: str, name: str, adapter: Adapter, switch: Swit
 def uproot(layer: nn.Module, slot: str, name: str) -> None:
     """Take the adapter out; the last one gives the layer its own class back."""
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
+    layer.__dict__["_rankloom"].stacks = Stacks()
     _drop(slots, slot, name)
     anchor: Anchor = layer.__dict__["_rankloom"]
     if slot == LAYER and LAYER not in slots and anchor.kind is not None:
@@ -279,7 +291,7 @@ def _check_graftable(layer: nn.Module, path: str) -> None:
     kind = type(layer)
     if isinstance(layer, Grafted):
         _check_class(layer)
-    elif "adapters" in layer._modules or "adapters" in layer.__dict__ or "adapters" in dir(kind):
+    elif "adapters" in layer._modules or "adapters" in layer.__dict__ or hasattr(kind, "adapters"):
         raise TargetError(f"layer {path!r} ({kind.__name__}) already has an attribute 'adapters'")
     check_forward(layer, path)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankloom.ops.segments import Segments
+
 Weight = float | Tensor
 
 
@@ -26,11 +28,15 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Voices:
-    """Who speaks in one forward pass, and what gates may know of the batch."""
+    """Who speaks in one forward pass, and what gates may know of the batch.
+
+    `segments`: the batch sorted by the speakers' numbers, where every row has one of them or none.
+    """
 
     speakers: tuple[Voice, ...] = ()
     batch: int | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
+    segments: Segments | None = None
 
 
 SILENCE = Voices()

@@ -40,11 +40,16 @@ class Resolution:
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """named_modules() of the base alone: without the adapters."""
-    yield prefix, model
-    for name, child in model._modules.items():
-        if child is not None and not (name == "adapters" and isinstance(model, Grafted)):
-            yield from base_modules(child, f"{prefix}.{name}" if prefix else name)
+    """named_modules() of the base alone, as often as a module is there: without the adapters."""
+    waiting = [(prefix, model)]
+    while waiting:
+        path, module = waiting.pop()
+        yield path, module
+        grafted = isinstance(module, Grafted)
+        stem = f"{path}." if path else ""
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not (grafted and name == "adapters"):
+                waiting.append((stem + name, child))
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

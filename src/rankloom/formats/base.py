@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankloom.core.graft import Grafted
+from rankloom.core.targets import base_modules
+
 HOOK = "_hf_hook"
 """Where accelerate keeps what moves offloaded weights (and often the weights); it comes with a forward of its own."""
+OURS = ("_rankloom", "rankloom")
+"""What grafting and attaching leave among the attributes of a module."""
+ATOMS = (bool, int, float, str, type(None), torch.dtype)
+CONTAINERS = (dict, list, set, OrderedDict)
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -24,15 +32,43 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device: its structure and shapes, ties included, and none of its numbers."""
-    memo: dict[int, Any] = {id(t): _meta(t) for t in chain(model.parameters(), model.buffers())}
-    offloaded = [m.__dict__[HOOK] for m in model.modules() if m.__dict__.get(HOOK) is not None]
-    copied = copy.deepcopy(model, memo | {id(hook): None for hook in offloaded})
-    for module in copied.modules():
-        if HOOK in module.__dict__:
-            for attribute in (HOOK, "_old_forward", "forward"):
-                module.__dict__.pop(attribute, None)
-    return copied
+    """A copy of the base on the meta device: its structure and shapes, ties included, no numbers and no adapters."""
+    modules = {id(module): module for _, module in base_modules(model)}
+    twins: dict[int, nn.Module] = {key: _blank(module) for key, module in modules.items()}
+    memo: dict[int, Any] = {id(t): _meta(t) for m in modules.values() for t in _tensors(m)}
+    memo |= {id(hook): None for m in modules.values() if (hook := vars(m).get(HOOK)) is not None} | twins
+    for key, module in modules.items():
+        vars(twins[key]).update(_hollow(module, memo))
+    return twins[id(model)]
+
+
+def _blank(module: nn.Module) -> nn.Module:
+    cls = type(module).rankloom_original if isinstance(module, Grafted) else type(module)
+    return cls.__new__(cls)
+
+
+def _hollow(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
+    """The attributes of a module for its twin: what `memo` knows in place of what it is for, all else copied."""
+    left_out = {*OURS, *((HOOK, "_old_forward", "forward") if HOOK in vars(module) else ())}
+    kept = {key: _copied(value, memo) for key, value in vars(module).items() if key not in left_out}
+    if isinstance(module, Grafted):
+        kept["_modules"].pop("adapters")
+    return kept
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; empty containers and plain values, of which a model has thousands, by the short way."""
+    if type(value) in ATOMS:
+        return value
+    if type(value) in CONTAINERS and not value:
+        return type(value)()
+    if type(value) is dict and all(v is None or id(v) in memo for v in value.values()):
+        return {k: None if v is None else memo[id(v)] for k, v in value.items()}
+    return copy.deepcopy(value, memo)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
 
 
 def _meta(tensor: Tensor) -> Tensor:

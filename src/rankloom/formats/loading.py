@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.attach import attach, detach
+from rankloom.core.attach import attach, build, check_name, detach
 from rankloom.core.bank import Bank
+from rankloom.core.burst import burst
 from rankloom.core.plan import Plan
 from rankloom.core.prepare import kept_layers
+from rankloom.core.replicate import replicate
 from rankloom.core.targets import base_modules
 from rankloom.errors import FileError, SettingsError, StateError, TargetError, suggest
 from rankloom.formats.base import skeleton
@@ -23,13 +26,14 @@ from rankloom.formats.peft import TRANSLATORS
 from rankloom.formats.peft.paths import strip
 from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.translator import Translator
-from rankloom.formats.view import view
+from rankloom.formats.view import arranged, view
 from rankloom.registry import plan_from_data
 from rankloom.store.base import Packed
 
 Reader = Native | Translator
 
 
+@burst()
 def load(
     model: nn.Module, folder: str | Path, name: str = "default", *, limits: Limits | None = None, pack: bool = True
 ) -> Bank:
@@ -41,7 +45,7 @@ def load(
     """
     source = open_folder(folder, limits)
     reader = reader_of(source)
-    _check_not_merged(model)
+    _check_bank(model, name)
     copy = skeleton(model)
     plan, kept = _plans(reader, source, copy)
     expected = _expected(reader, source, copy, plan, name)
@@ -49,7 +53,8 @@ def load(
     tensors = source.tensors()
     for key, of in copies.items():
         _is_copy(source, key, tensors[key], of, tensors)
-    bank = attach(model, _on_this_base(plan, model, source, pack), name)
+    with _fitting(source):
+        bank = attach(model, _on_this_base(plan, model, source, pack), name)
     try:
         sorted_ = view(bank, name)
         reader.prepare(sorted_, source)
@@ -87,8 +92,9 @@ def kept_plan(source: Source) -> Plan | None:
     return plan
 
 
-def _check_not_merged(model: nn.Module) -> None:
+def _check_bank(model: nn.Module, name: str) -> None:
     bank = getattr(model, "rankloom", None)
+    check_name(name, bank)
     if isinstance(bank, Bank) and bank.merged:
         raise StateError(f"load: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
 
@@ -119,15 +125,23 @@ def _plans(reader: Reader, source: Source, copy: nn.Module) -> tuple[Plan, Plan]
 
 def _expected(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name: str) -> dict[str, Tensor]:
     """The file's tensors as they must be, on the meta device."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            bank = attach(copy, plan, name)
-    except (SettingsError, TargetError) as error:
-        raise FileError(f"{source.config_file} does not fit this model: {error}") from error
-    sorted_ = view(bank, name)
+    with _fitting(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if plan.layer_replication:
+            replicate(copy, plan.layer_replication)
+        fitted, shared = build(copy, plan)
+    sorted_ = arranged(copy, name, plan, fitted, shared)
     reader.prepare(sorted_, source)
     return {entry.key: entry.get() for entry in reader.entries_in(sorted_, source)}
+
+
+@contextmanager
+def _fitting(source: Source) -> Iterator[None]:
+    """What a plan refuses about the model, as a fault of the file."""
+    try:
+        yield
+    except (SettingsError, TargetError) as error:
+        raise FileError(f"{source.config_file} does not fit this model: {error}") from error
 
 
 def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> dict[str, str | Tensor]:

@@ -42,7 +42,7 @@ class Native:
         """Parameters and kept buffers of every adapter as "site:path", shared tensors as "shared:key"."""
         found = [
             plain(f"{fitted.site.name}:{path}", tensor)
-            for fitted in view.bank.fitted(view.name)
+            for fitted in view.fitted
             for path, tensor in fitted.adapter.state_dict(keep_vars=True).items()
         ]
         return [*found, *(plain(f"shared:{key}", tensor) for key, tensor in _shared(view))]
@@ -67,7 +67,7 @@ class Native:
 
     def prepare(self, view: View, source: Source) -> None:
         """Give AdaLoRA adapters the number of triplets that the file has."""
-        for fitted in view.bank.fitted(view.name):
+        for fitted in view.fitted:
             for path, module in fitted.adapter.named_modules():
                 said = source.header.get(f"{fitted.site.name}:{path}{'.' if path else ''}E")
                 if not isinstance(module, AdaLoRAAdapter) or said is None or len(said.shape) != 2:
@@ -117,7 +117,7 @@ def _object(source: Source) -> dict[str, Any]:
 
 
 def _shared(view: View) -> Iterator[tuple[str, Tensor]]:
-    shared = view.bank.shared_of(view.name)
+    shared = view.shared
     keep = _keeps_bases(view.plan.method)
     for key, tensor in shared.named_parameters():
         if keep or shared.roles[key] != "basis":

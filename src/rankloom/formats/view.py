@@ -10,26 +10,26 @@ from rankloom.core.adapter import Adapter, Sum
 from rankloom.core.bank import Bank, Fitted
 from rankloom.core.graft import LAYER
 from rankloom.core.plan import Plan
+from rankloom.core.site import Shared
 from rankloom.core.targets import base_modules, matches
 from rankloom.core.whole import TokenRowsAdapter, WholeAdapter
 
 
 @dataclass(frozen=True)
 class View:
-    """`adapted`, `whole`, `tokens`: (place, the part of the adapter there); `modules`: the base's, by name."""
+    """`adapted`, `whole`, `tokens`: (place, the part of the adapter there) out of `fitted`; `shared`: what all of them
+    use; `modules`: the base's, by name.
+    """
 
-    bank: Bank
+    model: nn.Module
     name: str
     plan: Plan
+    fitted: list[Fitted]
+    shared: Shared
     modules: dict[str, nn.Module]
     adapted: list[tuple[Fitted, Adapter]]
     whole: list[tuple[Fitted, WholeAdapter]]
     tokens: list[tuple[Fitted, TokenRowsAdapter]]
-
-    @property
-    def model(self) -> nn.Module:
-        """The adapted model."""
-        return self.bank.model
 
     def saved_whole(self, path: str) -> bool:
         """Whether the module `path` lies in one of `modules_to_save`."""
@@ -40,7 +40,12 @@ class View:
 def view(bank: Bank, name: str) -> View:
     """The adapter `name` of `bank`, sorted."""
     everything = bank.fitted(name)
-    found = View(bank, name, bank.plans[name], dict(base_modules(bank.model)), [], [], [])
+    return arranged(bank.model, name, bank.plans[name], everything, bank.shared_of(name))
+
+
+def arranged(model: nn.Module, name: str, plan: Plan, everything: list[Fitted], shared: Shared) -> View:
+    """Adapters in their places (planted or not), sorted."""
+    found = View(model, name, plan, everything, shared, dict(base_modules(model)), [], [], [])
     for fitted in everything:
         parts = list(fitted.adapter.parts) if isinstance(fitted.adapter, Sum) else [fitted.adapter]
         for part in parts:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter
+from rankloom.core.adapter import Adapter, Thin
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
@@ -91,6 +91,9 @@ class LoRAAdapter(Adapter):
 
     def delta_bias(self, base: Base) -> Tensor | None:
         return None if self.bias is None else self.scaling * self.bias
+
+    def thin(self) -> Thin | None:
+        return Thin(self.A, self.B, self.scaling, self.dropout) if self.bias is None else None
 
     def row_norms(self, base: Base) -> Tensor:
         return row_norms(base.matrix(), self.A, self.B, self.scaling)

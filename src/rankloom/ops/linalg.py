@@ -29,6 +29,26 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[..., :, :rank], s[..., :rank], vh[..., :rank, :]
 
 
+def product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of B A for B (…, out, R) and A (…, R, in) of thin R: U (…, out, n), S (…, n), Vh (…, n, in), n ≤ R.
+
+    B = Q₁R₁, Aᵀ = Q₂R₂, and the SVD of R₁R₂ᵀ: O((out + in)R²) operations, nothing of out·in; in float32 at least.
+    """
+    dtype = torch.promote_types(b.dtype, torch.float32)
+    left, r1 = torch.linalg.qr(b.to(dtype))
+    right, r2 = torch.linalg.qr(a.to(dtype).mT)
+    u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
+    return left @ u, s, vh @ right.mT
+
+
+def product_norm(b: Tensor, a: Tensor) -> Tensor:
+    """‖B A‖_F (…) for thin factors, as ‖R₁R₂ᵀ‖_F: no cancellation where the product is small, the factors are not."""
+    dtype = torch.promote_types(b.dtype, torch.float32)
+    r1, r2 = (torch.linalg.qr(t.to(dtype), mode="r")[1] for t in (b, a.mT))
+    norm: Tensor = torch.linalg.matrix_norm(r1 @ r2.mT)
+    return norm
+
+
 def orthonormal_rows(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random (…, r, n) with orthonormal rows (r ≤ n), from the QR of a Gaussian; rows repeat blocks when r > n."""
     *lead, r, n = shape

@@ -58,6 +58,10 @@ class Store(Keeping):
     def bits_per_weight(self) -> float:
         """Bits for one weight, scales included, of a matrix without padding."""
 
+    def product(self, x: Tensor, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
+        """x (…, in) Wᵀ without a dense W, where a kernel has it; else None."""
+        return None
+
     def pack(self, weight: Tensor) -> Packed:
         """`weight` kept in this store; its dtype stays the logical dtype."""
         return Packed(self.encode(weight.detach()), self, weight.shape, weight.dtype)
@@ -243,7 +247,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Packed) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.unpack().to(x.dtype))
+        made = weight.store.product(x, weight.parts, weight.shape)
+        return F.linear(x, weight.unpack().to(x.dtype)) if made is None else made
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rankloom.ops.triton import usable
 from rankloom.ops.unpack import GROUPS, pack, unpack
 from rankloom.store.base import Parts, Store, check_bits, check_blocks
 
+FEW = 64
+"""Rows of an input up to which a product reads packed weights by a kernel; beyond it, unpacking once costs little."""
 OFFSET = 0.9677083
 """Outermost quantile: the mean of 1 − 1/32 and 1 − 1/30."""
 
@@ -57,6 +60,15 @@ class NormalFloat(Store):
     def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """table[code] · absmax, in float32, cast to `dtype`."""
         return looked_up(parts["codes"], self.scales(parts), self.bits, self.block, shape).to(dtype)
+
+    def product(self, x: Tensor, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
+        """By a kernel for 4 bits and few rows on a GPU, where reading W is what takes the time."""
+        if self.bits != 4 or x.numel() > FEW * x.shape[-1] or not usable(x):
+            return None
+        from rankloom.ops.triton import normalfloat as kernels
+
+        outer = torch.tensor(dynamic_code(), device=x.device), self.double_block
+        return kernels.product(x, parts, (shape[0], shape[1]), table(4, x.device), self.block, outer)
 
     def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
         """absmax (blocks,) in float32."""

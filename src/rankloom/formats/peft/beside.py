@@ -34,7 +34,7 @@ def whole_entries(view: View, paths: Paths) -> list[Entry]:
 
 def token_entries(view: View, paths: Paths) -> list[Entry]:
     """The trained rows of each embedding; a tied head has none of its own."""
-    shared = view.bank.shared_of(view.name)
+    shared = view.shared
     rows = {f.place.path: shared.tensor(tokens_key(f.place.path)) for f, adapter in view.tokens if adapter.lookup}
     return [plain(paths.module(path) + TOKENS, tensor) for path, tensor in rows.items()]
 

@@ -45,7 +45,7 @@ class Vera(Translator):
         own = [e for fitted, adapter in view.adapted for e in own_entries(adapter, paths.site(fitted))]
         if not _method(view).save_projection:
             return own
-        shared = view.bank.shared_of(view.name)
+        shared = view.shared
         return [*own, *(plain(f"base_model.{key}", shared.tensor(key)) for key in SHARED)]
 
     def method_fields(self, view: View) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Composers: many adapters become one."""

@@ -1,0 +1,80 @@
+"""SGMV and BGMV: the thin products of a mixed batch, y_t ← y_t + s_i·x_t A_iᵀ B_iᵀ, in two kernels for all adapters.
+
+A program takes a block of neighbouring tokens of one adapter: 16 at a time on tensor cores (segments: Punica, Chen et
+al., MLSys 2024, arXiv 2310.18547), or a single one as a matrix-vector product where rows have few tokens (decoding).
+Sums are float32. The reference is `ops.segments.added`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rankloom.ops.segments import FEW, Segments, Stack
+
+TILE = 16
+
+
+def added(y: Tensor, x: Tensor, found: Segments, held: Stack) -> Tensor:
+    """`y` (rows, …, out) with the changes for `x` (rows, …, in) written into it, as `ops.segments.added`."""
+    flat, inputs = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous()
+    tokens = inputs.shape[0] // found.batch
+    tile = 1 if tokens <= FEW else TILE
+    blocks = found.blocks(tokens, tile, x.device)
+    _, r, width = held.a.shape
+    rank = max(TILE, triton.next_power_of_2(r))
+    thin = torch.empty(inputs.shape[0], rank, dtype=torch.float32, device=x.device)
+    count, out = blocks.shape[0], flat.shape[1]
+    shrink[(count,)](inputs, held.a, held.scales, thin, blocks, width, r, M=tile, R=rank, K=64)
+    expand[(count, triton.cdiv(out, 64))](thin, held.b, flat, blocks, out, r, M=tile, R=rank, N=64)
+    return flat.reshape(y.shape)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def shrink(
+    x: Any, a: Any, scales: Any, h: Any, blocks: Any, width: Any, r: Any,
+    M: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+) -> None:  # fmt: skip
+    """h (tokens, R) = s·x Aᵀ for one block of tokens; columns beyond the rank are zero."""
+    adapter = tl.load(blocks + 3 * tl.program_id(0)).to(tl.int64)
+    first = tl.load(blocks + 3 * tl.program_id(0) + 1)
+    end = tl.load(blocks + 3 * tl.program_id(0) + 2)
+    token, row, at = first + tl.arange(0, M), tl.arange(0, R), tl.arange(0, K)
+    total = tl.zeros((M, R), dtype=tl.float32)
+    for start in range(0, width, K):
+        column = start + at
+        inside = column[None, :] < width
+        xs = tl.load(x + token[:, None].to(tl.int64) * width + column[None, :], (token[:, None] < end) & inside, 0.0)
+        rows = tl.load(a + (adapter * r + row[:, None]) * width + column[None, :], (row[:, None] < r) & inside, 0.0)
+        if M == 1:
+            total += tl.sum(xs.to(tl.float32) * rows.to(tl.float32), axis=1)[None, :]
+        else:
+            total += tl.dot(xs, tl.trans(rows), input_precision="ieee")
+    total *= tl.load(scales + adapter).to(tl.float32)
+    tl.store(h + token[:, None].to(tl.int64) * R + row[None, :], total, token[:, None] < end)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand(
+    h: Any, b: Any, y: Any, blocks: Any, out: Any, r: Any, M: tl.constexpr, R: tl.constexpr, N: tl.constexpr
+) -> None:
+    """y (tokens, out) += h Bᵀ for one block of tokens and N channels; `b` holds Bᵀ."""
+    adapter = tl.load(blocks + 3 * tl.program_id(0)).to(tl.int64)
+    first = tl.load(blocks + 3 * tl.program_id(0) + 1)
+    end = tl.load(blocks + 3 * tl.program_id(0) + 2)
+    token, row = first + tl.arange(0, M), tl.arange(0, R)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = column[None, :] < out
+    columns = tl.load(b + (adapter * r + row[:, None]) * out + column[None, :], (row[:, None] < r) & inside, 0.0)
+    hs = tl.load(h + token[:, None].to(tl.int64) * R + row[None, :], token[:, None] < end, 0.0)
+    place = y + token[:, None].to(tl.int64) * out + column[None, :]
+    here = (token[:, None] < end) & inside
+    if M == 1:
+        change = tl.sum(tl.trans(hs) * columns.to(tl.float32), axis=0)[None, :]
+    else:
+        change = tl.dot(hs, columns.to(tl.float32), input_precision="ieee")
+    tl.store(place, (tl.load(place, here, 0.0).to(tl.float32) + change).to(y.dtype.element_ty), here)

@@ -1,0 +1,66 @@
+"""Merging thin changes: one pass over each matrix, and the same numbers as through ΔW."""
+
+from collections import Counter
+
+import pytest
+import torch
+from core_tiny import adapted, difference, nudge, tower, words
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rankloom as rl
+
+NAMES = ["q_proj", "v_proj"]
+
+
+class Operations(TorchDispatchMode):
+    """What a block computes: how often each operation that makes or reads whole matrices ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_merge_is_one_product_into_a_fresh_tensor_and_nothing_else():
+    _, bank = adapted("a", target_modules=NAMES)
+    with Operations() as seen:
+        bank.merge("a")
+    assert seen.counts["addmm"] == 4
+    assert set(seen.counts) <= {"addmm", "detach", "alias", "promote_types"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merging_equals_adding_the_delta(dtype):
+    model = tower().to(dtype)
+    bank = rl.attach(model, rl.LoRA(r=2, lora_alpha=6), "a", target_modules=[*NAMES, "embed"])
+    rl.attach(model, rl.LoRA(r=3, lora_bias=True), "b", target_modules=["q_proj"])
+    nudge(bank)
+    base = {f.site.name: f.base.matrix().double() for f in bank.fitted("a")}
+    changes = {name: bank.delta(name) for name in ("a", "b")}
+    kept = {n: p for n, p in model.named_parameters() if "adapters" not in n}
+    bank.merge(a=0.7, b=-0.5)
+    for fitted in bank.fitted("a"):
+        site = fitted.site.name
+        wanted = base[site] + 0.7 * changes["a"][site].double()
+        if site in changes["b"]:
+            wanted = wanted - 0.5 * changes["b"][site].double()
+        assert fitted.base.matrix().dtype == dtype
+        assert difference(fitted.base.matrix().double(), wanted) < {8: 1e-14, 4: 1e-6, 2: 4e-3}[dtype.itemsize]
+    bank.unmerge()
+    assert all(p is kept[n] for n, p in model.named_parameters() if n in kept)
+
+
+@torch.no_grad()
+def test_no_parts_of_the_base_are_written():
+    model, bank = adapted("a", "b", target_modules=NAMES)
+    before = {n: p.clone() for n, p in model.named_parameters() if "adapters" not in n}
+    out = model(words())
+    bank.merge("a", "b")
+    bank.unmerge()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    assert torch.equal(model(words()), out)

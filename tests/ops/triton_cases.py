@@ -1,0 +1,65 @@
+"""Run in a process of its own with TRITON_INTERPRET=1: the kernels on the CPU against the references, as JSON lines."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from rankloom.ops.segments import added, segments, stack
+from rankloom.ops.triton import normalfloat as nf
+from rankloom.ops.triton import segments as kernels
+from rankloom.store.normalfloat import NormalFloat, dynamic_code, table
+
+BATCHES = {"mixed": [1, 0, -1, 1, 2, 3], "skewed": [0, 0, 0, 1, -1]}
+HALF = torch.float16  # the interpreter multiplies the bits of bfloat16 as integers
+RANKS = (3, 16, 1, 20)
+
+
+def say(case, made, wanted, reference):
+    made, wanted = made.double(), wanted.double()
+    off = float((made - wanted).abs().max() / wanted.abs().max())
+    changed = float((wanted - reference.double()).abs().max()) if reference is not None else 1.0
+    print(json.dumps({"case": case, "off": off, "changed": changed}))
+
+
+def mixed_batches():
+    for name, which in BATCHES.items():
+        for tokens in (1, 19):
+            for dtype in (torch.float32, HALF):
+                torch.manual_seed(0)
+                k, d = 70, 66
+                pairs = [(torch.randn(r, k), torch.randn(d, r), 0.5 + i) for i, r in enumerate(RANKS[: max(which) + 1])]
+                held, found = stack(pairs, dtype), segments(which)
+                x, y = torch.randn(len(which), tokens, k).to(dtype), torch.randn(len(which), tokens, d).to(dtype)
+                wide = stack([(a.double(), b.double(), s) for a, b, s in pairs], torch.float64)
+                if dtype != torch.float32:
+                    wide = type(wide)(held.a.double(), held.b.double(), held.ranks, held.scales.double(), held.factors)
+                wanted = added(y.double(), x.double(), found, wide)
+                made = kernels.added(y.clone(), x, found, held)
+                say(f"segments {name} {tokens} {dtype}", made, wanted, y)
+                silent = [i for i, a in enumerate(which) if a < 0]
+                assert torch.equal(made[silent], y[silent])
+
+
+def packed_products():
+    for shape, block, double in (
+        ((40, 64), 64, False),
+        ((33, 71), 16, True),
+        ((64, 128), 64, True),
+        ((5, 300), 64, True),
+    ):
+        for dtype in (torch.float32, HALF):
+            torch.manual_seed(0)
+            store = NormalFloat(bits=4, block=block, double=double, double_block=8)
+            weight = store.pack(torch.randn(shape))
+            x = torch.randn(3, 7, shape[1]).to(dtype)
+            outer = (torch.tensor(dynamic_code()), store.double_block)
+            made = nf.product(x, weight.parts, shape, table(4, x.device), block, outer)
+            wanted = x.double() @ weight.unpack().to(dtype).double().mT
+            say(f"normalfloat {shape} {block} {double} {dtype}", made, wanted, None)
+
+
+if __name__ == "__main__":
+    mixed_batches()
+    packed_products()
