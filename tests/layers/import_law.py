@@ -24,15 +24,16 @@ ROOMS: dict[str, set[str]] = {
     **dict.fromkeys(("presets", "compose", "formats", "train", "theory"), MIDDLE),
     **dict.fromkeys(("continual", "unlearn", "federated", "longcontext", "serve", "testing"), UPPER),
     "hf": UPPER,
+    "reliability": UPPER | {"hf", "public"},
     "recipes": UPPER | {"hf", "public"},
-    "cli": UPPER | {"hf", "public", "recipes"},
+    "cli": UPPER | {"hf", "public", "recipes", "reliability"},
     "public": set(),
 }
 """Room → rooms that it may import, beside itself and `errors`. `public` is the package's own `__init__`."""
 
 OUTSIDE: dict[str, set[str]] = {
-    "transformers": {"hf", "recipes"},
-    "peft": {"hf", "recipes"},
+    "transformers": {"hf", "recipes", "reliability"},
+    "peft": {"hf", "recipes", "reliability"},
     "datasets": {"hf", "recipes"},
     "diffusers": {"hf", "recipes"},
     "trl": {"hf", "recipes"},

@@ -16,6 +16,7 @@ from rankloom.cli.info import info
 from rankloom.cli.merge import merge
 from rankloom.cli.methods import methods
 from rankloom.cli.plan import plan
+from rankloom.cli.reliability import reliability
 from rankloom.cli.systems import systems
 from rankloom.cli.train import train
 
@@ -56,6 +57,7 @@ for _name, _function in (
     ("info", info),
     ("methods", methods),
     ("systems", systems),
+    ("reliability", reliability),
     ("demo", demo),
 ):
     app.command(_name)(guarded(_function))
