@@ -223,8 +223,8 @@ def test_a_manifest_of_someone_else_is_said_and_left_aside(tmp_path):
     (folder / "manifest.json").write_text('{"name": "web app"}')
     with pytest.warns(UserWarning, match="not a manifest of ours"):
         rl.load(net(), folder)
-    (folder / "manifest.json").write_text('{"format": "rankloom-adapter", "version": 99}')
-    refused(folder, "version 99.*upgrade")
+    (folder / "manifest.json").write_text('{"kind": "rankloom-adapter", "schema": 99}')
+    refused(folder, "the seal is not that of its content")
 
 
 def test_a_name_that_is_taken_or_bad(tmp_path):

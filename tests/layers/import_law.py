@@ -9,13 +9,14 @@ from pathlib import Path
 
 PACKAGE = "rankloom"
 FLOOR = {"errors"}
-PARTS = {"core", "store", "ops", "methods", "gates", "starts", "rules", "optim"}
+PARTS = {"files", "core", "store", "ops", "methods", "gates", "starts", "rules", "optim"}
 MIDDLE = PARTS | {"registry", "presets", "compose", "formats", "train", "theory", "systems", "microworld"}
 UPPER = MIDDLE | {"continual", "unlearn", "federated", "longcontext", "serve", "testing"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "store": {"ops"},
     "ops": set(),
+    "files": set(),
     "core": {"store", "ops"},
     **dict.fromkeys(("methods", "gates", "starts", "rules", "optim"), PARTS),
     "registry": {"core", "methods"},

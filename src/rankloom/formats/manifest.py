@@ -11,7 +11,6 @@ import json
 import math
 import stat
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor
 
 from rankloom.errors import FileError
+from rankloom.files.manifest import MANIFEST, read_manifest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-MANIFEST = "manifest.json"
 CARD = "README.md"
-MARK = "rankloom-adapter"
-VERSION = 1
+KIND = "rankloom-adapter"
 DTYPES = {
     "BOOL": (torch.bool, 1),
     "F16": (torch.float16, 2),
@@ -149,18 +147,6 @@ def read_header(path: Path, limits: Limits) -> dict[str, Header]:
     return found
 
 
-def json_bytes(data: Mapping[str, Any]) -> bytes:
-    """Indented JSON; never NaN or Infinity."""
-    return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
-
-
-def write_manifest(folder: Path, plan: Mapping[str, Any], versions: Mapping[str, str]) -> bytes:
-    """The manifest of a folder that is being written: sizes and SHA-256 of config and weights, and the plan."""
-    files = {name: _digest(folder / name) for name in (CONFIG, WEIGHTS)}
-    data = {"format": MARK, "version": VERSION, "versions": dict(versions), "plan": dict(plan), "files": files}
-    return json_bytes(data)
-
-
 def _is_adapter_folder(root: Path) -> None:
     if not root.exists():
         raise FileError(
@@ -261,14 +247,12 @@ def _read_manifest(root: Path, limits: Limits) -> dict[str, Any] | None:
     if not (root / MANIFEST).exists():
         return None
     path = _regular(root, MANIFEST)
-    data = read_json(path, limits)
-    if data.get("format") != MARK:
+    data = read_manifest(path.read_bytes(), str(path), KIND)
+    if data is None:
         warnings.warn(f"{path} is not a manifest of ours; the folder is read without it", stacklevel=4)
         return None
-    if data.get("version") != VERSION:
-        raise FileError(f"{path}: version {data.get('version')!r}; this Rankloom reads version {VERSION}: upgrade it")
-    files = data.get("files")
-    if not isinstance(files, dict) or set(files) != {CONFIG, WEIGHTS}:
+    files = data["files"]
+    if set(files) != {CONFIG, WEIGHTS}:
         raise FileError(f"{path}: 'files' must name {CONFIG} and {WEIGHTS}")
     for name, said in files.items():
         if said != _digest(root / name):

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from rankloom import __version__
 from rankloom.core.attach import bank_of
 from rankloom.errors import SettingsError, StateError
+from rankloom.files.manifest import sealed
+from rankloom.files.strict import as_json
 from rankloom.formats import hub
 from rankloom.formats.base import base_name
 from rankloom.formats.card import render
 from rankloom.formats.compat import Compat, compat
 from rankloom.formats.entry import Entry
-from rankloom.formats.folder import write_bytes, write_folder
-from rankloom.formats.manifest import CARD, CONFIG, MANIFEST, WEIGHTS, json_bytes, write_manifest
+from rankloom.formats.folder import place
+from rankloom.formats.manifest import CARD, CONFIG, KIND, WEIGHTS
 from rankloom.formats.native import Native, portable
 from rankloom.formats.peft import translator_for
 from rankloom.formats.view import View, view
@@ -89,20 +91,16 @@ def write(
     }
     text = render(card, about)
 
-    def fill(target: Path) -> None:
-        write_bytes(target / CONFIG, json_bytes(config))
-        _write_tensors(target / WEIGHTS, tensors)
-        write_bytes(target / MANIFEST, write_manifest(target, plan, versions))
-        write_bytes(target / CARD, text.encode())
-
-    written = write_folder(Path(folder), fill)
+    content = {CONFIG: as_json(config), WEIGHTS: _bytes(tensors)}
+    manifest = {"kind": KIND, "versions": versions, "plan": plan}
+    written = place(Path(folder), {**sealed(content, manifest), CARD: text.encode()})
     return SaveReport(
         folder=written,
         format="rankloom" if native else "peft",
         peft_type=config["peft_type"],
         tensors=len(tensors),
         parameters=about["parameters"],
-        bytes=(written / WEIGHTS).stat().st_size,
+        bytes=len(content[WEIGHTS]),
         compat=verdict,
         notes=tuple(writer.notes(view)),
         pushed=hub.push(written, push_to) if push_to is not None else None,
@@ -127,14 +125,10 @@ def collect(entries: list[Entry]) -> dict[str, Tensor]:
     return found
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def _bytes(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
 
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    return save(tensors, metadata={"format": "pt"})
 
 
 def _plan_data(view: View) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +12,13 @@ from torch import Tensor
 from rankloom import formats
 from rankloom.core.attach import detach
 from rankloom.errors import StateError
+from rankloom.files import disk
+from rankloom.files.folders import drop, hidden_beside, make_parents, put
 from rankloom.hf.job import check_out, known_labels, plain, writing
 from rankloom.hf.models import Loaded, load_model, quiet
 from rankloom.hf.rundata import judged_records, prepared
 from rankloom.train.config import RunConfig
 from rankloom.train.data import Batches
-from rankloom.train.folder import sync_folder
 
 ROWS, LENGTH = 4, 32
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -82,22 +80,20 @@ def merge_job(config: RunConfig, adapter: Path, out: Path, tolerance: float | No
     merged = difference(output(model, batch), unmerged)
     most = TOLERANCE.get(model.dtype, 1e-3) if tolerance is None else tolerance
     _check(merged, most, "folded in", model.dtype)
-    hidden = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}.part"
+    hidden = hidden_beside(out.absolute())
     with writing(out):
         try:
-            hidden.mkdir(parents=True)
+            make_parents(hidden)
+            disk.make(hidden)
             with quiet():
                 model.save_pretrained(hidden)
                 loaded.tokenizer.save_pretrained(hidden)
             saved = difference(_read_back(config, hidden, loaded, batch), unmerged)
             _check(saved, most, "read back from its files", model.dtype)
             size = _sync(hidden)
-            if out.exists():
-                out.rmdir()
-            os.rename(hidden, out)
-            sync_folder(out.absolute().parent)
+            put(hidden, out.absolute())
         finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            drop(hidden)
     return MergeReport(out, adapter, merged, saved, measured_on, size)
 
 
@@ -157,8 +153,7 @@ def _sync(folder: Path) -> int:
     """Force every file to disk; the bytes of all."""
     size = 0
     for path in folder.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        disk.sync(path)
         size += path.stat().st_size
-    sync_folder(folder)
+    disk.sync(folder)
     return size

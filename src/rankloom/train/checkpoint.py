@@ -6,9 +6,9 @@ position, rules' memory), sealed by manifest.json. No pickle is written or read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,11 +21,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from rankloom.errors import FileError, StateError, suggest
-from rankloom.train.folder import as_json, read_folder, write_folder
+from rankloom.files.folders import discard, read_folder, sweep, write_folder
+from rankloom.files.manifest import sealed
+from rankloom.files.strict import as_json
 from rankloom.train.run import bank_or_none
 from rankloom.train.tree import pack, unpack
 
 PLACE = "checkpoints"
+KIND = "rankloom-checkpoint"
 FORM = "step-{:08d}"
 NAME = re.compile(r"step-(\d{8,})")
 
@@ -57,18 +60,19 @@ def save_checkpoint(root: Path, step: int, weights: Mapping[str, Tensor], state:
         "state.json": as_json(data),
     }
     older = [n for n in steps_in(root) if n < step]
-    about = {"kind": "rankloom-checkpoint", "step": step, "parent": FORM.format(older[-1]) if older else None}
+    about = {"kind": KIND, "step": step, "parent": FORM.format(older[-1]) if older else None}
     folder = root / FORM.format(step)
-    write_folder(folder, files, about)
+    write_folder(folder, sealed(files, about))
+    sweep(root)
     return folder
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises `FileError` that names what is broken."""
-    manifest, files = read_folder(folder)
+    manifest, files = read_folder(folder, KIND)
     named = NAME.fullmatch(folder.name)
-    if manifest.get("kind") != "rankloom-checkpoint" or (named and int(named[1]) != manifest.get("step")):
-        raise FileError(f"{folder}: the manifest is of {manifest.get('kind')!r}, step {manifest.get('step')!r}")
+    if type(manifest.get("step")) is not int or (named and int(named[1]) != manifest["step"]):
+        raise FileError(f"{folder}: the manifest is of step {manifest.get('step')!r}")
     missing = {"weights.safetensors", "state.safetensors", "state.json"} - files.keys()
     if missing:
         raise FileError(f"{folder}: the manifest lists no {min(missing)!r}")
@@ -77,7 +81,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         data = json.loads(files["state.json"])
     except Exception as error:
         raise FileError(f"{folder}: {type(error).__name__}: {error}") from error
-    return Checkpoint(folder, int(manifest["step"]), weights, data, tensors)
+    return Checkpoint(folder, manifest["step"], weights, data, tensors)
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
@@ -122,7 +126,8 @@ def prune(root: Path, keep: int, protect: Collection[int]) -> None:
     """Remove all but the `keep` newest checkpoints and the protected steps."""
     for step in steps_in(root)[:-keep]:
         if step not in protect:
-            shutil.rmtree(root / FORM.format(step), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                discard(root / FORM.format(step))
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

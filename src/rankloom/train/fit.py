@@ -16,11 +16,12 @@ from torch import nn
 
 from rankloom.core.rule import Rule
 from rankloom.errors import SettingsError, StateError
+from rankloom.files.disk import rename
+from rankloom.files.folders import sweep
 from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, steps_in
 from rankloom.train.drive import Rules
 from rankloom.train.engine import accelerator, distributed_model
 from rankloom.train.evaluate import Evaluate
-from rankloom.train.folder import sweep
 from rankloom.train.identity import identity
 from rankloom.train.loop import Loop
 from rankloom.train.loss import Loss, default_loss
@@ -191,7 +192,7 @@ def _clear_the_way(root: Path, found: Checkpoint | None) -> None:
     sweep(root)
     for step in _newer(root, found):
         aside = root / f"broken-{FORM.format(step)}-{time.time_ns()}"
-        (root / FORM.format(step)).rename(aside)
+        rename(root / FORM.format(step), aside)
         warnings.warn(f"the broken checkpoint of step {step} is now {aside.name}", stacklevel=3)
 
 
