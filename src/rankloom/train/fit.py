@@ -30,6 +30,7 @@ from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, T
 from rankloom.train.rng import seed_all
 from rankloom.train.run import TrainRun, bank_or_none, checkpointed, mode, only_these_train, voices_for_all_threads
 from rankloom.train.settings import TrainSettings
+from rankloom.train.signals import listening
 from rankloom.train.stream import Source, stream_of
 
 STEPS, LR = 200, 1e-3
@@ -103,6 +104,8 @@ def fit(
         DeafError: a trainable tensor has no gradient in the first step.
         DivergedError: a loss, gradient or weight is not finite.
         FileError: the checkpoint asked for cannot be read.
+        Terminated, Interrupted: SIGTERM or SIGINT came, in the main thread and with `out`; the step was finished and
+            its checkpoint is complete. A second signal is as if there were no run.
     """
     settings = _settings(settings, steps, lr)
     out = None if out is None else Path(out)
@@ -110,6 +113,7 @@ def fit(
     checkpoint = _checkpoint(resume, out)
     with ExitStack() as stack:
         enter = stack.enter_context
+        asked = enter(listening(out is not None))
         enter(voices_for_all_threads(model))
         parameters = enter(only_these_train(model))
         device = _device(parameters)
@@ -136,6 +140,7 @@ def fit(
             settings=settings,
             engine=engine,
             report=Reports([]),
+            asked=asked,
             out=out,
             identity=identity(model, settings) if out is not None or checkpoint is not None else {},
         )
