@@ -81,8 +81,8 @@ class Folder:
             real, home = where.resolve(strict=True), self.path.resolve()
         except (OSError, RuntimeError) as error:
             raise FileError(f"{where} is a link to nothing: {error}") from error
-        homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-        if not any(real.is_relative_to(h) for h in homes):
+        caches = [up.parent / "blobs" for up in home.parents if up.name == "snapshots"]
+        if not any(real.is_relative_to(place) for place in (home, *caches)):
             raise FileError(f"{where} is a link that leaves the folder (to {real}); copy the file instead")
         try:
             handle = os.open(real, _FLAGS | _NO_LINK)
@@ -104,17 +104,18 @@ class File:
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes. Raises `FileError` if the file ends before."""
-        return bytes(self.take_into(bytearray(count)))
+        buffer = bytearray(count)
+        self.take_into(memoryview(buffer))
+        return bytes(buffer)
 
-    def take_into(self, buffer: bytearray) -> bytearray:
+    def take_into(self, buffer: memoryview) -> None:
         """Fill `buffer` with the next bytes."""
-        done, view = 0, memoryview(buffer)
+        done = 0
         while done < len(buffer):
-            part = os.readv(self._handle, [view[done : done + (1 << 30)]])
+            part = os.readv(self._handle, [buffer[done : done + (1 << 30)]])
             if not part:
                 raise FileError(f"{self.path}: ended after {done} of {len(buffer)} bytes; it was changed while read")
             done += part
-        return buffer
 
 
 @contextlib.contextmanager

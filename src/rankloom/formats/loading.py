@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -15,32 +15,53 @@ from rankloom.core.plan import Plan
 from rankloom.core.targets import base_modules
 from rankloom.errors import FileError, SettingsError, StateError, TargetError, suggest
 from rankloom.formats.base import skeleton
-from rankloom.formats.manifest import Header, Limits, Source, open_folder
+from rankloom.formats.basecheck import UnknownBase, check_base
+from rankloom.formats.header import Header
+from rankloom.formats.limits import Limits
+from rankloom.formats.manifest import Source, open_folder
 from rankloom.formats.native import PEFT_TYPE, Native, check_patterns
 from rankloom.formats.peft import TRANSLATORS
 from rankloom.formats.peft.paths import strip
 from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.translator import Translator
-from rankloom.formats.view import view
+from rankloom.formats.view import View, view
 from rankloom.registry import plan_from_data
 
 Reader = Native | Translator
 
 
-def load(model: nn.Module, folder: str | Path, name: str = "default", *, limits: Limits | None = None) -> Bank:
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    limits: Limits | None = None,
+    ignore: Collection[str] = (),
+    base_check: bool = True,
+    unknown_base: UnknownBase = "warn",
+) -> Bank:
     """Attach the adapter in `folder` to `model` under `name`; a PEFT or a native folder is recognised by itself.
 
     Files, keys, shapes, dtypes and values are checked first, and only tensors that the method owns are written. Raises
     `FileError` naming file, tensor and shapes, or modules that this model has not; the model is then as before. A name
     that is taken is a `StateError`.
+
+    Args:
+        limits: how large config, weights and numbers may be (`rankloom limits`).
+        ignore: config fields that are unknown here and that you know to change nothing.
+        base_check: False loads the adapter on another base than it was saved with; that is logged.
+        unknown_base: a folder without a fingerprint of its base is a warning, or "refuse" for a server.
     """
-    source = open_folder(folder, limits)
+    source = open_folder(folder, limits, ignore)
+    _check_name(name, source.limits)
     reader = reader_of(source)
     _check_not_merged(model)
     copy = skeleton(model)
     plan, kept = _plans(reader, source, copy)
-    expected = _expected(reader, source, copy, plan, name)
+    there = _attached(reader, source, copy, plan, name)
+    expected = {entry.key: entry.get() for entry in reader.entries_in(there, source)}
     copies = _check(source, expected, model)
+    check_base(source, model, there, unknown_base, base_check)
     tensors = source.tensors()
     for key, of in copies.items():
         _is_copy(source, key, tensors[key], of, tensors)
@@ -98,8 +119,13 @@ def _plans(reader: Reader, source: Source, copy: nn.Module) -> tuple[Plan, Plan]
         raise FileError(f"{source.config_file}: {error}") from error
 
 
-def _expected(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name: str) -> dict[str, Tensor]:
-    """The file's tensors as they must be, on the meta device."""
+def _check_name(name: str, limits: Limits) -> None:
+    if len(name) > limits.name:
+        raise StateError(f"{name[: limits.name]!r}… cannot name an adapter: at most {limits.name} letters")
+
+
+def _attached(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name: str) -> View:
+    """The adapter on the copy: its tensors are the file's as they must be, on the meta device."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -108,7 +134,7 @@ def _expected(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name:
         raise FileError(f"{source.config_file} does not fit this model: {error}") from error
     sorted_ = view(bank, name)
     reader.prepare(sorted_, source)
-    return {entry.key: entry.get() for entry in reader.entries_in(sorted_, source)}
+    return sorted_
 
 
 def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> dict[str, str | Tensor]:
@@ -152,7 +178,7 @@ def _fits(source: Source, key: str, said: Header, tensor: Tensor) -> None:
             f"{source.weights_file}: tensor {key!r} has shape {said.shape}; this model and {source.config_file} need "
             f"{tuple(tensor.shape)}{made}"
         )
-    if said.dtype.is_floating_point != tensor.is_floating_point():
+    if said.dtype != tensor.dtype and not (said.dtype.is_floating_point and tensor.is_floating_point()):
         raise FileError(f"{source.weights_file}: tensor {key!r} has dtype {said.dtype}; expected {tensor.dtype}")
 
 

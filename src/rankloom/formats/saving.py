@@ -17,6 +17,7 @@ from rankloom.files.manifest import sealed
 from rankloom.files.strict import as_json
 from rankloom.formats import hub
 from rankloom.formats.base import base_name
+from rankloom.formats.basecheck import saved_print
 from rankloom.formats.card import render
 from rankloom.formats.compat import Compat, compat
 from rankloom.formats.entry import Entry
@@ -92,7 +93,7 @@ def write(
     text = render(card, about)
 
     content = {CONFIG: as_json(config), WEIGHTS: _bytes(tensors)}
-    manifest = {"kind": KIND, "versions": versions, "plan": plan}
+    manifest = {"kind": KIND, "versions": versions, "plan": plan, "base": saved_print(view)}
     written = place(Path(folder), {**sealed(content, manifest), CARD: text.encode()})
     return SaveReport(
         folder=written,
