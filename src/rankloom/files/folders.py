@@ -92,6 +92,7 @@ def discard(folder: Path) -> None:
     """Remove a folder so that no reader finds half of it: first its name, then its content."""
     hidden = hidden_beside(folder)
     disk.rename(folder, hidden)
+    disk.sync(folder.parent)
     drop(hidden)
 
 

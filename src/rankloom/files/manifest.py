@@ -29,18 +29,19 @@ def entry(data: bytes | bytearray) -> dict[str, Any]:
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def read_manifest(raw: bytes, where: str, kind: str) -> dict[str, Any] | None:
-    """A manifest of this kind; None for a file of somebody else. Raises `FileError` for one that was changed."""
+def read_manifest(raw: bytes, where: str, *kinds: str) -> dict[str, Any] | None:
+    """A manifest of one of these kinds; None for a file of somebody else. Raises `FileError` if it was changed."""
     data = parse(raw, where)
-    if "seal" not in data and data.get("kind") != kind:
+    if "seal" not in data and data.get("kind") not in kinds:
         return None
     seal = data.get("seal")
     blank = raw.replace(seal.encode(), _BLANK.encode()) if isinstance(seal, str) and len(seal) == 64 else b""
     if hashlib.sha256(blank).hexdigest() != seal:
         raise FileError(f"{where}: the seal is not that of its content: the file was changed or damaged")
-    if data.get("kind") != kind or data.get("schema") != SCHEMA:
+    if data.get("kind") not in kinds or data.get("schema") != SCHEMA:
         raise FileError(
-            f"{where}: a {data.get('kind')!r} of schema {data.get('schema')!r}; expected {kind!r}, schema {SCHEMA}"
+            f"{where}: a {data.get('kind')!r} of schema {data.get('schema')!r}; expected "
+            f"{' or '.join(map(repr, kinds))}, schema {SCHEMA}"
         )
     if not _lists_files(data.get("files")):
         raise FileError(f"{where}: 'files' does not list names with size and sha256")

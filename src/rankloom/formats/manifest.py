@@ -29,7 +29,8 @@ from rankloom.formats.numbers import check_numbers
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
-KIND = "rankloom-adapter"
+KIND, CHECKPOINT = "rankloom-adapter", "rankloom-checkpoint"
+"""Kinds of manifest: a checkpoint of a run is an adapter folder with more files in it."""
 TRIES = 5
 """How often a folder is opened anew that was replaced while it was read."""
 
@@ -141,11 +142,12 @@ def _manifest(folder: Folder, limits: Limits) -> dict[str, Any] | None:
     if not folder.has(MANIFEST):
         return None
     where = str(folder.path / MANIFEST)
-    data = read_manifest(folder.read(MANIFEST, LIMIT), where, KIND)
+    data = read_manifest(folder.read(MANIFEST, LIMIT), where, KIND, CHECKPOINT)
     if data is None:
         warnings.warn(f"{where} is not a manifest of ours; the folder is read without it", stacklevel=5)
         return None
-    if set(data["files"]) != {CONFIG, WEIGHTS}:
+    extra = set(data["files"]) - {CONFIG, WEIGHTS}
+    if not {CONFIG, WEIGHTS} <= set(data["files"]) or (extra and data["kind"] == KIND):
         raise FileError(f"{where}: 'files' must name {CONFIG} and {WEIGHTS}")
     for field, needed in (("plan", dict), ("base", (dict, type(None)))):
         if not isinstance(data.get(field), needed):

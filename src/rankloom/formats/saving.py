@@ -62,9 +62,22 @@ def save(
     sorted_ = view(bank_of(model), name)
     if push_to is not None:
         hub.check(push_to)
-    translator, problems = translator_for(sorted_)
-    writer = Native() if problems or translator is None else translator
+    writer, problems = _writer(sorted_)
     return write(sorted_, writer, problems, folder, card or {}, push_to)
+
+
+def packed(model: nn.Module, name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(config and weights of an adapter as `save` would write them, what a manifest says besides)."""
+    sorted_ = view(bank_of(model), name)
+    writer, _ = _writer(sorted_)
+    about = _about(sorted_)
+    return {CONFIG: as_json(writer.config(sorted_)), WEIGHTS: _bytes(collect(writer.entries(sorted_)))}, about
+
+
+def _writer(view: View) -> tuple[Any, list[str]]:
+    """(what writes the adapter, what keeps it from PEFT's format)."""
+    translator, problems = translator_for(view)
+    return (Native() if problems or translator is None else translator), problems
 
 
 def write(
@@ -77,24 +90,22 @@ def write(
 ) -> SaveReport:
     """Write a sorted adapter by a translator or `Native`."""
     tensors = collect(writer.entries(view))
-    plan = _plan_data(view)
+    manifest = _about(view)
     config = writer.config(view)
     native = isinstance(writer, Native)
     verdict = compat(config, {fitted.place.kind.name for fitted, _ in view.adapted}, problems)
-    versions = {"rankloom": __version__, "torch": torch.__version__}
     about = {
         **_described(view, native),
         "compat": verdict,
         "parameters": sum(t.numel() for t in tensors.values()),
-        "settings": plan,
+        "settings": manifest["plan"],
         "tensors": len(tensors),
-        "versions": versions,
+        "versions": manifest["versions"],
     }
     text = render(card, about)
 
     content = {CONFIG: as_json(config), WEIGHTS: _bytes(tensors)}
-    manifest = {"kind": KIND, "versions": versions, "plan": plan, "base": saved_print(view)}
-    written = place(Path(folder), {**sealed(content, manifest), CARD: text.encode()})
+    written = place(Path(folder), {**sealed(content, {"kind": KIND, **manifest}), CARD: text.encode()})
     return SaveReport(
         folder=written,
         format="rankloom" if native else "peft",
@@ -130,6 +141,11 @@ def _bytes(tensors: dict[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
     return save(tensors, metadata={"format": "pt"})
+
+
+def _about(view: View) -> dict[str, Any]:
+    versions = {"rankloom": __version__, "torch": torch.__version__}
+    return {"versions": versions, "plan": _plan_data(view), "base": saved_print(view)}
 
 
 def _plan_data(view: View) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rankloom.train.checkpoint import (
     FORM,
     PLACE,
     Checkpoint,
+    as_adapter,
     load_checkpoint,
     model_tensors,
     prune,
@@ -273,7 +274,7 @@ class Loop:
         guard.check_finite(weights, step)
         self._saved_at = step
         if self.engine.is_main_process:
-            folder = save_checkpoint(self.out / PLACE, step, weights, self._state())
+            folder = save_checkpoint(self.out / PLACE, step, weights, self._state(), as_adapter(self.run.model))
             best = self.standing.best
             prune(self.out / PLACE, self.settings.keep, () if best is None else (int(best["step"]),))
             self.report.row({"event": "save", "step": step, "folder": str(folder.relative_to(self.out))})
