@@ -89,7 +89,7 @@ def _look(root: Path, done: int) -> tuple[str | None, int]:
     return None, found.step
 
 
-def _in_place(target: Path, files: Mapping[str, bytes]) -> None:
+def in_place(target: Path, files: Mapping[str, bytes]) -> None:
     """`write_folder` without the hidden folder."""
     make_parents(target)
     disk.make(target)
@@ -117,7 +117,7 @@ ROW = Row(
     "a kill −9 while a checkpoint is saved loses nothing",
     measure,
     (
-        Sabotage("written in its place", lambda: swapped(checkpoint, "write_folder", _in_place)),
+        Sabotage("written in its place", lambda: swapped(checkpoint, "write_folder", in_place)),
         Sabotage("older ones are removed first", _pruned_first),
     ),
 )

@@ -22,7 +22,7 @@ from rankloom.reliability.training.world import scratch
 from rankloom.train import checkpoint
 from rankloom.train.checkpoint import FORM, load_checkpoint, newest_checkpoint, prune, save_checkpoint, steps_in
 
-SAVES, KEEP = 4, 2
+KEEP = 2
 
 
 def measure(budget: Budget) -> Finding:
@@ -33,7 +33,7 @@ def measure(budget: Budget) -> Finding:
         root.mkdir()
         model, done, states, faults = Disk(root), 0, 0, []
         known: set[str] = set()
-        for step in range(1, SAVES + 1):
+        for step in range(1, budget.of(7, 3) + 1):
             log = logged(lambda step=step: (_save(root, step), prune(root, KEEP, ())))
             saved = next(
                 i

@@ -9,7 +9,7 @@ from typing import Any
 
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.child import forked
-from rankloom.reliability.training.world import World, ended, scratch, worlds
+from rankloom.reliability.training.world import World, ended, scratch, warm, worlds
 from rankloom.train import loop, stream
 
 SECONDS = 120.0
@@ -20,7 +20,9 @@ def measure(budget: Budget) -> Finding:
     draw, kills = random.Random(budget.seed), budget.of(20, 1)
     runs = inside = equal = 0
     faults = []
-    for world in worlds():
+    every = list(worlds())
+    warm(every[0])
+    for world in every:
         with scratch() as folder:
             for same, in_save, words in _broken(world, folder, kills, draw):
                 runs, equal, inside = runs + 1, equal + same, inside + in_save

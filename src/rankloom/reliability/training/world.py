@@ -190,6 +190,12 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+def warm(world: World) -> None:
+    """Import all that a run imports, so that forked children need not."""
+    with scratch() as folder:
+        ended(world, folder)
+
+
 def ended(world: World, out: Path) -> str:
     """Run to the end; `ending`."""
     with warnings.catch_warnings():
