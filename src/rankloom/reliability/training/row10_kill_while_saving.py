@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from rankloom.errors import FileError
 from rankloom.files import disk
-from rankloom.files.folders import make_parents
+from rankloom.files.folders import discard, make_parents, write_folder
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.child import forked
 from rankloom.reliability.training.world import scratch
@@ -101,12 +101,11 @@ def in_place(target: Path, files: Mapping[str, bytes]) -> None:
 @contextlib.contextmanager
 def _pruned_first() -> Iterator[None]:
     """Saving removes every older checkpoint before it writes."""
-    write: Callable[..., None] = checkpoint.write_folder
 
     def careless(target: Path, files: Mapping[str, bytes]) -> None:
         for step in steps_in(target.parent):
-            checkpoint.discard(target.parent / checkpoint.FORM.format(step))
-        write(target, files)
+            discard(target.parent / checkpoint.FORM.format(step))
+        write_folder(target, files)
 
     with swapped(checkpoint, "write_folder", careless):
         yield

@@ -7,6 +7,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def measure(budget: Budget) -> Finding:
         model, done, states, faults = Disk(root), 0, 0, []
         known: set[str] = set()
         for step in range(1, budget.of(7, 3) + 1):
-            log = logged(lambda step=step: (_save(root, step), prune(root, KEEP, ())))
+            log = logged(partial(_save, root, step))
             saved = next(
                 i
                 for i, op in enumerate(log)
@@ -59,6 +60,7 @@ def measure(budget: Budget) -> Finding:
 def _save(root: Path, step: int) -> None:
     numbers = torch.full((64,), float(step))
     save_checkpoint(root, step, {"weights": numbers}, {"step": step, "optimizer": numbers})
+    prune(root, KEEP, ())
 
 
 def _digest(state: Mapping[Path, bytes | None], done: int) -> str:

@@ -7,6 +7,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,19 @@ DAMAGES: dict[str, Callable[[bytes, bytes], bytes | None]] = {
 
 def measure(budget: Budget) -> Finding:
     """Each file of the newest damaged in each way; then a run that is killed, taken up and killed again."""
-    world, faults, tries = World("lora", {"default": plan_of("lora")}), [], 0
+    world, faults = World("lora", {"default": plan_of("lora")}), []
     with scratch() as folder:
         whole = ended(world, folder / "whole")
-        for name in sorted(p.name for p in _newest(folder / "whole").iterdir()):
-            for damage in DAMAGES:
-                fault = _damaged(world, folder, name, damage, whole)
-                tries, faults = tries + 1, faults + ([] if fault is None else [f"{name} {damage}: {fault}"])
+        cases = [(p.name, damage) for p in sorted(_newest(folder / "whole").iterdir()) for damage in DAMAGES]
+        for name, damage in cases:
+            fault = _damaged(world, folder, name, damage, whole)
+            if fault is not None:
+                faults.append(f"{name} {damage}: {fault}")
         kills = budget.of(60, 6)
-        fault = _killed_again_and_again(world, folder / "killed", kills, whole, random.Random(budget.seed))
-        faults += [] if fault is None else [fault]
-    figure = f"{tries - len(faults)} of {tries} damages skipped by name; {kills} kills in a row: {fault or 'equal'}"
-    return Finding(not faults, figure, tuple(faults))
+        lost = _killed_again_and_again(world, folder / "killed", kills, whole, random.Random(budget.seed))
+    skipped = len(cases) - len(faults)
+    figure = f"{skipped} of {len(cases)} damages skipped by name; {kills} kills in a row: {lost or 'equal'}"
+    return Finding(not faults and lost is None, figure, (*faults, *filter(None, [lost])))
 
 
 def _newest(out: Path) -> Path:
@@ -75,7 +77,7 @@ def _killed_again_and_again(world: World, folder: Path, kills: int, whole: str, 
     for kill in range(kills + 1):
         out = folder / str(number)
         seconds = draw.uniform(0.05, 0.4) if kill < kills else 120.0
-        end = forked(lambda out=out: ended(world, out), seconds)
+        end = forked(partial(ended, world, out), seconds)
         if end.died is None:
             number += 1
             if end.value != whole:

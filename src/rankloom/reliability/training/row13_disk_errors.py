@@ -15,6 +15,7 @@ from typing import Any
 from rankloom.errors import FileError
 from rankloom.files import disk
 from rankloom.files.disk import Operation
+from rankloom.files.folders import write_folder
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.training.crash import logged
 from rankloom.reliability.training.row10_kill_while_saving import in_place
@@ -100,11 +101,10 @@ def _fault(k: int, name: str) -> disk.Watcher:
 @contextlib.contextmanager
 def _unnoticed() -> Iterator[None]:
     """Errors of a save are swallowed."""
-    write: Callable[..., None] = checkpoint.write_folder
 
     def careless(target: Path, files: Mapping[str, bytes]) -> None:
         with contextlib.suppress(OSError):
-            write(target, files)
+            write_folder(target, files)
 
     with swapped(checkpoint, "write_folder", careless):
         yield

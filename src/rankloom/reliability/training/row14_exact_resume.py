@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rankloom.files import disk
+from rankloom.files.disk import Operation
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.child import forked
-from rankloom.reliability.training.world import World, ended, scratch, warm, worlds
+from rankloom.reliability.training.crash import logged
+from rankloom.reliability.training.world import World, ended, ending, scratch, warm, worlds
 from rankloom.train import loop, stream
 
 SECONDS = 120.0
 
 
 def measure(budget: Budget) -> Finding:
-    """Each world in one go, and killed at random instants and taken up, in processes of their own."""
+    """Each world in one go, and killed and taken up, in processes of their own: at random instants, and within an
+    operation of the disk.
+    """
     draw, kills = random.Random(budget.seed), budget.of(20, 1)
     runs = inside = equal = 0
     faults = []
@@ -34,18 +43,48 @@ def measure(budget: Budget) -> Finding:
 
 def _broken(world: World, folder: Path, kills: int, draw: random.Random) -> Iterator[tuple[bool, bool, str]]:
     """(whether it ended the same, whether a save was cut off, what happened) of every kill."""
-    straight = forked(lambda: ended(world, folder / "straight"), SECONDS)
+    straight = forked(lambda: _counted(world, folder / "straight"), SECONDS)
     for number in range(kills):
         if straight.died is not None:
             yield False, False, f"the run that nobody killed: {straight.died}"
             continue
-        out, instant = folder / str(number), draw.uniform(0.2, 1.0) * straight.seconds
-        forked(lambda out=out: ended(world, out), instant)
+        out, (whole, count) = folder / str(number), straight.value
+        if draw.random() < 0.5:
+            instant = draw.uniform(0.2, 1.0) * straight.seconds
+            when = f"after {instant:.3f} s"
+            forked(partial(ended, world, out), instant)
+        else:
+            operation = draw.randrange(count)
+            when = f"in operation {operation} of {count} of the disk"
+            forked(partial(_dying, world, out, operation), SECONDS)
         half = any(out.rglob(".*.part"))
-        again = forked(lambda out=out: ended(world, out), SECONDS)
-        left = f"; left behind: {sorted(p.name for p in out.rglob('.*.part'))}" if any(out.rglob(".*.part")) else ""
-        how = again.died or ("equal" if again.value == straight.value else "another ending")
-        yield how == "equal" and not left, half, f"killed after {instant:.3f} s: {how}{left}"
+        again = forked(partial(ended, world, out), SECONDS)
+        how = again.died or ("equal" if again.value == whole else "another ending")
+        left = sorted(p.name for p in out.rglob(".*.part"))
+        words = f"killed {when}: {how}" + (f"; left behind: {left}" if left else "")
+        yield how == "equal" and not left, half, words
+
+
+def _counted(world: World, out: Path) -> tuple[str, int]:
+    """(the ending, how many operations of the disk the run takes)."""
+    log = logged(partial(ended, world, out))
+    return ending(out), len(log)
+
+
+def _dying(world: World, out: Path, at: int) -> None:
+    """Run, and be killed within an operation of the disk: half of the bytes are written."""
+    count = itertools.count()
+
+    def watch(operation: Operation, perform: Callable[[], None]) -> None:
+        if next(count) == at:
+            if operation.kind in ("write", "append"):
+                with operation.path.open("ab") as file:
+                    file.write(operation.data[: len(operation.data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        perform()
+
+    with disk.watched(watch):
+        ended(world, out)
 
 
 def _nothing(*args: Any) -> None:

@@ -8,6 +8,7 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def _together(folder: Path, seconds: float) -> list[str]:
     write(folder, 1)
     stop = folder / "stop"
     jobs = [start(lambda: _writing(folder, stop))]
-    jobs += [start(lambda i=i: _reading(folder, stop, i)) for i in range(READERS)]
+    jobs += [start(partial(_reading, folder, stop, i)) for i in range(READERS)]
     time.sleep(seconds)
     stop.touch()
     faults = [f"job {i} ended with {code}" for i, code in enumerate(map(_end, jobs)) if code != 0]
