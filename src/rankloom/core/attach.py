@@ -20,6 +20,7 @@ from rankloom.core.replicate import replicate
 from rankloom.core.site import Shared, Site
 from rankloom.core.switch import Voice, Voices
 from rankloom.core.targets import Place, base_tensors, pattern_key, resolve
+from rankloom.core.undriven import watch
 from rankloom.core.whole import TokenRows, Whole
 from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
 
@@ -63,6 +64,7 @@ def attach(
     try:
         bank.reset(name)
         undo.append(plan.method.patch(model))
+        watch(bank, name, plan)
         if probe is not None:
             with bank.using(name):
                 bank.require_heard(**probe)

@@ -39,16 +39,21 @@ class Fitted:
 
 
 class Bank:
-    """Which adapters a model has and which speak: `model.rankloom`, a plain attribute, no module of the model."""
+    """Which adapters a model has and which speak: `model.rankloom`, a plain attribute, no module of the model.
+
+    `driven`: a training goes on that calls the rules.
+    """
 
     model: nn.Module
     switch: Switch
     plans: dict[str, Plan]
+    driven: bool
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.switch = Switch()
         self.plans = {}
+        self.driven = False
         self._fitted: dict[str, list[tuple[Place, Site]]] = {}
         self._shared: dict[str, Shared] = {}
         self._undo: dict[str, list[Callable[[], None]]] = {}

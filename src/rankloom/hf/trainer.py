@@ -9,7 +9,7 @@ The hooks are those of `rankloom.fit`, in the same order. What the Trainer makes
 - A rule's `loss` may only add to the loss: it is applied to a zero loss once a step, and its gradient is added to those
   of the Trainer, which logs the loss without it.
 - Nobody but the user can add the callback: an optimizer of `optimizer_for` refuses to step while rules have hooks and
-  no callback drives them. A Trainer with neither knows nothing of rules.
+  no callback drives them. A Trainer with neither is warned in its second step (`core/undriven.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from rankloom.core.bank import Bank
 from rankloom.core.rule import Rule
+from rankloom.core.undriven import DRIVEN
 from rankloom.errors import FileError, MissingExtra, SettingsError, StateError
 from rankloom.files.folders import read_folder, write_folder
 from rankloom.files.manifest import sealed
@@ -42,8 +43,6 @@ from rankloom.train.tree import pack, unpack
 PLACE = "rankloom"
 """Folder inside a Trainer's checkpoint: `rules/` and `adapters/<name>/`."""
 KIND = "rankloom-rules"
-DRIVEN = ("start", "before_step", "loss", "after_backward", "after_step", "finish")
-"""Hooks that only a driver calls; `groups` alone needs the optimizer and nobody else."""
 
 
 @dataclass

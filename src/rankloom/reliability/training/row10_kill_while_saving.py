@@ -16,7 +16,7 @@ from rankloom.files import disk
 from rankloom.files.folders import discard, make_parents, write_folder
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.child import forked
-from rankloom.reliability.training.world import scratch
+from rankloom.reliability.training.world import ENOUGH, scratch
 from rankloom.train import checkpoint
 from rankloom.train.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint, steps_in
 
@@ -43,10 +43,14 @@ def measure(budget: Budget) -> Finding:
                 fault = f"the writer ended by itself: {end.died}"
             if fault is not None:
                 faults.append(f"kill {number}: {fault}")
+            if len(faults) == ENOUGH:
+                break
         save_checkpoint(root, 10**7, *_content(10**7))
         left = list(root.glob(".*.part"))
     faults += [f"never swept: {path.name}" for path in left]
-    figure = f"{kills - len(faults)} of {kills} whole, {newest} times the newest; {inside} killed inside a save"
+    figure = (
+        f"{number + 1 - len(faults)} of {number + 1} whole, {newest} times the newest; {inside} killed inside a save"
+    )
     return Finding(not faults, figure, tuple(faults))
 
 
@@ -61,9 +65,9 @@ def _write(root: Path, said: Path) -> None:
     step = steps_in(root)[-1]
     with said.open("a", buffering=1) as file:
         while True:
+            file.write(f"{step}\n")
             step += 1
             save_checkpoint(root, step, *_content(step))
-            file.write(f"{step}\n")
             prune(root, KEEP, ())
 
 

@@ -19,7 +19,7 @@ from rankloom.files.folders import write_folder
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.training.crash import logged
 from rankloom.reliability.training.row10_kill_while_saving import in_place
-from rankloom.reliability.training.world import SETTINGS, World, ended, plan_of, scratch
+from rankloom.reliability.training.world import ENOUGH, SETTINGS, World, ended, plan_of, scratch
 from rankloom.train import checkpoint
 from rankloom.train.checkpoint import FORM, PLACE, load_checkpoint, steps_in
 
@@ -38,10 +38,14 @@ def measure(budget: Budget) -> Finding:
         whole = ended(world, folder / "whole")
         cases = [(k, name) for k in range(count) for name in ERRORS]
         chosen = random.Random(budget.seed).sample(cases, min(len(cases), budget.of(len(cases), 24)))
+        tried = 0
         for k, name in sorted(chosen):
+            tried += 1
             fault = _failing(world, folder / f"{k} {name}", k, name) or _going_on(world, folder / f"{k} {name}", whole)
             faults += [] if fault is None else [f"{name} at operation {k}: {fault}"]
-    figure = f"{len(chosen) - len(faults)} of {len(chosen)} failures survived; {count} operations, {len(ERRORS)} errors"
+            if len(faults) == ENOUGH:
+                break
+    figure = f"{tried - len(faults)} of {tried} failures survived; {count} operations, {len(ERRORS)} errors"
     return Finding(not faults, figure, tuple(faults))
 
 

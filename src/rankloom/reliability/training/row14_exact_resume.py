@@ -16,7 +16,7 @@ from rankloom.files.disk import Operation
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.child import forked
 from rankloom.reliability.training.crash import logged
-from rankloom.reliability.training.world import World, ended, ending, scratch, warm, worlds
+from rankloom.reliability.training.world import ENOUGH, World, ended, ending, scratch, warm, worlds
 from rankloom.train import loop, stream
 
 SECONDS = 120.0
@@ -32,6 +32,8 @@ def measure(budget: Budget) -> Finding:
     every = list(worlds())
     warm(every[0])
     for world in every:
+        if len(faults) >= ENOUGH:
+            break
         with scratch() as folder:
             for same, in_save, words in _broken(world, folder, kills, draw):
                 runs, equal, inside = runs + 1, equal + same, inside + in_save

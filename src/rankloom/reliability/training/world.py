@@ -35,6 +35,8 @@ from rankloom.train.settings import TrainSettings
 WORDS, WIDTH = 40, 32
 PLACES = (("up", "down"), ("conv",))
 """Where a method is tried, in this order: linear layers, then a convolution."""
+ENOUGH = 5
+"""Faults after which a measurement stops: it has failed."""
 SETTINGS = TrainSettings(
     steps=8, lr=5e-3, warmup_steps=2, accumulate=2, eval_every=3, save_every=1, log_every=1, dead_gradients="warn"
 )
