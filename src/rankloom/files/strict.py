@@ -10,7 +10,8 @@ from typing import Any
 from rankloom.errors import FileError
 
 DEPTH = 12
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
+_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def as_json(data: Any) -> bytes:
@@ -37,15 +38,12 @@ def parse(raw: bytes, where: str, depth: int = DEPTH) -> dict[str, Any]:
 
 
 def _check_depth(raw: bytes, where: str, most: int) -> None:
+    outside = b"".join(_ESCAPED.sub(b"", raw).split(b'"')[::2])
     depth = 0
-    for token in _STRING_OR_BRACKET.finditer(raw):
-        sign = raw[token.start()]
-        if sign in b"[{":
-            depth += 1
-            if depth > most:
-                raise FileError(f"{where}: nested deeper than {most} levels, at byte {token.start()}")
-        elif sign in b"]}":
-            depth -= 1
+    for sign in outside.translate(None, _OTHERS):
+        depth += 1 if sign in b"[{" else -1
+        if depth > most:
+            raise FileError(f"{where}: nested deeper than {most} levels")
 
 
 def _object(items: list[tuple[str, Any]], where: str) -> dict[str, Any]:
