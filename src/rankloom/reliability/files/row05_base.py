@@ -182,12 +182,17 @@ def _unknown_is_let_in(place: Path) -> bool:
     return True
 
 
+def _nothing(sketch: str) -> torch.Tensor:
+    return torch.zeros_like(_numbers(sketch))
+
+
+_numbers = fingerprint._numbers
 ROW = Row(
     5,
     "a wrong base is refused",
     measure,
     (
-        Sabotage("only structure is compared", lambda: swapped(fingerprint, "SAMPLES", 1)),
+        Sabotage("only structure is compared", lambda: swapped(fingerprint, "_numbers", _nothing)),
         Sabotage("contents may differ by 5 %", lambda: swapped(fingerprint, "SAME", 0.05)),
         Sabotage("re-casting is not tolerated", lambda: swapped(fingerprint, "RECAST", 1e-5)),
         Sabotage("config fields do not count", lambda: swapped(fingerprint, "FIELDS", ())),

@@ -9,6 +9,7 @@ from torch import nn
 
 import rankloom as rl
 from rankloom.core.bank import Bank
+from rankloom.core.targets import base_tensors
 from rankloom.errors import FileError
 from rankloom.formats import loading
 from rankloom.formats.entry import Entry
@@ -97,7 +98,7 @@ def _answers(model: nn.Module, bank: Bank) -> tuple[str, ...]:
     with bank.using("a"):
         tenant = digest(answer(model))
     factors = [digest(tensor) for _, tensor, _ in bank.tensors("a")]
-    weights = [digest(p) for name, p in model.named_parameters() if "rankloom" not in name and "lora" not in name]
+    weights = [digest(tensor) for _, _, _, tensor in base_tensors(model)]
     return (bare_, tenant, *factors, *weights)
 
 

@@ -12,6 +12,7 @@ import torch
 
 import rankloom as rl
 from rankloom.errors import FileError
+from rankloom.files import manifest as manifests
 from rankloom.files.manifest import MANIFEST
 from rankloom.files.strict import parse
 from rankloom.formats import manifest as gate
@@ -74,7 +75,11 @@ def _seconds_per_mb(place: Path) -> float:
 
 
 def _unsealed(raw: bytes, where: str, kind: str) -> Any:
-    return parse(raw, where)
+    data = parse(raw, where)
+    fields = {"schema", "kind", "versions", "plan", "base", "files", "seal"}
+    if set(data) != fields or not manifests._lists_files(data["files"]):
+        raise FileError(f"{where}: not a manifest")
+    return data
 
 
 ROW = Row(

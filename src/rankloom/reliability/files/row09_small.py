@@ -12,10 +12,11 @@ import torch
 
 import rankloom as rl
 from rankloom.errors import RankloomError
-from rankloom.files import strict
 from rankloom.formats import manifest as gate
+from rankloom.formats import numbers
 from rankloom.formats.limits import Limits
 from rankloom.formats.manifest import CONFIG, WEIGHTS
+from rankloom.formats.peft import reading
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.child import forked
 from rankloom.reliability.files.world import (
@@ -167,6 +168,7 @@ ROW = Row(
     measure,
     (
         Sabotage("no limits", _unlimited),
-        Sabotage("depth is not measured first", lambda: swapped(strict, "_check_depth", lambda *a: None)),
+        Sabotage("long lists are not counted", lambda: swapped(numbers, "_check_entries", lambda *a: None)),
+        Sabotage("every regular expression is run", lambda: swapped(reading, "simple", lambda pattern: True)),
     ),
 )

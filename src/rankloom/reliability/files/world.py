@@ -34,7 +34,8 @@ def base(seed: int = 0, **changes: Any) -> nn.Module:
     }  # fmt: skip
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    return model
 
 
 def adapted(model: nn.Module, name: str = "default", seed: int = 1, method: Any = None) -> nn.Module:
