@@ -11,6 +11,7 @@ from rankloom.errors import FileError
 
 DEPTH = 12
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
+_LONG = re.compile(rb"[0-9]{40}")
 _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -20,15 +21,14 @@ def as_json(data: Any) -> bytes:
 
 
 def parse(raw: bytes, where: str, depth: int = DEPTH) -> dict[str, Any]:
-    """The object in `raw`. Raises `FileError` naming `where`; nesting is measured before anything is parsed."""
-    _check_depth(raw, where, depth)
+    """The object in `raw`. Raises `FileError` naming `where`; nesting and digits are counted first."""
+    _check_text(raw, where, depth)
     try:
         data = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=lambda items: _object(items, where),
             parse_constant=lambda literal: _no_number(literal, where),
             parse_float=lambda text: _finite(text, where),
-            parse_int=lambda text: _integer(text, where),
         )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FileError(f"{where}: not JSON ({error})") from error
@@ -37,8 +37,10 @@ def parse(raw: bytes, where: str, depth: int = DEPTH) -> dict[str, Any]:
     return data
 
 
-def _check_depth(raw: bytes, where: str, most: int) -> None:
+def _check_text(raw: bytes, where: str, most: int) -> None:
     outside = b"".join(_ESCAPED.sub(b"", raw).split(b'"')[::2])
+    if long := _LONG.search(outside):
+        _no_number(f"{long[0][:20].decode()}…", where)
     depth = 0
     for sign in outside.translate(None, _OTHERS):
         depth += 1 if sign in b"[{" else -1
@@ -62,7 +64,3 @@ def _no_number(literal: str, where: str) -> Any:
 def _finite(text: str, where: str) -> float:
     value = float(text)
     return value if math.isfinite(value) else _no_number(text[:40], where)
-
-
-def _integer(text: str, where: str) -> int:
-    return int(text) if len(text) <= 20 else _no_number(text[:40], where)

@@ -80,8 +80,9 @@ def _load(text: str, where: str) -> tuple[Any, dict[str, int]]:
 
     if len(text) > LONGEST:
         raise SettingsError(f"{where}: {len(text):,} letters; a configuration has at most {LONGEST:,}")
-    loader = _loader()(text)
+    loader = None
     try:
+        loader = _loader()(text)
         node = loader.get_single_node()
         lines = dict(_lines(node, "", where, set())) if node is not None else {}
         return (loader.construct_document(node) if node is not None else None), lines
@@ -92,7 +93,8 @@ def _load(text: str, where: str) -> tuple[Any, dict[str, int]]:
     except (yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"{where}: not YAML: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _loader() -> Any:

@@ -32,9 +32,8 @@ NAMES = (
     "a" * 65,
     "a" * 300, "ä", "а", "a\u202eb", "a\u200b", "\ud7ff",
     "。。", "．．", "%2e%2e", "..%2fx", "a:b", "a*", "a?", "a|b",
-    "<a>",
-    '"a"', "'a'", "`a`", "a;b", "a&b", "{a}", "[a]", "(a)", "a,b", "a.b", ".hidden", "..a", "a=b", "@a", "#a", "+a", "!a",
-    "keys", "items", "values", "pop", "rows", "context", "forward", "training",
+    "<a>", '"a"', "'a'", "`a`", "a;b", "a&b", "{a}", "[a]", "(a)", "a,b", "a.b", ".hidden", "..a", "a=b", "@a", "#a",
+    "+a", "!a", "keys", "items", "values", "pop", "rows", "context", "forward", "training",
 )  # fmt: skip
 """What cannot name an adapter."""
 Job = Callable[[Path], str | None]
