@@ -13,6 +13,7 @@ from rankloom.cli.eval import evaluate
 from rankloom.cli.export import export
 from rankloom.cli.generate import generate
 from rankloom.cli.info import info
+from rankloom.cli.limits import limits
 from rankloom.cli.merge import merge
 from rankloom.cli.methods import methods
 from rankloom.cli.plan import plan
@@ -55,6 +56,7 @@ for _name, _function in (
     ("merge", merge),
     ("export", export),
     ("info", info),
+    ("limits", limits),
     ("methods", methods),
     ("systems", systems),
     ("reliability", reliability),

@@ -272,6 +272,8 @@ class Bank:
         self, weights: Mapping[str, float], keep: bool, into: Literal["dense", "store"] = "dense"
     ) -> dict[str, float]:
         by_layer: dict[int, list[tuple[Fitted, float]]] = {}
+        for name in weights:
+            self._finite(name)
         for name, weight in weights.items():
             for fitted in self.fitted(name):
                 by_layer.setdefault(id(fitted.place.layer), []).append((fitted, weight))
@@ -288,6 +290,11 @@ class Bank:
                 self._originals.append((layer, key, layer._buffers[key] if buffer else layer._parameters[key]))
             _assign(layer, key, value if buffer else nn.Parameter(value, requires_grad=False))
         return lost
+
+    def _finite(self, name: str) -> None:
+        for key, tensor, _ in self.tensors(name):
+            if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+                raise StateError(f"{key!r} of the adapter {name!r} has NaN or infinite values: nothing is merged")
 
     def _known(self, name: str) -> None:
         if name not in self.plans:

@@ -10,7 +10,9 @@ from typing import Any
 from rankloom.errors import FileError
 
 DEPTH = 12
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
+_LONG = re.compile(rb"[0-9]{40}")
+_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def as_json(data: Any) -> bytes:
@@ -19,15 +21,14 @@ def as_json(data: Any) -> bytes:
 
 
 def parse(raw: bytes, where: str, depth: int = DEPTH) -> dict[str, Any]:
-    """The object in `raw`. Raises `FileError` naming `where`; nesting is measured before anything is parsed."""
-    _check_depth(raw, where, depth)
+    """The object in `raw`. Raises `FileError` naming `where`; nesting and digits are counted first."""
+    _check_text(raw, where, depth)
     try:
         data = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=lambda items: _object(items, where),
             parse_constant=lambda literal: _no_number(literal, where),
             parse_float=lambda text: _finite(text, where),
-            parse_int=lambda text: _integer(text, where),
         )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FileError(f"{where}: not JSON ({error})") from error
@@ -36,16 +37,15 @@ def parse(raw: bytes, where: str, depth: int = DEPTH) -> dict[str, Any]:
     return data
 
 
-def _check_depth(raw: bytes, where: str, most: int) -> None:
+def _check_text(raw: bytes, where: str, most: int) -> None:
+    outside = b"".join(_ESCAPED.sub(b"", raw).split(b'"')[::2])
+    if long := _LONG.search(outside):
+        _no_number(f"{long[0][:20].decode()}…", where)
     depth = 0
-    for token in _STRING_OR_BRACKET.finditer(raw):
-        sign = raw[token.start()]
-        if sign in b"[{":
-            depth += 1
-            if depth > most:
-                raise FileError(f"{where}: nested deeper than {most} levels, at byte {token.start()}")
-        elif sign in b"]}":
-            depth -= 1
+    for sign in outside.translate(None, _OTHERS):
+        depth += 1 if sign in b"[{" else -1
+        if depth > most:
+            raise FileError(f"{where}: nested deeper than {most} levels")
 
 
 def _object(items: list[tuple[str, Any]], where: str) -> dict[str, Any]:
@@ -64,7 +64,3 @@ def _no_number(literal: str, where: str) -> Any:
 def _finite(text: str, where: str) -> float:
     value = float(text)
     return value if math.isfinite(value) else _no_number(text[:40], where)
-
-
-def _integer(text: str, where: str) -> int:
-    return int(text) if len(text) <= 20 else _no_number(text[:40], where)

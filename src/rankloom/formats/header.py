@@ -16,6 +16,9 @@ from rankloom.formats.limits import Limits
 
 LENGTH = 8
 """Bytes of the number before the header."""
+FIELDS = {"dtype", "shape", "data_offsets"}
+LARGEST = 1 << 48
+"""Largest size and offset."""
 DTYPES = {
     "BOOL": (torch.bool, 1),
     "F16": (torch.float16, 2),
@@ -89,7 +92,7 @@ def _check_metadata(metadata: Any, where: str, limits: Limits) -> None:
 
 
 def _entry(where: str, key: str, said: Any) -> tuple[Header, tuple[int, int]]:
-    if not isinstance(said, dict) or set(said) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(said, dict) or said.keys() != FIELDS:
         raise FileError(f"{where}: the header of tensor {key!r} is not dtype, shape and data_offsets")
     if not isinstance(said["dtype"], str) or said["dtype"] not in DTYPES:
         raise FileError(f"{where}: tensor {key!r} has dtype {said['dtype']!r}; known: {', '.join(DTYPES)}")
@@ -103,4 +106,4 @@ def _entry(where: str, key: str, said: Any) -> tuple[Header, tuple[int, int]]:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 16 and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+    return isinstance(value, list) and len(value) <= 16 and all(type(n) is int and 0 <= n < LARGEST for n in value)

@@ -18,6 +18,9 @@ class Limits:
     tensors: int = 50_000
     rank: int = 4096
     count: int = 4096
+    entries: int = 10_000
+    patterns: int = 512
+    blocks: int = 512
     alpha: float = 1e6
     weight: float = 1e4
     name: int = 64
@@ -32,6 +35,9 @@ WORDS = {
     "tensors": "tensors in the weights file",
     "rank": "r, init_r, target_r and the ranks of rank_pattern",
     "count": "any other whole number in the settings of a native method, seeds and steps aside",
+    "entries": "values in one list or object of a config or plan",
+    "patterns": "entries of rank_pattern and alpha_pattern of a LoRA",
+    "blocks": "blocks that layer_replication makes",
     "alpha": "size of lora_alpha and of the values of alpha_pattern",
     "weight": "size of a number in a tensor",
     "name": "letters of an adapter's name",

@@ -14,12 +14,13 @@ FREE = ("seed", "key", "step", "tinit", "tfinal", "deltaT", "rules", "token")
 
 
 def check_numbers(data: dict[str, Any], where: str, limits: Limits) -> None:
-    """Refuse ranks, alphas and (inside a native `plan` or `method`) counts that are out of bounds, by field."""
+    """Refuse ranks, alphas, long lists and (inside a native `plan` or `method`) counts out of bounds, by field."""
     _walk(data, where, limits, "", counts="method" in data)
 
 
 def _walk(data: Any, where: str, limits: Limits, field: str, counts: bool) -> None:
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    _check_entries(data, where, limits, field)
+    items = data.items() if isinstance(data, dict) else enumerate(data)
     for key, value in items:
         name = field if isinstance(data, list) else str(key)
         if isinstance(value, (dict, list)):
@@ -37,6 +38,23 @@ def _check(value: float, key: str, field: str, where: str, limits: Limits, count
             raise FileError(f"{where}: {key}={value}: at most {limits.alpha:g} in size")
     elif counts and type(value) is int and abs(value) > limits.count and not _free(key, field):
         raise FileError(f"{where}: {key}={value}: at most {limits.count}")
+
+
+def _check_entries(data: dict[str, Any] | list[Any], where: str, limits: Limits, field: str) -> None:
+    most = limits.entries
+    if field in ("rank_pattern", "alpha_pattern") and not any(isinstance(v, list) for v in _values(data)):
+        most = limits.patterns
+    if len(data) > most:
+        raise FileError(f"{where}: {field or 'the object'} has {len(data)} entries; at most {most}")
+    if field == "layer_replication":
+        pairs = [pair for pair in _values(data) if isinstance(pair, list) and len(pair) == 2]
+        blocks = sum(max(0, pair[1] - pair[0]) for pair in pairs if all(type(n) is int for n in pair))
+        if blocks > limits.blocks:
+            raise FileError(f"{where}: layer_replication makes {blocks} blocks; at most {limits.blocks}")
+
+
+def _values(data: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(data.values()) if isinstance(data, dict) else data
 
 
 def _free(key: str, field: str) -> bool:

@@ -272,6 +272,7 @@ class Loop:
             return
         weights, step = model_tensors(self.run.model), self.run.step
         guard.check_finite(weights, step)
+        guard.check_finite(guard.optimizer_tensors(self.run.optimizer, self.run.parameters), step)
         self._saved_at = step
         if self.engine.is_main_process:
             folder = save_checkpoint(self.out / PLACE, step, weights, self._state(), as_adapter(self.run.model))

@@ -114,7 +114,7 @@ COMMON: Mapping[str, Field] = {
     "peft_type": Field("text", text),
     "target_modules": NAMES,
     "modules_to_save": Field("a list of names or null", optional(texts)),
-    "layers_to_transform": Field("block indices or null", optional(either(indices, integer))),
+    "layers_to_transform": Field("block indices or null", optional(either(indices, lambda v: integer(v) and v >= 0))),
     "layers_pattern": NAMES,
     "bias": Field("one of " + ", ".join(BIASES), one_of(*BIASES), "none"),
     "fan_in_fan_out": FLAG,
