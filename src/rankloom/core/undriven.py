@@ -49,7 +49,7 @@ def watch(bank: Bank, name: str, plan: Plan) -> None:
     rules = tuple(type(r).__name__ for r in (*plan.method.rules(), *plan.rules) if _needs_driver(r))
     first = next((p for _, p, _ in bank.trainable(name) if p.is_leaf and p.requires_grad), None)
     if rules and first is not None:
-        first.register_post_accumulate_grad_hook(Watch(bank, name, rules))
+        first.register_post_accumulate_grad_hook(Watch(bank, name, rules))  # type: ignore[no-untyped-call]
 
 
 def _needs_driver(rule: Rule) -> bool:

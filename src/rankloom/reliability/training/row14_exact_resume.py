@@ -28,7 +28,7 @@ def measure(budget: Budget) -> Finding:
     """
     draw, kills = random.Random(budget.seed), budget.of(20, 1)
     runs = inside = equal = 0
-    faults = []
+    faults: list[str] = []
     every = list(worlds())
     warm(every[0])
     for world in every:
