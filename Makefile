@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow check lint types laws bench docs clean
+.PHONY: setup demo test test-slow check lint types laws bench reliability docs clean
 
 setup: $(VENV)/.ready-$(EXTRAS)
 
@@ -44,6 +44,9 @@ laws: setup
 
 bench: setup
 	@for script in bench/[a-z]*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+
+reliability: setup
+	OMP_NUM_THREADS=1 $(BIN)/rankloom reliability --sabotage --json > bench/results/reliability.json
 
 docs: setup
 	$(BIN)/python tools/make_docs.py

@@ -45,6 +45,21 @@ class MissingExtra(RankloomError, ImportError):
         super().__init__(f"{what} needs the package {package!r}: pip install 'rankloom[{extra}]'")
 
 
+class Terminated(SystemExit):
+    """SIGTERM ended a run whose checkpoint is complete; uncaught, the program exits with code 143."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(143)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT ended a run whose checkpoint is complete; uncaught, the program exits as by Ctrl-C (130)."""
+
+
 def suggest(name: str, known: Iterable[str], *, n: int = 3) -> str:
     """``"; did you mean 'a' or 'b'?"`` for the nearest of `known`, or the (short) list of what there is, or ``""``."""
     pool = sorted({str(k) for k in known})

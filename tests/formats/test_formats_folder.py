@@ -13,7 +13,7 @@ from formats_tiny import X, adapted, net, saved, shake
 
 import rankloom as rl
 from rankloom.errors import FileError
-from rankloom.formats import folder as folders
+from rankloom.files import disk
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"}
 
@@ -41,7 +41,7 @@ def test_a_new_folder_has_four_files_and_nothing_is_left_beside_it(tmp_path):
 @pytest.mark.parametrize("atomic", [True, False])
 def test_an_old_adapter_is_replaced_and_other_files_stay(atomic, tmp_path, monkeypatch):
     if not atomic:
-        monkeypatch.setattr(folders.ctypes, "CDLL", lambda *a, **k: object())
+        monkeypatch.setattr(disk.ctypes, "CDLL", lambda *a, **k: object())
     folder = saved(tmp_path / "a", target_modules=["q"])
     (folder / "notes.txt").write_text("mine")
     (folder / "logs").mkdir()
@@ -86,17 +86,17 @@ def test_a_file_in_the_way(tmp_path):
     assert (tmp_path / "a").read_text() == "x"
 
 
-@pytest.mark.parametrize("step", ["write_bytes", "_finish", "_exchange"])
-def test_a_failing_disk_leaves_the_old_adapter(step, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["make", "write", "sync", "exchange"])
+def test_a_failing_disk_leaves_the_old_adapter(step, tmp_path):
     folder = saved(tmp_path / "a", target_modules=["q"])
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    def full(operation, perform):
+        if operation.kind == step:
+            raise OSError(28, "No space left on device")
+        perform()
 
-    monkeypatch.setattr(folders, step, full)
-    monkeypatch.setattr("rankloom.formats.saving.write_bytes", folders.write_bytes)
-    with pytest.raises(FileError, match="cannot write the adapter: No space left on device"):
+    with disk.watched(full), pytest.raises(FileError, match="cannot write the adapter: No space left on device"):
         saved(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert names(tmp_path) == {"a"}

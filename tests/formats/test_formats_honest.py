@@ -47,10 +47,10 @@ FULL = {
 }
 
 
-def same(folder, model=None):
+def same(folder, model=None, **more):
     expected = adapted()(X)
     model = model or net()
-    bank = rl.load(model, folder)
+    bank = rl.load(model, folder, **more)
     assert torch.equal(model(X), expected)
     return bank
 
@@ -97,9 +97,12 @@ def test_fields(change, tmp_path):
 
 def test_unknown_fields_are_named_in_a_warning(tmp_path):
     folder = bare(tmp_path / "a")
-    edit_config(folder, zz_new_field=1, unsloth_fixed=True)
-    with pytest.warns(UserWarning, match="unknown fields are left aside: unsloth_fixed, zz_new_field"):
+    edit_config(folder, zz_new_field=None, zz_switch=False, unsloth_fixed=True)
+    with pytest.warns(UserWarning, match="unknown fields are left aside: zz_new_field, zz_switch"):
         same(folder)
+    edit_config(folder, zz_new_field=1)
+    with pytest.warns(UserWarning, match="unknown fields are left aside: zz_new_field, zz_switch"):
+        same(folder, ignore=["zz_new_field"])
 
 
 def test_a_pattern_that_hits_nothing_is_named_in_a_warning(tmp_path):

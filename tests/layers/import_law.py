@@ -9,13 +9,14 @@ from pathlib import Path
 
 PACKAGE = "rankloom"
 FLOOR = {"errors"}
-PARTS = {"core", "store", "ops", "methods", "gates", "starts", "rules", "optim"}
+PARTS = {"files", "core", "store", "ops", "methods", "gates", "starts", "rules", "optim"}
 MIDDLE = PARTS | {"registry", "presets", "compose", "formats", "train", "theory", "systems", "microworld"}
 UPPER = MIDDLE | {"continual", "unlearn", "federated", "longcontext", "serve", "testing"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "store": {"ops"},
     "ops": set(),
+    "files": set(),
     "core": {"store", "ops"},
     **dict.fromkeys(("methods", "gates", "starts", "rules", "optim"), PARTS),
     "registry": {"core", "methods"},
@@ -24,15 +25,16 @@ ROOMS: dict[str, set[str]] = {
     **dict.fromkeys(("presets", "compose", "formats", "train", "theory"), MIDDLE),
     **dict.fromkeys(("continual", "unlearn", "federated", "longcontext", "serve", "testing"), UPPER),
     "hf": UPPER,
+    "reliability": UPPER | {"hf", "public"},
     "recipes": UPPER | {"hf", "public"},
-    "cli": UPPER | {"hf", "public", "recipes"},
+    "cli": UPPER | {"hf", "public", "recipes", "reliability"},
     "public": set(),
 }
 """Room → rooms that it may import, beside itself and `errors`. `public` is the package's own `__init__`."""
 
 OUTSIDE: dict[str, set[str]] = {
-    "transformers": {"hf", "recipes"},
-    "peft": {"hf", "recipes"},
+    "transformers": {"hf", "recipes", "reliability"},
+    "peft": {"hf", "recipes", "reliability"},
     "datasets": {"hf", "recipes"},
     "diffusers": {"hf", "recipes"},
     "trl": {"hf", "recipes"},

@@ -39,7 +39,7 @@ PLANTED = {
     ("store/bad.py", "from ..core import kinds"): "store may not import core",
     ("methods/bad.py", "from rankloom import registry"): "methods may not import registry",
     ("methods/bad.py", "from rankloom import LoRA"): "methods may not import public",
-    ("rules/bad.py", "import transformers"): "transformers may be imported only in hf, recipes",
+    ("rules/bad.py", "import transformers"): "transformers may be imported only in hf, recipes, reliability",
     ("train/bad.py", "try:\n    import peft.tuners\nexcept ImportError:\n    pass"): "peft may be imported only in",
     ("hf/bad.py", "from accelerate import Accelerator"): "accelerate may be imported only in train/",
     ("train/bad.py", "from datasets import Dataset"): "datasets may be imported only in",

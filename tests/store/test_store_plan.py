@@ -13,7 +13,7 @@ from rankloom import presets, registry
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, SettingsError, StateError, TargetError
 from rankloom.registry import plan_data, plan_from_data
-from rankloom.starts.split import LQ, LQER, LoftQ
+from rankloom.starts.split import LQ, LoftQ
 from rankloom.store import dense
 from rankloom.store.base import Packed
 from rankloom.store.mixed import MixedBits
@@ -252,27 +252,30 @@ def test_pack_false_lays_it_on_the_dense_base(tmp_path):
 
 
 @pytest.mark.parametrize("plan", SPLITS.values(), ids=SPLITS)
-def test_a_split_base_is_made_again_or_recognised(tmp_path, plan):
+def test_an_adapter_of_a_split_base_belongs_on_that_base(tmp_path, plan):
     model, x = _nudged(plan), torch.randn(5, 64)
     report = rl.save(model, tmp_path / "a")
     assert report.format == "rankloom"
     assert "its base is split" in str(report.compat)
-    again = net()
-    rl.load(again, tmp_path / "a")
-    assert torch.allclose(again(x), model(x), atol=1e-5)
     bare = copy.deepcopy(model)
     rl.detach(bare)
     rl.load(bare, tmp_path / "a")
     assert torch.equal(bare(x), model(x))
-    with pytest.raises(FileError, match="belongs on a base that .* split"):
-        rl.load(net(), tmp_path / "a", pack=False)
+    for pack in (True, False):
+        dense_base = net()
+        with pytest.raises(FileError, match="belongs on the base that .* made|another base model"):
+            rl.load(dense_base, tmp_path / "a", pack=pack)
+        assert not hasattr(dense_base, "rankloom")
+        assert not any(isinstance(p, Packed) for p in dense_base.parameters())
 
 
-def test_a_base_that_was_split_by_data_is_asked_for(tmp_path):
-    model = _nudged(Plan(rl.LoRA(r=4), store=NormalFloat(2), start=LQER(activations=True)), calibration=batches())
-    rl.save(model, tmp_path / "a")
-    fresh = net()
-    with pytest.raises(FileError, match="belongs on a base that LQER"):
-        rl.load(fresh, tmp_path / "a")
-    assert not hasattr(fresh, "rankloom")
-    assert not any(isinstance(p, Packed) for p in fresh.parameters())
+def test_another_dense_base_is_refused_for_an_adapter_that_packs_it(tmp_path):
+    rl.save(_nudged(presets.qlora(r=4)), tmp_path / "a")
+    other = net()
+    with torch.no_grad():
+        other.up.weight.mul_(1.01)
+    with pytest.raises(FileError, match="made on another base model: the values of 'up.weight' differ"):
+        rl.load(other, tmp_path / "a")
+    packed = net()
+    rl.attach(packed, presets.qlora(r=2), name="first")
+    rl.load(packed, tmp_path / "a", name="second")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from train_world import attached, mlp, points, settings
 import rankloom as rl
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, StateError
-from rankloom.train import folder as folders
+from rankloom.files import disk
 from rankloom.train.checkpoint import load_checkpoint, newest_checkpoint, restore_weights, save_checkpoint, steps_in
 from rankloom.train.fit import fit
 
@@ -28,7 +29,14 @@ def trained(out: Path, **changes: Any) -> Any:
     return model, fit(model, points(), settings=settings(**{"save_every": 3, "accumulate": 1, **changes}), out=out)
 
 
-FILES = ["manifest.json", "state.json", "state.safetensors", "weights.safetensors"]
+FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "manifest.json",
+    "state.json",
+    "state.safetensors",
+    "weights.safetensors",
+]
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "truncated", "flipped", "foreign", "folder"])
@@ -42,7 +50,7 @@ def test_a_broken_newest_is_skipped_by_name(name: str, damage: str, tmp_path: Pa
         path.mkdir()
     elif damage != "absent":
         flipped = bytes([*data[:40], data[40] ^ 1, *data[41:]])
-        foreign = (tmp_path / "checkpoints" / "step-00000009" / name).read_bytes()
+        foreign = (tmp_path / "checkpoints" / "step-00000009" / name).read_bytes() + b" "
         path.write_bytes({"empty": b"", "truncated": data[:-3], "flipped": flipped, "foreign": foreign}[damage])
     again = attached(mlp, {"default": PLAN}, 1)
     with pytest.warns(UserWarning, match="broken") as told:
@@ -135,10 +143,68 @@ def test_files_are_sealed_and_plain(tmp_path: Path) -> None:
     assert manifest["step"] == 12
     assert manifest["parent"] == "step-00000009"
     assert sorted(p.name for p in newest.iterdir()) == FILES
-    assert sorted(manifest["files"]) == FILES[1:]
+    assert sorted(manifest["files"]) == sorted({*FILES} - {"manifest.json"})
     assert {stat.S_IMODE(p.stat().st_mode) for p in newest.iterdir()} == {0o640}
     assert stat.S_IMODE(newest.stat().st_mode) == 0o750
     assert not [p for p in root.iterdir() if p.name.startswith(".")]
+
+
+def test_a_checkpoint_is_an_adapter_folder(tmp_path: Path) -> None:
+    model, result = trained(tmp_path)
+    fresh = mlp()
+    rl.load(fresh, result.checkpoint)
+    for (key, mine, _), (_, its, _) in zip(
+        model.rankloom.tensors("default"), fresh.rankloom.tensors("default"), strict=True
+    ):
+        assert torch.equal(mine, its), key
+    assert rl.inspect(result.checkpoint).verified
+    (result.checkpoint / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(FileError):
+        rl.load(mlp(), result.checkpoint)
+
+
+def test_peft_reads_a_checkpoint(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, result = trained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(mlp(), str(result.checkpoint)).eval()
+    x = points()[0][0]
+    assert torch.allclose(theirs(x), model.eval()(x), atol=1e-6)
+    assert not torch.allclose(mlp()(x), model(x), atol=1e-3)
+
+
+def test_several_adapters_and_unregistered_methods_make_plain_checkpoints(tmp_path: Path) -> None:
+    class Mine(rl.LoRA):
+        pass
+
+    for out, plans in (("two", {"a": PLAN, "b": Plan(rl.LoRA(r=3))}), ("mine", {"a": Plan(Mine(r=2))})):
+        model = attached(mlp, plans, 1)
+        if out == "two":
+            result = fit(model, points(), settings=settings(steps=2), out=tmp_path / out)
+        else:
+            with pytest.warns(UserWarning, match="no adapter folders: the plan cannot be written down"):
+                result = fit(model, points(), settings=settings(steps=2), out=tmp_path / out)
+        assert sorted(p.name for p in result.checkpoint.iterdir()) == sorted({*FILES} - set(FILES[:2]))
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    from rankloom.train import checkpoint
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"w": torch.ones(1)}, {})
+    read = checkpoint.load_checkpoint
+
+    def late(folder: Path) -> Any:
+        for step in (3, 4):
+            if folder.name == "step-00000002" and not (tmp_path / f"step-{step:08d}").exists():
+                save_checkpoint(tmp_path, step, {"w": torch.ones(1)}, {})
+                checkpoint.prune(tmp_path, 2, ())
+        return read(folder)
+
+    monkeypatch.setattr(checkpoint, "load_checkpoint", late)
+    assert newest_checkpoint(tmp_path).step == 4
+    assert not recwarn.list
 
 
 def test_nothing_that_is_not_finite_is_kept(tmp_path: Path) -> None:
@@ -179,23 +245,18 @@ def test_a_state_that_is_no_data_is_refused_by_name(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", range(12))
-def test_disk_errors_leave_the_old_checkpoint(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", range(14))
+def test_disk_errors_leave_the_old_checkpoint(call: int, tmp_path: Path) -> None:
     """The k-th disk operation of a save fails: the reader finds a whole checkpoint, the new or the one before."""
     save_checkpoint(tmp_path, 1, {"w": torch.ones(3)}, {"n": 1})
     count = iter(range(100))
 
-    def failing(real: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if next(count) == call:
-                raise OSError(28, "No space left on device")
-            return real(*args, **kwargs)
+    def failing(operation: disk.Operation, perform: Callable[[], None]) -> None:
+        if next(count) == call:
+            raise OSError(28, "No space left on device")
+        perform()
 
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folders.os, "fsync", failing(os.fsync))
-        patch.setattr(folders.os, "rename", failing(os.rename))
+    with disk.watched(failing):
         try:
             save_checkpoint(tmp_path, 2, {"w": torch.ones(3)}, {"n": 2})
             done = True
@@ -205,8 +266,11 @@ def test_disk_errors_leave_the_old_checkpoint(call: int, tmp_path: Path, monkeyp
     assert found is not None
     assert found.data["n"] == found.step
     assert found.step == 2 or not done
-    assert done == (call >= 7), "4 files, the folder, the rename, the parent"
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert done == (call >= 12), (
+        "a folder, 4 files written and synced, the folder, the rename, the parent; no clean-up counts"
+    )
+    if call < 12:
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_replacing_a_folder_swaps_it_whole(tmp_path: Path) -> None:
@@ -241,7 +305,7 @@ def test_kill_while_saving_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_reader_leaves_a_writer_alone_and_a_new_run_sweeps(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoints", 1, {"w": torch.zeros(1)}, {})
-    half = tmp_path / "checkpoints" / ".step-00000002.new-abc"
+    half = tmp_path / "checkpoints" / ".step-00000002.abc.part"
     half.mkdir()
     assert newest_checkpoint(tmp_path / "checkpoints").step == 1
     assert half.is_dir()

@@ -101,22 +101,36 @@ def test_function_of_the_step_resumes(tmp_path: Path) -> None:
     assert same(tmp_path, llama, {"default": LORA}, lambda: lambda i: made[i * 3 % 7], settings())
 
 
-def test_prepared_batches_resume(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Example:
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def augmented(example: Example, draw: torch.Generator) -> Example:
+    other = torch.randint(1, 64, (len(example),), generator=draw)
+    masked = torch.rand(len(example), generator=draw) < 0.3
+    ids = torch.where(masked, other, torch.tensor(example.ids))
+    return Example(tuple(ids.tolist()), example.trained)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("augment", [None, augmented])
+def test_prepared_batches_resume(augment: Any, packing: bool, tmp_path: Path) -> None:
     from rankloom.train.data import Batches
 
     class Prepared(list[Any]):
         max_length, pad_id, labels, digest = 16, 0, (), "d"
 
-    @dataclass(frozen=True)
-    class Example:
-        ids: tuple[int, ...]
-        trained: tuple[bool, ...]
-
-        def __len__(self) -> int:
-            return len(self.ids)
-
     made = Prepared(Example(tuple(range(i, i + 4 + i % 3)), (False,) + (True,) * (3 + i % 3)) for i in range(1, 12))
-    assert same(tmp_path, llama, {"default": LORA}, lambda: Batches(made, 2, seed=4), settings())
+
+    def source() -> Any:
+        return Batches(made, 2, seed=4, packing=packing, augment=augment)
+
+    assert same(tmp_path, llama, {"default": LORA}, source, settings())
 
 
 def test_whole_model_without_adapters_resumes(tmp_path: Path) -> None:

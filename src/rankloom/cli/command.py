@@ -12,14 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from rankloom.errors import RankloomError, SettingsError, TargetError
+from rankloom.errors import RankloomError, SettingsError, TargetError, Terminated
 
 USAGE, RUNTIME, INTERRUPTED = 2, 1, 130
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """The command with `--debug`, its errors as messages. Exit codes: 2 for usage and configuration, 1 for the rest."""
+    """The command with `--debug`, its errors as messages. Exit codes: 2 for usage and configuration, 1 for the rest,
+    130 after SIGINT, 143 after SIGTERM.
+    """
     hints = typing.get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
 
@@ -39,8 +41,11 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             raise _exit(f"error: {place}{error.strerror or error}", RUNTIME) from error
-        except KeyboardInterrupt:
-            raise _exit("interrupted", INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            raise _exit(str(error) or "interrupted", INTERRUPTED) from None
+        except Terminated as error:
+            typer.echo(str(error), err=True)
+            raise
 
     parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
     own = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)

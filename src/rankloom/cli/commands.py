@@ -13,10 +13,12 @@ from rankloom.cli.eval import evaluate
 from rankloom.cli.export import export
 from rankloom.cli.generate import generate
 from rankloom.cli.info import info
+from rankloom.cli.limits import limits
 from rankloom.cli.merge import merge
 from rankloom.cli.methods import methods
 from rankloom.cli.plan import plan
 from rankloom.cli.quantize import quantize
+from rankloom.cli.reliability import reliability
 from rankloom.cli.systems import systems
 from rankloom.cli.train import train
 
@@ -56,8 +58,10 @@ for _name, _function in (
     ("quantize", quantize),
     ("export", export),
     ("info", info),
+    ("limits", limits),
     ("methods", methods),
     ("systems", systems),
+    ("reliability", reliability),
     ("demo", demo),
 ):
     app.command(_name)(guarded(_function))

@@ -13,6 +13,7 @@ from torch import nn
 from rankloom.core.adapter import Adapter, Sum
 from rankloom.core.bank import NAME, Bank, Fitted
 from rankloom.core.burst import burst
+from rankloom.core.fingerprint import fingerprint
 from rankloom.core.graft import check_forward, own, plant, present, slot_table, uproot
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
@@ -23,6 +24,7 @@ from rankloom.core.site import Shared, Site
 from rankloom.core.start import Calibration
 from rankloom.core.switch import Voice, Voices
 from rankloom.core.targets import Place, base_tensors, pattern_key, resolve
+from rankloom.core.undriven import watch
 from rankloom.core.whole import TokenRows, Whole
 from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
 
@@ -70,10 +72,12 @@ def attach(
     try:
         bank.reset(name)
         undo.append(plan.method.patch(model))
+        watch(bank, name, plan)
         if probe is not None:
             with bank.using(name):
                 bank.require_heard(**probe)
         if plan.store is not None:
+            bank.handed = bank.handed or fingerprint(model)
             bank._requires_grad.update({f"{path}.weight": False for path in prepare(bank, name, calibration)})
     except BaseException:
         detach(model, name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter, tensors_by_role
+from rankloom.core.fingerprint import Print
 from rankloom.core.graft import LAYER, bring_home, present, recast, slot_table
 from rankloom.core.kinds import Base
 from rankloom.core.plan import Plan
@@ -42,19 +43,27 @@ class Fitted:
 
 
 class Bank:
-    """Which adapters a model has and which speak: `model.rankloom`, a plain attribute, no module of the model."""
+    """Which adapters a model has and which speak: `model.rankloom`, a plain attribute, no module of the model.
+
+    `driven`: a training goes on that calls the rules.
+    """
 
     model: nn.Module
     switch: Switch
     plans: dict[str, Plan]
     started: dict[str, dict[str, Started]]
     """How the start of a plan came out, by adapter and site."""
+    handed: Print | None
+    """Fingerprint of the base before a plan's store packed it; None: it is as it was handed in."""
+    driven: bool
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.switch = Switch()
         self.plans = {}
         self.started = {}
+        self.handed: Print | None = None
+        self.driven = False
         self._fitted: dict[str, list[tuple[Place, Site]]] = {}
         self._shared: dict[str, Shared] = {}
         self._undo: dict[str, list[Callable[[], None]]] = {}
@@ -281,6 +290,8 @@ class Bank:
         self, weights: Mapping[str, float], keep: bool, into: Literal["dense", "store"] = "dense"
     ) -> dict[str, float]:
         by_layer: dict[int, list[tuple[Fitted, float]]] = {}
+        for name in weights:
+            self._finite(name)
         for name, weight in weights.items():
             for fitted in self.fitted(name):
                 by_layer.setdefault(id(fitted.place.layer), []).append((fitted, weight))
@@ -308,6 +319,11 @@ class Bank:
                 recast(layer, original)
         _settle([layer for layer, _, _ in new])
         return lost
+
+    def _finite(self, name: str) -> None:
+        for key, tensor, _ in self.tensors(name):
+            if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+                raise StateError(f"{key!r} of the adapter {name!r} has NaN or infinite values: nothing is merged")
 
     def _known(self, name: str) -> None:
         if name not in self.plans:

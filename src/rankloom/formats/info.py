@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankloom.formats.limits import Limits
 from rankloom.formats.loading import reader_of
-from rankloom.formats.manifest import WEIGHTS, Limits, open_folder
+from rankloom.formats.manifest import open_folder
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def inspect(folder: str | Path, *, limits: Limits | None = None) -> Info:
         plan=source.plan or (source.config.get("plan") if native else None),
         tensors=len(source.header),
         parameters=sum(math.prod(h.shape) for h in source.header.values()),
-        bytes=(source.folder / WEIGHTS).stat().st_size,
+        bytes=source.size,
         dtypes=dict(dtypes),
         verified=source.verified,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,36 +20,57 @@ from rankloom.core.replicate import replicate
 from rankloom.core.targets import base_modules
 from rankloom.errors import FileError, SettingsError, StateError, TargetError, suggest
 from rankloom.formats.base import skeleton
-from rankloom.formats.manifest import Header, Limits, Source, open_folder
+from rankloom.formats.basecheck import UnknownBase, check_base
+from rankloom.formats.header import Header
+from rankloom.formats.limits import Limits
+from rankloom.formats.manifest import Source, open_folder
 from rankloom.formats.native import PEFT_TYPE, Native, check_patterns
 from rankloom.formats.peft import TRANSLATORS
 from rankloom.formats.peft.paths import strip
 from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.translator import Translator
-from rankloom.formats.view import arranged, view
+from rankloom.formats.view import View, arranged, view
 from rankloom.registry import plan_from_data
-from rankloom.store.base import Packed
+from rankloom.store.base import Packed, Store
 
 Reader = Native | Translator
 
 
 @burst()
 def load(
-    model: nn.Module, folder: str | Path, name: str = "default", *, limits: Limits | None = None, pack: bool = True
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    limits: Limits | None = None,
+    ignore: Collection[str] = (),
+    base_check: bool = True,
+    unknown_base: UnknownBase = "warn",
+    pack: bool = True,
 ) -> Bank:
     """Attach the adapter in `folder` to `model` under `name`; a PEFT or a native folder is recognised by itself.
 
     Files, keys, shapes, dtypes and values are checked first, and only tensors that the method owns are written. Raises
     `FileError` naming file, tensor and shapes, or modules that this model has not; the model is then as before. A name
-    that is taken is a `StateError`. `pack=False`: the base stays as it is, whatever store the adapter was trained on.
+    that is taken is a `StateError`.
+
+    Args:
+        limits: how large config, weights and numbers may be (`rankloom limits`).
+        ignore: config fields that are unknown here and that you know to change nothing.
+        base_check: False loads the adapter on another base than it was saved with; that is logged.
+        pack: False leaves the base as it is, whatever store the adapter was trained on.
+        unknown_base: a folder without a fingerprint of its base is a warning, or "refuse" for a server.
     """
-    source = open_folder(folder, limits)
+    source = open_folder(folder, limits, ignore)
+    _check_name(name, source.limits)
     reader = reader_of(source)
     _check_bank(model, name)
     copy = skeleton(model)
     plan, kept = _plans(reader, source, copy)
-    expected = _expected(reader, source, copy, plan, name)
+    there = _arranged(reader, source, copy, plan, name)
+    expected = {entry.key: entry.get() for entry in reader.entries_in(there, source)}
     copies = _check(source, expected, model)
+    check_base(source, model, there, unknown_base, base_check)
     tensors = source.tensors()
     for key, of in copies.items():
         _is_copy(source, key, tensors[key], of, tensors)
@@ -100,17 +121,15 @@ def _check_bank(model: nn.Module, name: str) -> None:
 
 
 def _on_this_base(plan: Plan, model: nn.Module, source: Source, pack: bool) -> Plan:
-    """The plan without its start where the base is split already; the start's factors are in the file."""
-    if plan.start is None:
+    """The plan without what made its base, which must be there: a start's factors are in the file."""
+    if isinstance(plan.store, Store | None) and plan.start is None:
         return plan if pack else dataclasses.replace(plan, store=None, store_skip_modules=())
-    if any(isinstance(layer.get_parameter("weight"), Packed) for layer in kept_layers(model, plan).values()):
-        return dataclasses.replace(plan, start=None)
-    if plan.start.calibrated or not pack:
+    if not any(isinstance(layer.get_parameter("weight"), Packed) for layer in kept_layers(model, plan).values()):
         raise FileError(
-            f"{source.config_file}: the adapter belongs on a base that {plan.start} split: load "
-            "that base (the folder base/ of its run, or what `rankloom quantize` wrote), not the dense one"
+            f"{source.config_file}: the adapter belongs on the base that {plan.start or plan.store} made: load "
+            "that one (the folder base/ of its run, or what `rankloom quantize` wrote), not the dense one"
         )
-    return plan
+    return dataclasses.replace(plan, start=None)
 
 
 def _plans(reader: Reader, source: Source, copy: nn.Module) -> tuple[Plan, Plan]:
@@ -123,8 +142,13 @@ def _plans(reader: Reader, source: Source, copy: nn.Module) -> tuple[Plan, Plan]
         raise FileError(f"{source.config_file}: {error}") from error
 
 
-def _expected(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name: str) -> dict[str, Tensor]:
-    """The file's tensors as they must be, on the meta device."""
+def _check_name(name: str, limits: Limits) -> None:
+    if len(name) > limits.name:
+        raise StateError(f"{name[: limits.name]!r}… cannot name an adapter: at most {limits.name} letters")
+
+
+def _arranged(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name: str) -> View:
+    """The adapter for the copy: its tensors are the file's as they must be, on the meta device."""
     with _fitting(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if plan.layer_replication:
@@ -132,7 +156,7 @@ def _expected(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name:
         fitted, shared = build(copy, plan)
     sorted_ = arranged(copy, name, plan, fitted, shared)
     reader.prepare(sorted_, source)
-    return {entry.key: entry.get() for entry in reader.entries_in(sorted_, source)}
+    return sorted_
 
 
 @contextmanager
@@ -185,7 +209,7 @@ def _fits(source: Source, key: str, said: Header, tensor: Tensor) -> None:
             f"{source.weights_file}: tensor {key!r} has shape {said.shape}; this model and {source.config_file} need "
             f"{tuple(tensor.shape)}{made}"
         )
-    if said.dtype.is_floating_point != tensor.is_floating_point():
+    if said.dtype != tensor.dtype and not (said.dtype.is_floating_point and tensor.is_floating_point()):
         raise FileError(f"{source.weights_file}: tensor {key!r} has dtype {said.dtype}; expected {tensor.dtype}")
 
 

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from rankloom import __version__
 from rankloom.core.attach import bank_of
 from rankloom.errors import SettingsError, StateError
+from rankloom.files.manifest import sealed
+from rankloom.files.strict import as_json
 from rankloom.formats import hub
 from rankloom.formats.base import base_name
+from rankloom.formats.basecheck import saved_print
 from rankloom.formats.card import render
 from rankloom.formats.compat import Compat, compat
 from rankloom.formats.entry import Entry
-from rankloom.formats.folder import write_bytes, write_folder
-from rankloom.formats.manifest import CARD, CONFIG, MANIFEST, WEIGHTS, json_bytes, write_manifest
+from rankloom.formats.folder import place
+from rankloom.formats.manifest import CARD, CONFIG, KIND, WEIGHTS
 from rankloom.formats.native import Native, portable
 from rankloom.formats.peft import translator_for
 from rankloom.formats.view import View, view
@@ -59,9 +62,22 @@ def save(
     sorted_ = view(bank_of(model), name)
     if push_to is not None:
         hub.check(push_to)
-    translator, problems = translator_for(sorted_)
-    writer = Native() if problems or translator is None else translator
+    writer, problems = _writer(sorted_)
     return write(sorted_, writer, problems, folder, card or {}, push_to)
+
+
+def packed(model: nn.Module, name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(config and weights of an adapter as `save` would write them, what a manifest says besides)."""
+    sorted_ = view(bank_of(model), name)
+    writer, _ = _writer(sorted_)
+    about = _about(sorted_)
+    return {CONFIG: as_json(writer.config(sorted_)), WEIGHTS: _bytes(collect(writer.entries(sorted_)))}, about
+
+
+def _writer(view: View) -> tuple[Any, list[str]]:
+    """(what writes the adapter, what keeps it from PEFT's format)."""
+    translator, problems = translator_for(view)
+    return (Native() if problems or translator is None else translator), problems
 
 
 def write(
@@ -74,35 +90,29 @@ def write(
 ) -> SaveReport:
     """Write a sorted adapter by a translator or `Native`."""
     tensors = collect(writer.entries(view))
-    plan = _plan_data(view)
+    manifest = _about(view)
     config = writer.config(view)
     native = isinstance(writer, Native)
     verdict = compat(config, {fitted.place.kind.name for fitted, _ in view.adapted}, problems)
-    versions = {"rankloom": __version__, "torch": torch.__version__}
     about = {
         **_described(view, native),
         "compat": verdict,
         "parameters": sum(t.numel() for t in tensors.values()),
-        "settings": plan,
+        "settings": manifest["plan"],
         "tensors": len(tensors),
-        "versions": versions,
+        "versions": manifest["versions"],
     }
     text = render(card, about)
 
-    def fill(target: Path) -> None:
-        write_bytes(target / CONFIG, json_bytes(config))
-        _write_tensors(target / WEIGHTS, tensors)
-        write_bytes(target / MANIFEST, write_manifest(target, plan, versions))
-        write_bytes(target / CARD, text.encode())
-
-    written = write_folder(Path(folder), fill)
+    content = {CONFIG: as_json(config), WEIGHTS: _bytes(tensors)}
+    written = place(Path(folder), {**sealed(content, {"kind": KIND, **manifest}), CARD: text.encode()})
     return SaveReport(
         folder=written,
         format="rankloom" if native else "peft",
         peft_type=config["peft_type"],
         tensors=len(tensors),
         parameters=about["parameters"],
-        bytes=(written / WEIGHTS).stat().st_size,
+        bytes=len(content[WEIGHTS]),
         compat=verdict,
         notes=(*writer.notes(view), *_store_notes(view)),
         pushed=hub.push(written, push_to) if push_to is not None else None,
@@ -127,14 +137,15 @@ def collect(entries: list[Entry]) -> dict[str, Tensor]:
     return found
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def _bytes(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
 
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    return save(tensors, metadata={"format": "pt"})
+
+
+def _about(view: View) -> dict[str, Any]:
+    versions = {"rankloom": __version__, "torch": torch.__version__}
+    return {"versions": versions, "plan": _plan_data(view), "base": saved_print(view)}
 
 
 def _plan_data(view: View) -> dict[str, Any]:

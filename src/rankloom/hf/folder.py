@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rankloom.errors import FileError
-from rankloom.train.folder import sync_folder
+from rankloom.files import disk
+from rankloom.files.folders import drop, hidden_beside, make_parents, put
 
 
 @contextmanager
@@ -27,18 +25,17 @@ def writing(out: Path) -> Iterator[None]:
 @contextmanager
 def model_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` to fill; at the end of the block it is forced to disk and becomes `out`."""
-    hidden = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}.part"
+    out = out.absolute()
+    hidden = hidden_beside(out)
     with writing(out):
         try:
-            hidden.mkdir(parents=True)
+            make_parents(hidden)
+            disk.make(hidden)
             yield hidden
             _sync(hidden)
-            if out.exists():
-                out.rmdir()
-            os.rename(hidden, out)
-            sync_folder(out.absolute().parent)
+            put(hidden, out)
         finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            drop(hidden)
 
 
 def folder_size(folder: Path) -> int:
@@ -48,9 +45,5 @@ def folder_size(folder: Path) -> int:
 
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
+        disk.sync(path)
+    disk.sync(folder)

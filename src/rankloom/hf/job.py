@@ -14,6 +14,8 @@ from typing import Any
 from rankloom import formats
 from rankloom.core.attach import attach
 from rankloom.errors import FileError, SettingsError, StateError
+from rankloom.files.folders import replace_file
+from rankloom.files.strict import as_json
 from rankloom.hf.evaluation import Answer, Evaluator
 from rankloom.hf.folder import model_folder, writing
 from rankloom.hf.models import Loaded, load_model, with_heads
@@ -25,7 +27,6 @@ from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
 from rankloom.train.data import Batches, Prepared, preview
 from rankloom.train.fit import Result, fit
-from rankloom.train.folder import as_json, replace_file
 from rankloom.train.report import Report, Row
 from rankloom.train.rng import seed_all
 from rankloom.train.settings import TrainSettings

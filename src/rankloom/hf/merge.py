@@ -154,7 +154,7 @@ def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> _
     settings = config.need_model()
     bare = skeleton(settings, labels=known_labels(config))
     files = model_files(settings)
-    why = _why_whole(bare, kept_plan(open_folder(adapter)), files)
+    why = _why_whole(kept_plan(open_folder(adapter)), files)
     if not why:
         shards = Shards(files)
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -169,11 +169,8 @@ def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> _
     return _Written(f"in memory: {why}", _in_memory(config, adapter, hidden, pack))
 
 
-def _why_whole(bare: Loaded, plan: Plan | None, files: Path) -> str:
+def _why_whole(plan: Plan | None, files: Path) -> str:
     """Why the model must be in memory to be merged; "" where it need not."""
-    packed = any(isinstance(parameter, Packed) for parameter in bare.model.parameters())
-    if plan is not None and plan.start is not None and not packed:
-        return "its base is split anew"
     if plan is not None and plan.layer_replication:
         return "its layers are replicated"
     return "" if has_shards(files) else "the weights are in no safetensors file"

@@ -66,9 +66,9 @@ def _with_base(config: RunConfig, adapter: Path) -> RunConfig:
     """The base model that the adapter names, unless one is given."""
     if config.model is not None:
         return config
-    from rankloom.formats.manifest import Limits, read_json
+    from rankloom.formats.manifest import read_config as read_adapter_config
 
-    base = read_json(adapter / ADAPTER_CONFIG, Limits()).get("base_model_name_or_path")
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise SettingsError(f"{adapter} does not name its base model: give model=FOLDER or model=OWNER/NAME")
     return dataclasses.replace(config, model=ModelSettings(base))

@@ -9,7 +9,7 @@ The hooks are those of `rankloom.fit`, in the same order. What the Trainer makes
 - A rule's `loss` may only add to the loss: it is applied to a zero loss once a step, and its gradient is added to those
   of the Trainer, which logs the loss without it.
 - Nobody but the user can add the callback: an optimizer of `optimizer_for` refuses to step while rules have hooks and
-  no callback drives them. A Trainer with neither knows nothing of rules.
+  no callback drives them. A Trainer with neither is warned in its second step (`core/undriven.py`).
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ from torch.optim import Optimizer
 
 from rankloom.core.bank import Bank
 from rankloom.core.rule import Rule
+from rankloom.core.undriven import DRIVEN
 from rankloom.errors import FileError, MissingExtra, SettingsError, StateError
+from rankloom.files.folders import read_folder, write_folder
+from rankloom.files.manifest import sealed
+from rankloom.files.strict import as_json
 from rankloom.train import guard
 from rankloom.train.drive import Rules
-from rankloom.train.folder import as_json, read_folder, write_folder
 from rankloom.train.run import TrainRun, bank_or_none, base_statistics, trainable
 from rankloom.train.tree import pack, unpack
 
 PLACE = "rankloom"
 """Folder inside a Trainer's checkpoint: `rules/` and `adapters/<name>/`."""
-DRIVEN = ("start", "before_step", "loss", "after_backward", "after_step", "finish")
-"""Hooks that only a driver calls; `groups` alone needs the optimizer and nobody else."""
+KIND = "rankloom-rules"
 
 
 @dataclass
@@ -277,7 +279,7 @@ def _write_rules(folder: Path, rules: Rules) -> None:
     tensors: dict[str, Tensor] = {}
     data = pack(rules.state(), tensors)
     files = {"rules.json": as_json(data), "rules.safetensors": to_bytes(tensors)}
-    write_folder(folder, files, {"kind": "rankloom-rules"})
+    write_folder(folder, sealed(files, {"kind": KIND}))
 
 
 def _read_rules(folder: Path, rules: Rules, device: torch.device) -> list[dict[str, Any]]:
@@ -287,7 +289,7 @@ def _read_rules(folder: Path, rules: Rules, device: torch.device) -> list[dict[s
             f"{', '.join(type(rule).__name__ for rule in rules.each)}; name the Trainer's checkpoint that has it: "
             "RankloomCallback(resume_from=…)"
         )
-    _, files = read_folder(folder)
+    _, files = read_folder(folder, KIND)
     data, tensors = json.loads(files["rules.json"]), from_bytes(files["rules.safetensors"])
     state: list[dict[str, Any]] = unpack(data, tensors, device, keep_cpu=False)
     rules.check(state)

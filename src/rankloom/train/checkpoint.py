@@ -1,14 +1,15 @@
 """Checkpoints of a run: immutable version folders `step-00000012`; the newest that verifies wins.
 
 Each holds weights.safetensors, state.safetensors and state.json (optimizer, schedule, scaler, random numbers, data
-position, rules' memory), sealed by manifest.json. No pickle is written or read.
+position, rules' memory), sealed by manifest.json. No pickle is written or read. Where one adapter is active it is an
+adapter folder too, which `rankloom.load` and PEFT read: adapter_config.json, adapter_model.safetensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,12 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from rankloom.errors import FileError, StateError, suggest
-from rankloom.train.folder import as_json, read_folder, write_folder
+from rankloom.errors import FileError, SettingsError, StateError, suggest
+from rankloom.files.folders import discard, read_folder, sweep, write_folder
+from rankloom.files.manifest import sealed
+from rankloom.files.strict import as_json
+from rankloom.formats.manifest import CHECKPOINT as KIND
+from rankloom.formats.saving import packed
 from rankloom.train.run import bank_or_none
 from rankloom.train.tree import pack, unpack
 
@@ -46,8 +51,17 @@ class Checkpoint:
         return dict(unpack(self.data, self.tensors, device, keep_cpu))
 
 
-def save_checkpoint(root: Path, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write one checkpoint below `root`; returns its folder, which then never changes."""
+def save_checkpoint(
+    root: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    adapter: tuple[Mapping[str, bytes], Mapping[str, Any]] = ({}, {}),
+) -> Path:
+    """Write one checkpoint below `root`; returns its folder, which then never changes.
+
+    `adapter`: files that make it an adapter folder, and what the manifest says of them.
+    """
     tensors: dict[str, Tensor] = {}
     data = pack(dict(state), tensors)
     plain = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in weights.items()}
@@ -55,20 +69,22 @@ def save_checkpoint(root: Path, step: int, weights: Mapping[str, Tensor], state:
         "weights.safetensors": to_bytes(plain),
         "state.safetensors": to_bytes(tensors),
         "state.json": as_json(data),
+        **adapter[0],
     }
     older = [n for n in steps_in(root) if n < step]
-    about = {"kind": "rankloom-checkpoint", "step": step, "parent": FORM.format(older[-1]) if older else None}
+    about = {**adapter[1], "kind": KIND, "step": step, "parent": FORM.format(older[-1]) if older else None}
     folder = root / FORM.format(step)
-    write_folder(folder, files, about)
+    write_folder(folder, sealed(files, about))
+    sweep(root)
     return folder
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises `FileError` that names what is broken."""
-    manifest, files = read_folder(folder)
+    manifest, files = read_folder(folder, KIND)
     named = NAME.fullmatch(folder.name)
-    if manifest.get("kind") != "rankloom-checkpoint" or (named and int(named[1]) != manifest.get("step")):
-        raise FileError(f"{folder}: the manifest is of {manifest.get('kind')!r}, step {manifest.get('step')!r}")
+    if type(manifest.get("step")) is not int or (named and int(named[1]) != manifest["step"]):
+        raise FileError(f"{folder}: the manifest is of step {manifest.get('step')!r}")
     missing = {"weights.safetensors", "state.safetensors", "state.json"} - files.keys()
     if missing:
         raise FileError(f"{folder}: the manifest lists no {min(missing)!r}")
@@ -77,17 +93,26 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         data = json.loads(files["state.json"])
     except Exception as error:
         raise FileError(f"{folder}: {type(error).__name__}: {error}") from error
-    return Checkpoint(folder, int(manifest["step"]), weights, data, tensors)
+    return Checkpoint(folder, manifest["step"], weights, data, tensors)
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest checkpoint below `root` that verifies, or None; newer broken ones are named in a warning."""
-    for step in reversed(steps_in(root)):
+    """The newest checkpoint below `root` that verifies, or None; newer broken ones are named in a warning.
+
+    One that its run removes while it is read is not broken: there are newer ones then.
+    """
+    broken: set[int] = set()
+    while True:
+        steps = [step for step in steps_in(root) if step not in broken]
+        if not steps:
+            return None
+        folder = root / FORM.format(steps[-1])
         try:
-            return load_checkpoint(root / FORM.format(step))
+            return load_checkpoint(folder)
         except (FileError, OSError) as error:
-            warnings.warn(f"checkpoint {FORM.format(step)} is broken and skipped: {error}", stacklevel=2)
-    return None
+            if folder.exists():
+                broken.add(steps[-1])
+                warnings.warn(f"checkpoint {folder.name} is broken and skipped: {error}", stacklevel=2)
 
 
 def find_checkpoint(resume: bool | str | Path, out: Path | None) -> Checkpoint | None:
@@ -122,7 +147,20 @@ def prune(root: Path, keep: int, protect: Collection[int]) -> None:
     """Remove all but the `keep` newest checkpoints and the protected steps."""
     for step in steps_in(root)[:-keep]:
         if step not in protect:
-            shutil.rmtree(root / FORM.format(step), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                discard(root / FORM.format(step))
+
+
+def as_adapter(model: nn.Module) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """What makes a checkpoint of this model an adapter folder: nothing, unless one adapter alone is active."""
+    bank = bank_or_none(model)
+    if bank is None or len(bank.active) != 1:
+        return {}, {}
+    try:
+        return packed(model, *bank.active)
+    except SettingsError as error:
+        warnings.warn(f"checkpoints of this run are no adapter folders: {error}", stacklevel=3)
+        return {}, {}
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

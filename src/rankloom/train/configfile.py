@@ -31,6 +31,8 @@ Origins = dict[str, str]
 NAMED = ("method", "inner", "store", "start")
 """Settings that are objects with a name, in the order in which their names are applied."""
 PARTS: Mapping[str, Mapping[str, str]] = {"plan.store": STORES, "plan.start": STARTS}
+LONGEST, DEEPEST, ALIASES = 1 << 18, 50, 16
+"""Letters, levels and aliases of a configuration that is read."""
 
 
 def read_config(file: Path | None, changes: Sequence[str] = ()) -> RunConfig:
@@ -80,8 +82,11 @@ def _read(file: Path) -> tuple[dict[str, Any], Origins]:
 def _load(text: str, where: str) -> tuple[Any, dict[str, int]]:
     import yaml
 
-    loader = _loader()(text)
+    if len(text) > LONGEST:
+        raise SettingsError(f"{where}: {len(text):,} letters; a configuration has at most {LONGEST:,}")
+    loader = None
     try:
+        loader = _loader()(text)
         node = loader.get_single_node()
         lines = dict(_lines(node, "", where, set())) if node is not None else {}
         return (loader.construct_document(node) if node is not None else None), lines
@@ -92,7 +97,8 @@ def _load(text: str, where: str) -> tuple[Any, dict[str, int]]:
     except (yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"{where}: not YAML: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _loader() -> Any:
@@ -101,6 +107,16 @@ def _loader() -> Any:
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict[str, Any] = {}
+        depth = aliases = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.aliases += self.check_event(yaml.AliasEvent)
+            self.depth += 1
+            if self.depth > DEEPEST or self.aliases > ALIASES:
+                raise yaml.YAMLError(f"more than {DEEPEST} levels, or more than {ALIASES} aliases")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
     core = {
         "bool": (r"true|false|True|False|TRUE|FALSE", "tTfF"),
@@ -119,7 +135,10 @@ def _loader() -> Any:
 
 
 def _integer(loader: Any, node: Any) -> int:
-    return int(loader.construct_scalar(node))
+    text = loader.construct_scalar(node)
+    if len(text) > 20:
+        raise SettingsError(f"a whole number of {len(text)} digits is too large")
+    return int(text)
 
 
 def _lines(node: Any, path: str, where: str, seen: set[int]) -> Iterator[tuple[str, int]]:

@@ -22,6 +22,7 @@ class Rules:
 
     def __init__(self, bank: Bank | None, rules: Iterable[Rule] = ()) -> None:
         """Raises `SettingsError` where two rules of one class differ: they would fight over the same tensors."""
+        self.bank = bank
         self.each: list[Rule] = []
         for origin, rule in _found(bank, rules):
             if not isinstance(rule, Rule):
@@ -56,6 +57,7 @@ class Rules:
 
     def start(self, run: Run) -> None:
         """Before the first step; the optimizer exists."""
+        self._drive(True)
         for rule in self.each:
             rule.start(run)
 
@@ -84,6 +86,11 @@ class Rules:
         """After the last step."""
         for rule in self.each:
             rule.finish(run)
+        self._drive(False)
+
+    def _drive(self, driven: bool) -> None:
+        if self.bank is not None:
+            self.bank.driven = driven
 
     def state(self) -> list[dict[str, Any]]:
         """Every rule's memory, in order."""

@@ -16,11 +16,12 @@ from torch import nn
 
 from rankloom.core.rule import Rule
 from rankloom.errors import SettingsError, StateError
+from rankloom.files.disk import rename
+from rankloom.files.folders import sweep
 from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, steps_in
 from rankloom.train.drive import Rules
 from rankloom.train.engine import accelerator, distributed_model
 from rankloom.train.evaluate import Evaluate
-from rankloom.train.folder import sweep
 from rankloom.train.identity import identity
 from rankloom.train.loop import Loop
 from rankloom.train.loss import Loss, default_loss
@@ -29,6 +30,7 @@ from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, T
 from rankloom.train.rng import seed_all
 from rankloom.train.run import TrainRun, bank_or_none, checkpointed, mode, only_these_train, voices_for_all_threads
 from rankloom.train.settings import TrainSettings
+from rankloom.train.signals import listening
 from rankloom.train.stream import Source, stream_of
 
 STEPS, LR = 200, 1e-3
@@ -102,6 +104,8 @@ def fit(
         DeafError: a trainable tensor has no gradient in the first step.
         DivergedError: a loss, gradient or weight is not finite.
         FileError: the checkpoint asked for cannot be read.
+        Terminated, Interrupted: SIGTERM or SIGINT came, in the main thread and with `out`; the step was finished and
+            its checkpoint is complete. A second signal is as if there were no run.
     """
     settings = _settings(settings, steps, lr)
     out = None if out is None else Path(out)
@@ -109,6 +113,7 @@ def fit(
     checkpoint = _checkpoint(resume, out)
     with ExitStack() as stack:
         enter = stack.enter_context
+        asked = enter(listening(out is not None))
         enter(voices_for_all_threads(model))
         parameters = enter(only_these_train(model))
         device = _device(parameters)
@@ -135,6 +140,7 @@ def fit(
             settings=settings,
             engine=engine,
             report=Reports([]),
+            asked=asked,
             out=out,
             identity=identity(model, settings) if out is not None or checkpoint is not None else {},
         )
@@ -191,7 +197,7 @@ def _clear_the_way(root: Path, found: Checkpoint | None) -> None:
     sweep(root)
     for step in _newer(root, found):
         aside = root / f"broken-{FORM.format(step)}-{time.time_ns()}"
-        (root / FORM.format(step)).rename(aside)
+        rename(root / FORM.format(step), aside)
         warnings.warn(f"the broken checkpoint of step {step} is now {aside.name}", stacklevel=3)
 
 

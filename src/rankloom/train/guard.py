@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rankloom.errors import DeafError, RankloomError
 
@@ -76,6 +77,16 @@ def diverged(step: int, what: str, parameters: Mapping[str, nn.Parameter], loss:
         f"step {step}: the {what} is not finite (loss {loss}); {'; '.join(where) or 'all tensors are finite'}. "
         "Lower lr, use a warm-up, look at the batch of this step, or use precision='bf16' instead of 'fp16'"
     )
+
+
+def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The tensors of an optimizer's memory, by the parameter's name and their own."""
+    return {
+        f"{key}, {kind} of the optimizer": value
+        for key, parameter in parameters.items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from rankloom.core.fingerprint import fingerprint, short
 from rankloom.errors import StateError
 from rankloom.registry import plan_data
-from rankloom.train.fingerprint import fingerprint
 from rankloom.train.run import bank_or_none
 from rankloom.train.settings import TrainSettings
 
@@ -42,8 +42,8 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another base, other adapters or other steering settings; more steps are warned of."""
     if saved["base"] != now["base"]:
         raise StateError(
-            f"the checkpoint was made on another base model (fingerprint {str(saved['base'])[:12]}, here "
-            f"{str(now['base'])[:12]}): load the same base, in the same dtype"
+            f"the checkpoint was made on another base model (fingerprint {short(saved['base'])}, here "
+            f"{short(now['base'])}): load the same base, in the same dtype"
         )
     for name in sorted(saved["adapters"].keys() | now["adapters"].keys()):
         old, new = saved["adapters"].get(name), now["adapters"].get(name)

@@ -20,6 +20,7 @@ from rankloom.train.checkpoint import (
     FORM,
     PLACE,
     Checkpoint,
+    as_adapter,
     load_checkpoint,
     model_tensors,
     prune,
@@ -36,6 +37,7 @@ from rankloom.train.report import Report, memory_mb
 from rankloom.train.rng import rng_state, set_rng_state
 from rankloom.train.run import TrainRun
 from rankloom.train.settings import TrainSettings
+from rankloom.train.signals import Asked, Leave
 from rankloom.train.stream import Stream
 
 MOST_SKIPS = 50
@@ -44,7 +46,10 @@ MOST_SKIPS = 50
 
 @dataclass
 class Standing:
-    """What a run has come to; saved with each checkpoint. `waited`: evaluations since the lowest loss."""
+    """What a run has come to; saved with each checkpoint.
+
+    `judged`: step of the last evaluation that was due; `waited`: evaluations since the lowest loss.
+    """
 
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
@@ -52,6 +57,7 @@ class Standing:
     seconds: float = 0.0
     before: dict[str, float] | None = None
     best: dict[str, float] | None = None
+    judged: int = 0
     waited: int = 0
 
 
@@ -73,6 +79,7 @@ class Loop:
     settings: TrainSettings
     engine: Any
     report: Report
+    asked: Asked
     out: Path | None
     identity: Mapping[str, Any]
     standing: Standing = field(default_factory=Standing)
@@ -83,14 +90,14 @@ class Loop:
     _here: tuple[float, int] = (0.0, 0)
 
     def train(self) -> dict[str, float] | None:
-        """Evaluate, train to the end or until patience runs out, evaluate; the last metrics, if any."""
-        if self.evaluate is not None and self.standing.before is None:
-            self.standing.before = self._metrics()
-        while self.run.step < self.settings.steps and not self.out_of_patience:
-            self._step()
-            self._between()
-        if self.evaluate is not None and self._latest[0] != self.run.step:
-            self._judge()
+        """Evaluate, train to the end or until patience runs out, evaluate; the last metrics, if any.
+
+        A signal ends it by an exception, after a checkpoint of the step that was done.
+        """
+        try:
+            self._train()
+        except Leave:
+            self._stop()
         if self._saved_at != self.run.step:
             self._save()
         restored = self._take_best()
@@ -99,6 +106,26 @@ class Loop:
         if self.evaluate is not None and (restored or self.rules.hears("finish")):
             return self._metrics()
         return self._latest[1] or None
+
+    def _train(self) -> None:
+        if self.evaluate is not None and self.standing.before is None:
+            self.standing.before = self._metrics()
+        self._between()
+        while self.run.step < self.settings.steps and not self.out_of_patience:
+            self._step()
+            if self.asked.agree(self.engine):
+                self._stop()
+            self._between()
+        if self.evaluate is not None and self._latest[0] != self.run.step:
+            self._judge()
+
+    def _stop(self) -> None:
+        """Save, and raise what the signal asks for."""
+        if self._saved_at != self.run.step:
+            self._save()
+        ending = self.asked.ending(f"stopped after step {self.run.step}; resume='auto' goes on from its checkpoint")
+        self.report.row({"event": "signal", "step": self.run.step, "signal": self.asked.number})
+        raise ending
 
     @property
     def out_of_patience(self) -> bool:
@@ -213,14 +240,16 @@ class Loop:
             self.report.row(row)
 
     def _between(self) -> None:
+        """Evaluate and save what is due at this step; after a resume, what was still due."""
         step, settings = self.run.step, self.settings
-        improved = bool(settings.eval_every) and step % (settings.eval_every or 1) == 0 and self._judge()
-        if improved or (settings.save_every and step % settings.save_every == 0):
+        improved = _due(settings.eval_every, step) and self.standing.judged != step and self._judge()
+        if (improved or _due(settings.save_every, step)) and self._saved_at != step:
             self._save()
 
     def _metrics(self) -> dict[str, float]:
         assert self.evaluate is not None
-        metrics = evaluate_run(self.evaluate, self.run, self.loss, self.counted, self.engine)
+        with self.asked.leaving() if self.engine.num_processes == 1 else nullcontext():
+            metrics = evaluate_run(self.evaluate, self.run, self.loss, self.counted, self.engine)
         self.report.row({"event": "eval", "step": self.run.step, "metrics": metrics})
         return metrics
 
@@ -228,6 +257,7 @@ class Loop:
         """Evaluate and compare; True if this is the lowest loss so far."""
         metrics = self._metrics()
         self._latest = (self.run.step, metrics)
+        self.standing.judged = self.run.step
         if "loss" not in metrics and self.settings.patience is None and self.settings.end_with == "last":
             return False
         loss, best = loss_of(metrics), self.standing.best
@@ -242,9 +272,10 @@ class Loop:
             return
         weights, step = model_tensors(self.run.model), self.run.step
         guard.check_finite(weights, step)
+        guard.check_finite(guard.optimizer_tensors(self.run.optimizer, self.run.parameters), step)
         self._saved_at = step
         if self.engine.is_main_process:
-            folder = save_checkpoint(self.out / PLACE, step, weights, self._state())
+            folder = save_checkpoint(self.out / PLACE, step, weights, self._state(), as_adapter(self.run.model))
             best = self.standing.best
             prune(self.out / PLACE, self.settings.keep, () if best is None else (int(best["step"]),))
             self.report.row({"event": "save", "step": step, "folder": str(folder.relative_to(self.out))})
@@ -275,3 +306,7 @@ class Loop:
             )
         restore_weights(self.run.model, load_checkpoint(folder).weights, folder.name)
         return True
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step > 0 and step % every == 0

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from rankloom.errors import MissingExtra, SettingsError
-from rankloom.train.folder import replace_file
+from rankloom.files import disk
+from rankloom.files.folders import replace_file
 from rankloom.train.settings import TRACKERS, one_of
 
 Row = Mapping[str, Any]
@@ -75,14 +76,9 @@ class MetricsFile(Report):
         kept = [] if resumed_at is None else [r for r in read_metrics(out) if int(r.get("step", 0)) <= resumed_at]
         kept = [r for r in kept if r.get("event") != "end"]
         replace_file(self.path, "".join(_line(r) for r in kept).encode())
-        self.file = self.path.open("a", encoding="utf-8")
 
     def row(self, row: Row) -> None:
-        self.file.write(_line(row))
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
+        disk.append(self.path, _line(row).encode())
 
 
 def _line(row: Row) -> str:

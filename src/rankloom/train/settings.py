@@ -25,8 +25,9 @@ class TrainSettings:
     - `precision`: autocast of forward and loss; adapters stay float32. `"fp16"` scales the loss and skips overflows.
     - `gradient_checkpointing`: recompute activations in the backward pass; the model must offer it.
     - `eval_every`, `save_every`: in steps (None: only before and after, only at the end).
-    - `keep`: newest checkpoints kept; the best one is kept besides. `patience`: evaluations without a lower loss until
-      the run stops. `end_with`: the weights that the model has in the end, the last or those with the lowest eval loss.
+    - `keep`: newest checkpoints kept, 2 or more; the best one is kept besides. `patience`: evaluations without a lower
+      loss until the run stops. `end_with`: the weights that the model has in the end, the last or those with the lowest
+      eval loss.
     - `seed`: of python, numpy and torch at the start (None: left as they are).
     - `log_every`: steps between rows in metrics.jsonl; `report_to`: trackers by name.
     - `dead_gradients`: what happens when a trainable tensor has no gradient in the first step.
@@ -60,6 +61,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name}={value}: 1 or more")
+        if self.keep < 2:
+            raise SettingsError("keep=1: 2 or more, so that one is left if the newest is damaged")
         for name in ("lr", "eps", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rankloom.errors import FileError
+from rankloom.errors import FileError, suggest
 from rankloom.formats.patterns import simple
 
 Check = Callable[[Any], bool]
@@ -104,7 +104,7 @@ def positive(default: int) -> Field:
 FLAG = Field("true or false", flag, False)
 NAMES = Field("a list of names, one regular expression, or null", optional(either(text, texts)))
 PROBABILITY = Field("a number from 0 up to, not including, 1", lambda v: number(v) and 0 <= v < 1, 0.0)
-ALPHA = Field("a number of size at most 1e6", lambda v: number(v) and abs(v) <= 1e6, 8)
+ALPHA = Field("a number", number, 8)
 COUNT = Field("a non-negative integer", lambda v: integer(v) and v >= 0, 0)
 FRACTION = Field("a number between 0 and 1", lambda v: number(v) and 0 < v < 1, 0.85)
 PATTERN = "an object from names, or regular expressions without nested repeats, to "
@@ -114,7 +114,7 @@ COMMON: Mapping[str, Field] = {
     "peft_type": Field("text", text),
     "target_modules": NAMES,
     "modules_to_save": Field("a list of names or null", optional(texts)),
-    "layers_to_transform": Field("block indices or null", optional(either(indices, integer))),
+    "layers_to_transform": Field("block indices or null", optional(either(indices, lambda v: integer(v) and v >= 0))),
     "layers_pattern": NAMES,
     "bias": Field("one of " + ", ".join(BIASES), one_of(*BIASES), "none"),
     "fan_in_fan_out": FLAG,
@@ -129,19 +129,20 @@ LORA_FAMILY: Mapping[str, Field] = {
     "lora_alpha": ALPHA,
     "lora_dropout": PROBABILITY,
 }
-DESCRIPTIVE = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "eva_config",
-        "inference_mode",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+_TEXT = Field("text or null", optional(text))
+_OBJECT = Field("an object or null", optional(lambda value: isinstance(value, dict)))
+DESCRIPTIVE: Mapping[str, Field] = {
+    "auto_mapping": _OBJECT,
+    "base_model_name_or_path": _TEXT,
+    "eva_config": _OBJECT,
+    "inference_mode": Field("true, false or null", optional(flag)),
+    "peft_version": _TEXT,
+    "qalora_group_size": Field("an integer or null", optional(integer)),
+    "revision": _TEXT,
+    "runtime_config": _OBJECT,
+    "task_type": _TEXT,
+    "unsloth_fixed": Field("true, false or null", optional(flag)),
+}
 """Fields that say something about the adapter and nothing about its function."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -173,27 +174,38 @@ STARTS: Mapping[Any, Start] = {
 """`init_lora_weights` of files whose tensors, with our start, give PEFT's function."""
 
 
-def read_fields(config: Mapping[str, Any], fields: Mapping[str, Field], where: str) -> dict[str, Any]:
+def read_fields(
+    config: Mapping[str, Any], fields: Mapping[str, Field], where: str, ignore: Collection[str] = ()
+) -> dict[str, Any]:
     """The values of `fields` in a config, defaults filled in. Raises `FileError` for a wrong value or a refused field.
 
-    Unknown fields are named in one warning.
+    A field that nobody here knows is refused unless it is switched off (null, false, empty) or in `ignore`; those are
+    named in one warning.
     """
+    schema = {**DESCRIPTIVE, **fields}
     unknown = []
     for key, value in config.items():
-        if key in NEUTRAL and key not in fields:
+        if key in schema:
+            if not schema[key].check(value):
+                raise FileError(f"{where}: {key}={_shown(value)}: expected {schema[key].holds}")
+        elif key in NEUTRAL:
             if not any(value == v and type(value) is type(v) for v in NEUTRAL[key]):
                 raise FileError(
-                    f"{where}: {key}={value!r} changes what the adapter computes, and Rankloom has no {key}; "
+                    f"{where}: {key}={_shown(value)} changes what the adapter computes, and Rankloom has no {key}; "
                     "merge the adapter with PEFT, or train without it"
                 )
-        elif key not in fields and key not in DESCRIPTIVE:
+        elif key in ignore or value is None or value is False or value in ("", [], {}):
             unknown.append(key)
+        else:
+            raise FileError(
+                f"{where}: the field {key!r} is unknown, and {_shown(value)} may change what the adapter computes"
+                f"{suggest(key, [k for k in schema if k not in config], n=1)}; load(…, ignore=[{key!r}]) reads over it"
+            )
     if unknown:
         warnings.warn(f"{where}: unknown fields are left aside: {', '.join(sorted(unknown))}", stacklevel=5)
-    found = {}
-    for key, field in fields.items():
-        value = config.get(key, field.default)
-        if key in config and not field.check(value):
-            raise FileError(f"{where}: {key}={value!r}: expected {field.holds}")
-        found[key] = field.default if value is None else value
-    return found
+    return {key: field.default if config.get(key) is None else config[key] for key, field in fields.items()}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -115,7 +115,9 @@ def _owners(source: Source, suffixes: Sequence[str]) -> dict[str, str]:
 def _agree(source: Source, values: Values, modules: Modules, layers: set[str]) -> None:
     """The config's targets and the file's tensors name the same modules, where the config's wording may be run."""
     target = values["target_modules"]
-    wordings = [v for v in (target, values.get("exclude_modules")) if isinstance(v, str)]
+    layers_pattern = values.get("layers_pattern") or ()
+    inner = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    wordings = [*(v for v in (target, values.get("exclude_modules")) if isinstance(v, str)), *inner]
     if target is None or target == "all-linear" or not all(map(simple, wordings)):
         return
     meant = selected(values, modules)

@@ -133,7 +133,7 @@ class Translator(ABC):
         `model` is a copy that may be changed. No regular expression of the file runs unless it is a simple one. Raises
         `FileError` where config, tensors and model disagree on the places.
         """
-        values = read_fields(source.config, self.fields, source.config_file)
+        values = read_fields(source.config, self.fields, source.config_file, source.ignore)
         ranges = tuples(values.get("layer_replication") or ())
         layers, parameters = self.places(source, model)
         modules = dict(base_modules(model))

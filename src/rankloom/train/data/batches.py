@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankloom.errors import SettingsError, StateError
-from rankloom.train.data.order import permutation
+from rankloom.errors import DataError, SettingsError, StateError
+from rankloom.train.data.order import generator, permutation
 from rankloom.train.data.packing import first_fit
 from rankloom.train.data.prepare import Example, Prepared
 from rankloom.train.data.records import Where, fault
 
 IGNORED = -100
 Batch = dict[str, Tensor]
+Augment = Callable[[Example, torch.Generator], Example]
 
 
 class Batches:
@@ -34,6 +35,11 @@ class Batches:
     Steps are counted over all epochs: step `s` is batch `s % len(self)` of epoch `s // len(self)`. Each step takes the
     next `batch_size · world` rows of the epoch's order and deals them out to the ranks: disjoint, complete, the same
     number of steps for each rank. A last step too short to give every rank a row is joined to the one before.
+
+    `augment(example, generator)` gives the example to train on, anew in each epoch. The generator is seeded by (seed,
+    epoch, index of the example), so a resumed run draws what the run that was not interrupted drew, whatever the order,
+    the ranks and the number of times a batch is made. The result has at most `max_length` tokens, with packing at most
+    as many as the example.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         drop_last: bool = False,
+        augment: Augment | None = None,
     ) -> None:
         """`batch_size`: rows per rank and step; `drop_last`: leave out the rows of an incomplete last step."""
         if batch_size < 1 or pad_to_multiple_of < 1:
@@ -63,6 +70,7 @@ class Batches:
         self.prepared = prepared
         self.batch_size, self.seed, self.shuffle, self.packing = batch_size, seed, shuffle, packing
         self.multiple, self.rank, self.world, self.drop_last = pad_to_multiple_of, rank, world, drop_last
+        self.augment = augment
         lengths = [len(x) for x in prepared]
         self.rows = first_fit(lengths, prepared.max_length) if packing else [(i,) for i in range(len(lengths))]
         self.step = 0
@@ -95,7 +103,8 @@ class Batches:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, counted over all epochs; reads nothing but the arguments of this object."""
-        return self._collate([self.rows[i] for i in self._mine(step)])
+        epoch = step // self._steps
+        return self._collate([[self._example(i, epoch) for i in self.rows[row]] for row in self._mine(step)])
 
     def sources_at(self, step: int) -> tuple[Where, ...]:
         """Where the examples of that batch come from, row by row."""
@@ -133,6 +142,7 @@ class Batches:
             "world": self.world,
             "packing": self.packing,
             "drop_last": self.drop_last,
+            "augment": _name(self.augment),
             "rows": len(self.rows),
             "digest": self.prepared.digest,
         }
@@ -152,12 +162,24 @@ class Batches:
             self._order = (epoch, permutation(n, self.seed, epoch) if self.shuffle else list(range(n)))
         return self._order[1]
 
-    def _collate(self, rows: Sequence[tuple[int, ...]]) -> Batch:
-        examples = [[self.prepared[i] for i in row] for row in rows]
+    def _example(self, index: int, epoch: int) -> Example:
+        example = self.prepared[index]
+        if self.augment is None:
+            return example
+        found = self.augment(example, generator(self.seed, epoch, index))
+        most = len(example) if self.packing else self.prepared.max_length
+        if not 0 < len(found) <= most:
+            raise DataError(
+                f"{example.where}: augment made {len(found)} tokens of {len(example)}; 1 to {most} are possible"
+                + (" with packing" if self.packing else "")
+            )
+        return found
+
+    def _collate(self, examples: Sequence[Sequence[Example]]) -> Batch:
         lengths = [sum(map(len, row)) for row in examples]
         longest = max(lengths)
         width = max(longest, min(-(-longest // self.multiple) * self.multiple, self.prepared.max_length))
-        batch = {"input_ids": torch.full((len(rows), width), self.prepared.pad_id)}
+        batch = {"input_ids": torch.full((len(examples), width), self.prepared.pad_id)}
         for out, row in zip(batch["input_ids"], examples):
             _fill(out, [torch.tensor(x.ids) for x in row])
         if self.packing:
@@ -176,6 +198,10 @@ class Batches:
         for out, row in zip(trained, examples):
             _fill(out, [torch.tensor(list(x.trained), dtype=torch.bool) for x in row])
         return ids.masked_fill(~trained, IGNORED)
+
+
+def _name(augment: Augment | None) -> str | None:
+    return None if augment is None else str(getattr(augment, "__qualname__", type(augment).__qualname__))
 
 
 def _fill(out: Tensor, parts: Sequence[Tensor]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+DRAWS = 0xD1B54A32D192ED03
+"""Keeps the generators apart from the order of the same seed."""
 
 
 def signed(value: int) -> int:
@@ -41,6 +43,12 @@ def permutation(n: int, seed: int, epoch: int = 0) -> list[int]:
     """The indices 0…n−1 in the order of `(seed, epoch)`."""
     order: list[int] = keys(n, seed, epoch).argsort(stable=True).tolist()
     return order
+
+
+def generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """A generator of this index's own in this epoch; what it draws depends on nothing else."""
+    key = mix(torch.tensor(signed(seed ^ DRAWS)) + signed((epoch + 1) * GOLDEN))
+    return torch.Generator().manual_seed(int(mix(key + signed((index + 1) * GOLDEN))))
 
 
 def sample(n: int, k: int, seed: int) -> list[int]:

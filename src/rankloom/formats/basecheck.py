@@ -1,0 +1,79 @@
+"""Is this the base that the adapter was made on? Asked at every load."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any, Literal
+
+from torch import nn
+
+from rankloom.core.attach import bank_of
+from rankloom.core.bank import Bank
+from rankloom.core.fingerprint import check_print, difference, fingerprint, short
+from rankloom.errors import FileError
+from rankloom.files.manifest import MANIFEST
+from rankloom.formats.base import base_name
+from rankloom.formats.manifest import Source
+from rankloom.formats.view import View
+from rankloom.store.base import Store
+
+UnknownBase = Literal["warn", "refuse"]
+LOG = logging.getLogger("rankloom")
+
+
+def saved_print(view: View) -> dict[str, Any] | None:
+    """The fingerprint to save with an adapter; None where the model is not its base as it is loaded (merged, layers
+    replicated). Of a base that loading the adapter packs again in the same way: as it was before.
+    """
+    bank = bank_of(view.model)
+    if bank.merged or any(plan.layer_replication for plan in bank.plans.values()):
+        return None
+    again = isinstance(view.plan.store, Store) and view.plan.start is None
+    return bank.handed if again and bank.handed is not None else fingerprint(view.model)
+
+
+def check_base(source: Source, model: nn.Module, copy: View, unknown: UnknownBase, check: bool) -> None:
+    """Refuse another base, by both fingerprints. `copy`: the adapter on a copy of the model, for what it replaces.
+
+    A folder that has no fingerprint is a warning, or with `unknown="refuse"` refused; `check=False` logs that it was
+    not asked.
+    """
+    if not check:
+        LOG.warning("%s: loaded without a check of its base model (base_check=False)", source.folder)
+        return
+    bank = getattr(model, "rankloom", None)
+    replicated = isinstance(bank, Bank) and any(plan.layer_replication for plan in bank.plans.values())
+    if source.base is None or replicated:
+        _unknown(source, unknown)
+        return
+    wrong = check_print(source.base)
+    if wrong is not None:
+        raise FileError(f"{source.folder / MANIFEST}: 'base' is no fingerprint: {wrong}")
+    skip = {_name(fitted.place.path, fitted.place.slot) for fitted, _ in copy.whole}
+    now = fingerprint(model)
+    if isinstance(bank, Bank) and bank.handed is not None and now["packed"] != source.base["packed"]:
+        now = bank.handed
+    reason = difference(model, source.base, now, skip)
+    if reason is not None:
+        made = source.config.get("base_model_name_or_path")
+        raise FileError(
+            f"{source.folder / MANIFEST}: the adapter was made on another base model: {reason}. Its base: "
+            f"{short(source.base)}{_called(made)}; this model: {short(now)}{_called(base_name(model))}. Load the right "
+            "base, or pass base_check=False if this one is meant"
+        )
+
+
+def _unknown(source: Source, unknown: UnknownBase) -> None:
+    words = f"{source.folder}: nothing says which weights the adapter was made on (no fingerprint of the base)"
+    if unknown == "refuse":
+        raise FileError(f"{words}; load it once in the library and save it anew, or pass unknown_base='warn'")
+    warnings.warn(f"{words}; only names and shapes were compared", stacklevel=4)
+
+
+def _name(path: str, slot: str) -> str:
+    return f"{path}.{slot}" if path else slot
+
+
+def _called(name: object) -> str:
+    return f" ({name})" if isinstance(name, str) and name else ""

@@ -1,0 +1,1 @@
+"""Rows 1–9: what a file may do."""

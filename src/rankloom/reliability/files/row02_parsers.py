@@ -1,0 +1,158 @@
+"""Row 2: no parser has an uncaught exception, whatever the bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rankloom.errors import RankloomError
+from rankloom.files import strict
+from rankloom.files.manifest import read_manifest, sealed
+from rankloom.formats import header as headers
+from rankloom.formats.header import LENGTH, header_size, read_header
+from rankloom.formats.limits import Limits
+from rankloom.formats.numbers import check_numbers
+from rankloom.formats.peft import TRANSLATORS
+from rankloom.formats.peft.fields import read_fields
+from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
+from rankloom.reliability.child import Outcome, forked
+from rankloom.reliability.files.world import bare, good, silent
+from rankloom.train import configfile
+
+Parser = Callable[[bytes], object]
+CORPUS = Path(__file__).parent / "corpus"
+FULL, QUICK, MINUTES = 500_000, 1_500, 9.0
+WORDS = (
+    b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\", b"\\u", b"null", b"true", b"NaN", b"1e999", b"-", b"0",
+    b"9" * 30, b"\xff",
+    b"\0", b"&a", b"*a", b"<<: ", b"!!python/name:os.system", b"- ", b"\n", b"\t", b'"shape"', b'"dtype"',
+    b'"data_offsets"', b'"r"',
+    b'"rank_pattern"', b'"target_modules"', b"(a+)+", b"plan:", b"method: ", b"? ", b"| ", b"#", b"'", b"\xe2\x80\xae",
+)  # fmt: skip
+
+
+def config(raw: bytes) -> object:
+    """adapter_config.json, up to the values of its fields."""
+    data = strict.parse(raw, "config")
+    check_numbers(data, "config", Limits())
+    reader = TRANSLATORS.get(str(data.get("peft_type")), TRANSLATORS["LORA"])
+    return read_fields(data, reader.fields, "config")
+
+
+def header(raw: bytes) -> object:
+    """The header of a weights file."""
+    length = header_size(raw[:LENGTH], len(raw), "weights", Limits())
+    return read_header(raw[LENGTH : LENGTH + length], len(raw) - LENGTH - length, "weights", Limits())
+
+
+def manifest(raw: bytes) -> object:
+    """A manifest."""
+    return read_manifest(raw, "manifest", "k")
+
+
+def recipe(raw: bytes) -> object:
+    """The YAML of a run."""
+    return configfile._load(raw.decode("utf-8", "replace"), "run")
+
+
+PARSERS: dict[str, Parser] = {"config": config, "header": header, "manifest": manifest, "recipe": recipe}
+
+
+def measure(budget: Budget) -> Finding:
+    """The corpus and random damage of it, through every parser, each in a child of its own."""
+    inputs = budget.of(FULL, QUICK)
+    faults: list[str] = []
+    done: dict[str, int] = {}
+    with silent():
+        for name, parser in PARSERS.items():
+            found: Outcome = forked(partial(_fuzz, name, parser, inputs, budget.seed), 60 * MINUTES)
+            if found.died:
+                faults.append(f"{name}: {found.died.strip().splitlines()[-1]}")
+            else:
+                done[name] = found.value["inputs"]
+                faults += [f"{name}: {fault}" for fault in found.value["faults"]]
+    each = ", ".join(f"{name} {count:,}" for name, count in done.items())
+    return Finding(not faults, f"inputs: {each}; {len(faults)} uncaught", tuple(faults))
+
+
+def _fuzz(name: str, parser: Parser, inputs: int, seed: int) -> dict[str, Any]:
+    draw, faults, pool = random.Random(seed), [], corpus(name)
+    start, tried = time.monotonic(), 0
+    for turn in range(inputs):
+        raw = pool[turn] if turn < len(pool) else damaged(draw.choice(pool), draw)
+        fault = crash(parser, raw)
+        tried += 1
+        if fault:
+            faults.append(f"{fault} on {raw[:80]!r}")
+            if len(faults) >= 5:
+                break
+        if time.monotonic() - start > 60 * MINUTES - 30:
+            break
+    return {"inputs": tried, "faults": faults}
+
+
+def crash(parser: Parser, raw: bytes) -> str | None:
+    """What a parser raised that is no refusal."""
+    try:
+        parser(raw)
+    except RankloomError:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def damaged(raw: bytes, draw: random.Random) -> bytes:
+    """A few edits: bytes flipped, cut, doubled, or words of the formats put in."""
+    data = bytearray(raw)
+    for _ in range(draw.randint(1, 5)):
+        at = draw.randrange(len(data) + 1)
+        match draw.randrange(5):
+            case 0 if at < len(data):
+                data[at] ^= 1 << draw.randrange(8)
+            case 1:
+                del data[at : at + draw.randint(1, 12)]
+            case 2:
+                data[at:at] = data[at : at + draw.randint(1, 40)] * draw.randint(1, 3)
+            case 3:
+                data[at:at] = draw.randbytes(draw.randint(1, 6))
+            case _:
+                data[at:at] = draw.choice(WORDS)
+    return bytes(data[:4096])
+
+
+def corpus(name: str) -> list[bytes]:
+    """Good inputs, and every input that was once a finding."""
+    kept = [path.read_bytes() for path in sorted((CORPUS / name).glob("*"))] if (CORPUS / name).is_dir() else []
+    return [*_seeds(name), *kept]
+
+
+def _seeds(name: str) -> list[bytes]:
+    files = bare(good())
+    if name == "config":
+        every = {key: field.default for key, field in TRANSLATORS["LORA"].fields.items()} | {"peft_type": "LORA"}
+        return [files["adapter_config.json"], json.dumps(every).encode(), b'{"peft_type":"ADALORA","total_step":9}']
+    if name == "header":
+        return [files["adapter_model.safetensors"][:4096], (2).to_bytes(8, "little") + b"{}"]
+    if name == "manifest":
+        return [sealed({"a": b"1"}, {"kind": "k", "plan": {}})["manifest.json"], b'{"name":"web app"}']
+    return [
+        b"model: x\ndata: {source: a.jsonl, format: chat}\nplan:\n  method: {name: lora, r: 8}\ntrain: {lr: 1e-3}\n",
+        b"a: &a [1, 2]\nb: *a\nc: {<<: {x: 1}, y: 'z'}\n",
+    ]
+
+
+ROW = Row(
+    2,
+    "no parser has an uncaught exception",
+    measure,
+    (
+        Sabotage("JSON errors are not caught", lambda: swapped(json, "JSONDecodeError", KeyError)),
+        Sabotage("sizes of a tensor are not checked", lambda: swapped(headers, "_sizes", lambda value: True)),
+    ),
+)

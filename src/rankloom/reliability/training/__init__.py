@@ -1,0 +1,1 @@
+"""Rows 10–16: what may happen to a training run."""

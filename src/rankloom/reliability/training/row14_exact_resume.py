@@ -1,0 +1,104 @@
+"""Row 14: a run that was killed and taken up is bit for bit the run that was not."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rankloom.files import disk
+from rankloom.files.disk import Operation
+from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
+from rankloom.reliability.child import forked
+from rankloom.reliability.training.crash import logged
+from rankloom.reliability.training.world import ENOUGH, World, ended, ending, scratch, warm, worlds
+from rankloom.train import loop, stream
+
+SECONDS = 120.0
+
+
+def measure(budget: Budget) -> Finding:
+    """Each world in one go, and killed and taken up, in processes of their own: at random instants, and within an
+    operation of the disk.
+    """
+    draw, kills = random.Random(budget.seed), budget.of(20, 1)
+    runs = inside = equal = 0
+    faults: list[str] = []
+    every = list(worlds())
+    warm(every[0])
+    for world in every:
+        if len(faults) >= ENOUGH:
+            break
+        with scratch() as folder:
+            for same, in_save, words in _broken(world, folder, kills, draw):
+                runs, equal, inside = runs + 1, equal + same, inside + in_save
+                if not same:
+                    faults.append(f"{world.name}: {words}")
+    figure = f"{equal} of {runs} equal bit for bit over {runs // kills} kinds of run; {inside} killed inside a save"
+    return Finding(equal == runs, figure, tuple(faults))
+
+
+def _broken(world: World, folder: Path, kills: int, draw: random.Random) -> Iterator[tuple[bool, bool, str]]:
+    """(whether it ended the same, whether a save was cut off, what happened) of every kill."""
+    straight = forked(lambda: _counted(world, folder / "straight"), SECONDS)
+    for number in range(kills):
+        if straight.died is not None:
+            yield False, False, f"the run that nobody killed: {straight.died}"
+            continue
+        out, (whole, count) = folder / str(number), straight.value
+        if draw.random() < 0.5:
+            instant = draw.uniform(0.2, 1.0) * straight.seconds
+            when = f"after {instant:.3f} s"
+            forked(partial(ended, world, out), instant)
+        else:
+            operation = draw.randrange(count)
+            when = f"in operation {operation} of {count} of the disk"
+            forked(partial(_dying, world, out, operation), SECONDS)
+        half = any(out.rglob(".*.part"))
+        again = forked(partial(ended, world, out), SECONDS)
+        how = again.died or ("equal" if again.value == whole else "another ending")
+        left = sorted(p.name for p in out.rglob(".*.part"))
+        words = f"killed {when}: {how}" + (f"; left behind: {left}" if left else "")
+        yield how == "equal" and not left, half, words
+
+
+def _counted(world: World, out: Path) -> tuple[str, int]:
+    """(the ending, how many operations of the disk the run takes)."""
+    log = logged(partial(ended, world, out))
+    return ending(out), len(log)
+
+
+def _dying(world: World, out: Path, at: int) -> None:
+    """Run, and be killed within an operation of the disk: half of the bytes are written."""
+    count = itertools.count()
+
+    def watch(operation: Operation, perform: Callable[[], None]) -> None:
+        if next(count) == at:
+            if operation.kind in ("write", "append"):
+                with operation.path.open("ab") as file:
+                    file.write(operation.data[: len(operation.data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        perform()
+
+    with disk.watched(watch):
+        ended(world, out)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+ROW = Row(
+    14,
+    "a run that was killed and taken up is bit for bit the run that was not",
+    measure,
+    (
+        Sabotage("the random state is not restored", lambda: swapped(loop, "set_rng_state", _nothing)),
+        Sabotage("the place in the data is not restored", lambda: swapped(stream._Ordered, "restore", _nothing)),
+    ),
+)

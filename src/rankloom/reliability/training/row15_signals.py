@@ -1,0 +1,135 @@
+"""Row 15: SIGTERM and SIGINT finish the step, save it and end the run; a second one ends it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
+from rankloom.reliability.training.process import Process, start
+from rankloom.reliability.training.world import SETTINGS, World, ended, plan_of, scratch
+from rankloom.train import fit
+from rankloom.train.checkpoint import FORM, PLACE, load_checkpoint, steps_in
+from rankloom.train.report import read_metrics
+from rankloom.train.signals import Asked
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+LIMIT, AT_ONCE = 60.0, 1.0
+STEP = 0.02
+"""Seconds by which a step is longer than it was, so that most signals meet one."""
+
+
+def measure(budget: Budget) -> Finding:
+    """One signal at a random instant of a run; then two, the second while the step that goes on for ever goes on."""
+    draw = random.Random(budget.seed)
+    world = World("dylora", {"default": plan_of("dylora")}, settings=dataclasses.replace(SETTINGS, save_every=None))
+    faults, slowest = [], 0.0
+    single, double = budget.of(50, 6), budget.of(10, 2)
+    with scratch() as folder:
+        whole = ended(world, folder / "whole")
+        span = _span(world, folder / "span")
+        for number in range(single):
+            which = draw.choice(list(CODES))
+            out, wait = folder / f"once {number}", draw.uniform(0, span)
+            fault = _once(world, out, which, wait) or _going_on(world, out, whole)
+            faults += [] if fault is None else [f"{which.name} after {wait:.2f} s: {fault}"]
+        for number in range(double):
+            which = draw.choice(list(CODES))
+            out = folder / f"twice {number}"
+            fault, took = _twice(world, out, which)
+            slowest, fault = max(slowest, took), fault or _going_on(world, out, whole)
+            faults += [] if fault is None else [f"{which.name} twice: {fault}"]
+    figure = (
+        f"{single + double - len(faults)} of {single + double} ended as documented and went on bit for bit; "
+        f"the second signal took {slowest:.2f} s at most"
+    )
+    return Finding(not faults, figure, tuple(faults))
+
+
+def _slow(row: Mapping[str, Any]) -> None:
+    if row["event"] == "train":
+        time.sleep(STEP)
+
+
+def _begun(world: World, out: Path) -> Process:
+    """A run in a process of its own that has begun: before, there is nothing to save."""
+    process = start(lambda: world.run(out, _slow))
+    _wait_for(out / "metrics.jsonl")
+    return process
+
+
+def _wait_for(path: Path) -> None:
+    limit = time.perf_counter() + LIMIT
+    while not path.exists() and time.perf_counter() < limit:
+        time.sleep(0.002)
+
+
+def _span(world: World, out: Path) -> float:
+    """Seconds that a run takes, once it has begun."""
+    process = _begun(world, out)
+    began = time.perf_counter()
+    process.end(LIMIT)
+    return time.perf_counter() - began
+
+
+def _once(world: World, out: Path, which: signal.Signals, wait: float) -> str | None:
+    process = _begun(world, out)
+    time.sleep(wait)
+    process.send(which)
+    code = process.end(LIMIT)
+    trained = max((row["step"] for row in read_metrics(out) if row["event"] == "train"), default=0)
+    if code not in (CODES[which], 0 if trained == world.settings.steps else None):
+        return f"exit code {code}"
+    newest = max(steps_in(out / PLACE), default=-1)
+    if newest != trained:
+        return f"{trained} steps were done, and the newest checkpoint is of step {newest}"
+    return None
+
+
+def _twice(world: World, out: Path, which: signal.Signals) -> tuple[str | None, float]:
+    """(what is wrong, seconds from the second signal to the end)."""
+    here = out.with_name(f"{out.name} hangs")
+
+    def hang(row: Mapping[str, Any]) -> None:
+        if row["event"] == "train" and row["step"] == 3:
+            here.touch()
+            time.sleep(LIMIT)
+
+    process = start(lambda: world.run(out, hang))
+    _wait_for(here)
+    process.send(which)
+    time.sleep(0.05)
+    began = time.perf_counter()
+    process.send(which)
+    code = process.end(5 * AT_ONCE)
+    took = time.perf_counter() - began
+    if code != CODES[which] or took > AT_ONCE:
+        return f"exit code {code} after {took:.2f} s", took
+    return None, took
+
+
+def _going_on(world: World, out: Path, whole: str) -> str | None:
+    for step in steps_in(out / PLACE):
+        load_checkpoint(out / PLACE / FORM.format(step))
+    return None if ended(world, out) == whole else "another ending"
+
+
+def _stubborn(asked: Asked, number: int, frame: Any) -> None:
+    asked.number = number
+
+
+ROW = Row(
+    15,
+    "SIGTERM and SIGINT finish the step, save it and end the run; a second one ends it at once",
+    measure,
+    (
+        Sabotage("nobody listens", lambda: swapped(fit, "listening", lambda wanted: contextlib.nullcontext(Asked()))),
+        Sabotage("a second signal changes nothing", lambda: swapped(Asked, "_hear", _stubborn)),
+    ),
+)

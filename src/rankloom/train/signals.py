@@ -1,0 +1,94 @@
+"""SIGTERM and SIGINT in a run that keeps checkpoints: the step is finished and saved, then the run ends.
+
+A second signal finds the handlers that were there before the run: it ends a program at once. What it may interrupt is
+the writing of a checkpoint, which appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+
+from rankloom.errors import Interrupted, Terminated
+
+HEARD = (signal.SIGTERM, signal.SIGINT)
+
+
+class Leave(BaseException):
+    """A signal came while something ran that need not be finished."""
+
+
+class Asked:
+    """Whether the run was asked to end; `number`: the signal that asked first."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int] = {}
+        self._leaves = False
+
+    def listen(self) -> None:
+        """Take the signals' handlers; those that are ignored, or are not Python's, stay as they are."""
+        for number in HEARD:
+            found = signal.getsignal(number)
+            if found not in (signal.SIG_IGN, None):
+                self._before[number] = found
+                signal.signal(number, self._hear)
+
+    def deaf(self) -> None:
+        """Put back the handlers that were there."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Inside, a signal raises `Leave` at once."""
+        self._leaves = True
+        try:
+            if self.number is not None:
+                raise Leave
+            yield
+        finally:
+            self._leaves = False
+
+    def agree(self, engine: Any) -> bool:
+        """Whether the run ends after this step: in all processes if any was asked."""
+        if engine.num_processes > 1:
+            mine = torch.tensor([self.number or 0], device=engine.device)
+            self.number = int(engine.gather(mine).max()) or None
+        return self.number is not None
+
+    def ending(self, message: str) -> BaseException:
+        """What to raise in the end."""
+        assert self.number is not None
+        text = f"{signal.Signals(self.number).name}: {message}"
+        return Interrupted(text) if self.number == signal.SIGINT else Terminated(text)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.deaf()
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: a checkpoint is saved after this step; {name} again ends at once\n".encode())
+        if self._leaves:
+            raise Leave
+
+
+@contextmanager
+def listening(wanted: bool) -> Iterator[Asked]:
+    """Hear signals inside the block, if wanted and in the main thread; one that came too late to matter ends it."""
+    asked = Asked()
+    if wanted and threading.current_thread() is threading.main_thread():
+        asked.listen()
+    try:
+        yield asked
+    finally:
+        asked.deaf()
+    if asked.number is not None:
+        raise asked.ending("the run was complete")
