@@ -39,6 +39,7 @@ _RULES: dict[str, str] = {
     "rank_sampling": "rankloom.rules.sampling:RankSampling",
 }
 _STARTS: dict[str, str] = {
+    "gptq": "rankloom.starts.gptq:GPTQ",
     "loftq": "rankloom.starts.split:LoftQ",
     "lq": "rankloom.starts.split:LQ",
     "lqer": "rankloom.starts.split:LQER",

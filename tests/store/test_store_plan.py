@@ -13,6 +13,7 @@ from rankloom import presets, registry
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, SettingsError, StateError, TargetError
 from rankloom.registry import plan_data, plan_from_data
+from rankloom.starts.gptq import GPTQ
 from rankloom.starts.split import LQ, LoftQ
 from rankloom.store import dense
 from rankloom.store.base import Packed
@@ -174,6 +175,21 @@ def test_fisher_information_weighs_both_the_widths_and_the_split():
     assert stores[True]["down"] > stores[False]["down"]
 
 
+def test_gptq_rounds_for_the_inputs_and_leaves_the_adapter_alone():
+    data, error = batches(), {}
+    want = net()(data[0]["x"])
+    for start in (None, GPTQ()):
+        model = net()
+        plan = Plan(rl.QALoRA(r=2, group_size=32), store=Uniform(2, 32), start=start)
+        bank = rl.attach(model, plan, calibration=data)
+        error[start] = relative(model(data[0]["x"]), want)
+        assert not dict(bank.adapters("default"))["up"].B.any()
+    assert error[GPTQ()] < error[None]
+    assert all(s.errors[1] < s.errors[0] for s in bank.started["default"].values())
+    with pytest.raises(SettingsError, match="start=gptq rounds affine codes"):
+        rl.attach(net(), Plan(rl.LoRA(r=2), store=NormalFloat(), start=GPTQ()), calibration=data)
+
+
 @pytest.mark.parametrize("name", ["qlora", "qdylora", "loftq", "lqer", "lq_lora"])
 def test_presets_survive_json_and_are_resolved_by_name(name):
     plan = registry.default_plan(name, r=4)
@@ -256,7 +272,7 @@ def test_an_adapter_of_a_split_base_belongs_on_that_base(tmp_path, plan):
     model, x = _nudged(plan), torch.randn(5, 64)
     report = rl.save(model, tmp_path / "a")
     assert report.format == "rankloom"
-    assert "its base is split" in str(report.compat)
+    assert "its base is made by" in str(report.compat)
     bare = copy.deepcopy(model)
     rl.detach(bare)
     rl.load(bare, tmp_path / "a")

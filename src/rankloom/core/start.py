@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What calibration data says, by layer name: `fisher` (out, in) of weights, `scales` (in,) of inputs."""
+    """What calibration data says, by layer name: `fisher` (out, in) of weights; `scales` (in,), `hessians` (in, in) of
+    inputs.
+    """
 
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    hessians: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Translator(ABC):
             if getattr(plan, setting) and setting not in self.fields
         ]
         if plan.start is not None:
-            found.append(f"its base is split by {plan.start}, and PEFT would lay it on the whole weights")
+            found.append(f"its base is made by {plan.start}, and PEFT would lay it on another")
         places = {(id(f.place.layer), f.place.slot) for f, _ in view.adapted}
         if any((id(f.place.layer), f.place.slot) in places for f, _ in view.tokens):
             found.append("trained token rows and an adapter on the same layer")
