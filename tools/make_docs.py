@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import rankloom as rl
 from rankloom.core.attach import as_plan
 from rankloom.core.method import Method
 from rankloom.errors import NotMergeable, RankloomError
+from rankloom.formats.limits import table
 from rankloom.registry import METHODS, default_plan, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,6 +151,36 @@ def systems_table(rows: list[object]) -> str:
     return "\n".join(out)
 
 
+def reliability_page() -> str:
+    """The board as last measured, and the limits of the gate."""
+    rows = json.loads((ROOT / "bench" / "results" / "reliability.json").read_text(encoding="utf-8"))["rows"]
+    board = ["| # | promise | holds | figure | every sabotage noticed |", "|---|---|---|---|---|"]
+    words = {True: "yes", False: "**no**", None: "not tried"}
+    for row in rows:
+        cells = (row["row"], row["promise"], words[row["ok"]], row["figure"], words[row["sabotage_red"]])
+        board.append("| " + " | ".join(map(str, cells)) + " |")
+    limits = ["| limit | largest | of |", "|---|---|---|"]
+    limits += [f"| `{name}` | {value:,} | {what} |" for name, value, what in table()]
+    return "\n".join(
+        [
+            "# Reliability",
+            "",
+            "Each row is a promise that `rankloom reliability` measures. A sabotage breaks the product on purpose; a row",
+            "counts only if its measurement notices every one. Measured by `make reliability`, one process, two CPU cores.",
+            "",
+            *board,
+            "",
+            "## Limits",
+            "",
+            "What an adapter folder may hold before it is refused (`rankloom limits`); each is an argument:",
+            "`rankloom.load(model, folder, limits=Limits(rank=8192))`, from `rankloom.formats.limits`.",
+            "",
+            *limits,
+            "",
+        ]
+    )
+
+
 def pages() -> dict[Path, str]:
     """Every generated file and its text."""
     every = rl.systems()
@@ -164,6 +196,7 @@ def pages() -> dict[Path, str]:
         + systems_table(every)
         + "\n"
     )
+    made[docs / "reliability.md"] = reliability_page()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     head, rest = readme.split(START)
     tail = rest.split(END, 1)[1]
