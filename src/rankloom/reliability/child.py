@@ -63,7 +63,7 @@ def _be_child(job: Callable[[], Any], into: int, memory: int | None, cpu: int | 
         os.setpgid(0, 0)
         before = _peak_reset()
         if cpu is not None:
-            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
         if memory is not None:
             room = _mapped() + memory
             resource.setrlimit(resource.RLIMIT_AS, (room, room))
