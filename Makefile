@@ -46,7 +46,9 @@ bench: setup
 	@for script in bench/[a-z]*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
 
 reliability: setup
-	OMP_NUM_THREADS=1 $(BIN)/rankloom reliability --sabotage --json > bench/results/reliability.json
+	$(BIN)/uv pip install -q --python $(BIN)/python $(CONSTRAINTS) atheris
+	OMP_NUM_THREADS=1 $(BIN)/rankloom reliability --sabotage --json > bench/results/.reliability.json
+	mv bench/results/.reliability.json bench/results/reliability.json
 
 docs: setup
 	$(BIN)/python tools/make_docs.py

@@ -21,6 +21,7 @@ import rankloom as rl
 from rankloom.core.attach import as_plan
 from rankloom.core.method import Method
 from rankloom.errors import NotMergeable, RankloomError
+from rankloom.formats.limits import table
 from rankloom.registry import METHODS, default_plan, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,6 +185,37 @@ def filled(page: Path, name: str, body: str) -> str:
     return f"{head}{start}\n{body}\n{END}{rest.split(END, 1)[1]}"
 
 
+def reliability_page() -> str:
+    """The board as last measured, and the limits of the gate."""
+    rows = json.loads((ROOT / "bench" / "results" / "reliability.json").read_text(encoding="utf-8"))["rows"]
+    board = ["| # | promise | holds | figure | every sabotage noticed |", "|---|---|---|---|---|"]
+    words = {True: "yes", False: "**no**", None: "not tried"}
+    for row in rows:
+        cells = (row["row"], row["promise"], words[row["ok"]], row["figure"], words[row["sabotage_red"]])
+        board.append("| " + " | ".join(map(str, cells)) + " |")
+    limits = ["| limit | largest | of |", "|---|---|---|"]
+    limits += [f"| `{name}` | {value:,} | {what} |" for name, value, what in table()]
+    return "\n".join(
+        [
+            "# Reliability",
+            "",
+            "Each row is a promise that `rankloom reliability` measures. A sabotage breaks the product on purpose; a row",
+            "counts only if its measurement notices every one. Each figure says how much was tried; `make reliability` tries",
+            "everything, `rankloom reliability --quick` the part that `make test` has.",
+            "",
+            *board,
+            "",
+            "## Limits",
+            "",
+            "What an adapter folder may hold before it is refused (`rankloom limits`); each is an argument:",
+            "`rankloom.load(model, folder, limits=Limits(rank=8192))`, from `rankloom.formats.limits`.",
+            "",
+            *limits,
+            "",
+        ]
+    )
+
+
 def pages() -> dict[Path, str]:
     """Every generated file and its text."""
     every = rl.systems()
@@ -199,10 +231,11 @@ def pages() -> dict[Path, str]:
         + systems_table(every)
         + "\n"
     )
+    made[docs / "reliability.md"] = reliability_page()
     summary = f"{len(works)} of {len(every)} systems work today ([all](docs/systems.md)):\n"
     rows = [f"| `{s.id}` | {s.name} | `{s.proof}` |" for s in works]
-    table = "\n".join([summary, "| id | system | proven by |", "|---|---|---|", *rows])
-    made[ROOT / "README.md"] = filled(ROOT / "README.md", "systems", table)
+    working = "\n".join([summary, "| id | system | proven by |", "|---|---|---|", *rows])
+    made[ROOT / "README.md"] = filled(ROOT / "README.md", "systems", working)
     measured = json.loads((ROOT / "bench" / "results" / "quantised.json").read_text(encoding="utf-8"))
     made[docs / "quantised.md"] = filled(docs / "quantised.md", "quantised", quantised(measured))
     made[docs / "index.md"] = made[ROOT / "README.md"].replace("](docs/", "](")

@@ -1,5 +1,6 @@
 """Every command does its job on a tiny local model, prints pure JSON for machines, and leaves the files it promises."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -312,3 +313,11 @@ def test_a_model_with_its_tokenizer_in_one_line(model):
     assert tokenizer.decode(tokenizer("ab")["input_ids"]) == "ab"
     with pytest.raises(rl.RankloomError, match="did you mean 'dtype'"):
         load(str(model), dtyp="bfloat16")
+
+
+def test_limits_are_the_ones_that_the_gate_keeps(run):
+    from rankloom.formats.limits import Limits
+
+    found = run("limits", "--json").json
+    assert found == dataclasses.asdict(Limits())
+    assert "ranks of rank_pattern" in run("limits").out

@@ -94,6 +94,7 @@ def test_children_answer_hang_die_and_fail():
     start = time.perf_counter()
     assert forked(lambda: time.sleep(60), seconds=0.3).died == "hang"
     assert time.perf_counter() - start < 5
+    assert forked(lambda: sum(1 for _ in iter(int, 1)), seconds=100, cpu=1).died == "hang"
     assert forked(lambda: os._exit(3)).died == "exit 3"
     assert forked(lambda: os.kill(os.getpid(), 9)).died == "signal 9"
     assert "ZeroDivisionError" in forked(lambda: 1 // 0).died

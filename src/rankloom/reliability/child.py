@@ -27,8 +27,10 @@ class Outcome:
     memory: int
 
 
-def forked(job: Callable[[], Any], seconds: float = 10.0, memory: int | None = None) -> Outcome:
-    """Run `job` in a forked child, which is killed after `seconds`; `memory`: bytes it may map beyond the parent's.
+def forked(job: Callable[[], Any], seconds: float = 10.0, memory: int | None = None, cpu: int | None = None) -> Outcome:
+    """Run `job` in a forked child, which is killed after `seconds` by the clock, or `cpu` seconds of work.
+
+    `memory`: bytes it may map beyond the parent's.
 
     The answer of `job` must be JSON. An exception of it is a death: the traceback is in `died`.
     """
@@ -37,7 +39,7 @@ def forked(job: Callable[[], Any], seconds: float = 10.0, memory: int | None = N
     child = os.fork()
     if child == 0:
         os.close(out)
-        _be_child(job, into, memory)
+        _be_child(job, into, memory, cpu)
     os.close(into)
     raw = _read(out, start + seconds)
     took = time.perf_counter() - start
@@ -47,17 +49,21 @@ def forked(job: Callable[[], Any], seconds: float = 10.0, memory: int | None = N
     if raw is None:
         return Outcome(None, "hang", took, 0)
     code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGXCPU:
+        return Outcome(None, "hang", took, 0)
     if code or not raw:
         return Outcome(None, f"signal {-code}" if code < 0 else f"exit {code}", took, 0)
     answer = json.loads(raw)
     return Outcome(answer.get("value"), answer.get("error"), answer["seconds"], answer["memory"])
 
 
-def _be_child(job: Callable[[], Any], into: int, memory: int | None) -> None:
+def _be_child(job: Callable[[], Any], into: int, memory: int | None, cpu: int | None) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
         before = _peak_reset()
+        if cpu is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
         if memory is not None:
             room = _mapped() + memory
             resource.setrlimit(resource.RLIMIT_AS, (room, room))

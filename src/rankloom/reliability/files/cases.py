@@ -57,7 +57,8 @@ WRONG = {
     "large": 10**12,
 }  # fmt: skip
 VALID = {
-    ("bias", "text"), ("fan_in_fan_out", "true"), ("inference_mode", "true"), ("init_lora_weights", "true"),
+    ("bias", "text"), ("fan_in_fan_out", "true"), ("lora_bias", "true"), ("use_dora", "true"),
+    ("inference_mode", "true"), ("init_lora_weights", "true"),
     ("lora_alpha", "fraction"), ("lora_alpha", "negative"), ("unsloth_fixed", "true"), ("use_rslora", "true"),
     ("qalora_group_size", "negative"), ("qalora_group_size", "large"),
 }  # fmt: skip

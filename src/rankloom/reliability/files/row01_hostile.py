@@ -32,7 +32,8 @@ from rankloom.reliability.files.world import (
     write,
 )
 
-SECONDS, MEMORY = 2.0, 256 << 20
+WORK, SECONDS, MEMORY = 2, 40.0, 256 << 20
+"""Seconds of work, seconds by the clock, and bytes that a folder may take."""
 
 
 def measure(budget: Budget) -> Finding:
@@ -63,7 +64,7 @@ def _try(model: nn.Module, case: Case) -> dict[str, Any]:
         place = write(case.files, root / "a")
         if case.after is not None:
             case.after(place)
-        found = forked(functools.partial(_load, model, place), SECONDS, MEMORY)
+        found = forked(functools.partial(_load, model, place), SECONDS, MEMORY, WORK)
         left = sorted(p.name for p in root.iterdir())
     if found.died:
         return {"kind": "died", "message": found.died.strip().splitlines()[-1]}

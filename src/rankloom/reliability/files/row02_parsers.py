@@ -5,28 +5,31 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankloom.errors import RankloomError
+from rankloom.errors import MissingExtra, RankloomError
+from rankloom.files import manifest as manifests
 from rankloom.files import strict
 from rankloom.files.manifest import read_manifest, sealed
 from rankloom.formats import header as headers
+from rankloom.formats import numbers
 from rankloom.formats.header import LENGTH, header_size, read_header
 from rankloom.formats.limits import Limits
 from rankloom.formats.numbers import check_numbers
-from rankloom.formats.peft import TRANSLATORS
+from rankloom.formats.peft import TRANSLATORS, fields
 from rankloom.formats.peft.fields import read_fields
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.child import Outcome, forked
+from rankloom.reliability.files.coverage import explore
 from rankloom.reliability.files.world import bare, good, silent
 from rankloom.train import configfile
 
 Parser = Callable[[bytes], object]
 CORPUS = Path(__file__).parent / "corpus"
-FULL, QUICK, MINUTES = 500_000, 1_500, 9.0
+FULL, QUICK, MINUTES, LED_SECONDS = 500_000, 1_500, 9.0, 60
 WORDS = (
     b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\", b"\\u", b"null", b"true", b"NaN", b"1e999", b"-", b"0",
     b"9" * 30, b"\xff",
@@ -60,11 +63,12 @@ def recipe(raw: bytes) -> object:
     return configfile._load(raw.decode("utf-8", "replace"), "run")
 
 
+MODULES = (strict, manifests, headers, numbers, fields, configfile)
 PARSERS: dict[str, Parser] = {"config": config, "header": header, "manifest": manifest, "recipe": recipe}
 
 
 def measure(budget: Budget) -> Finding:
-    """The corpus and random damage of it, through every parser, each in a child of its own."""
+    """The corpus and random damage of it, through every parser; in full by coverage too, where atheris is there."""
     inputs = budget.of(FULL, QUICK)
     faults: list[str] = []
     done: dict[str, int] = {}
@@ -76,8 +80,26 @@ def measure(budget: Budget) -> Finding:
             else:
                 done[name] = found.value["inputs"]
                 faults += [f"{name}: {fault}" for fault in found.value["faults"]]
-    each = ", ".join(f"{name} {count:,}" for name, count in done.items())
-    return Finding(not faults, f"inputs: {each}; {len(faults)} uncaught", tuple(faults))
+        led = {} if budget.quick else _led(budget.seed, faults)
+    figure = f"random damage: {_counts(done)}; by coverage: {_counts(led)}; {len(faults)} uncaught"
+    return Finding(not faults, figure, tuple(faults))
+
+
+def _counts(done: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in done.items()) or "not tried"
+
+
+def _led(seed: int, faults: list[str]) -> dict[str, int]:
+    """Inputs tried by coverage for each parser; none where atheris is not installed."""
+    done = {}
+    for name, parser in PARSERS.items():
+        try:
+            count, found = explore(parser, MODULES, corpus(name), FULL, LED_SECONDS, seed)
+        except MissingExtra:
+            return {}
+        done[name] = count
+        faults += [f"{name}, by coverage: {fault}" for fault in found]
+    return done
 
 
 def _fuzz(name: str, parser: Parser, inputs: int, seed: int) -> dict[str, Any]:
