@@ -22,6 +22,8 @@ from rankloom.train.configfile import dump
 from rankloom.train.data import Batches, Prepared, preview
 from rankloom.train.fit import Result, fit
 from rankloom.train.folder import as_json, replace_file
+from rankloom.train.longvocab import loss_of_batches
+from rankloom.train.loss import Loss
 from rankloom.train.report import Report, Row
 from rankloom.train.rng import seed_all
 from rankloom.train.settings import TrainSettings
@@ -89,7 +91,7 @@ def train_job(
     records = read_records(data, config.seed)
     seed_all(config.seed)
     loaded = load_model(settings, records.form, records.labels)
-    train, evaluator = _prepare(loaded, records, data)
+    train, evaluator = _prepare(loaded, records, data, loss_of_batches(config.train))
     say("data", f"{train.summary()}\nevaluation: {records.note}")
     say("preview", preview(train[0], loaded.tokenizer, labels=train.labels))
     batches = Batches(train, data.batch_size, config.seed, packing=data.packing)
@@ -121,7 +123,7 @@ def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[s
     records = judged_records(data, config.seed)
     seed_all(config.seed)
     loaded = load_model(config.need_model(), records.format, records.labels)
-    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), data)
+    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), data, loss_of_batches(config.train))
     if adapter is None:
         return {"base": evaluator(loaded.model)}
     bank = formats.load(loaded.model, adapter, config.name)
@@ -186,12 +188,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _prepare(loaded: Loaded, records: RunRecords, data: DataSettings) -> tuple[Prepared, Evaluator]:
+def _prepare(loaded: Loaded, records: RunRecords, data: DataSettings, loss: Loss) -> tuple[Prepared, Evaluator]:
     train = prepared(records.train, loaded.tokenizer, data)
-    return train, _evaluator(loaded, prepared(records.evaluation, loaded.tokenizer, data), data)
+    return train, _evaluator(loaded, prepared(records.evaluation, loaded.tokenizer, data), data, loss)
 
 
-def _evaluator(loaded: Loaded, held: Prepared, data: DataSettings) -> Evaluator:
+def _evaluator(loaded: Loaded, held: Prepared, data: DataSettings, loss: Loss) -> Evaluator:
     if held.labels and loaded.model.config.pad_token_id is None:
         loaded.model.config.pad_token_id = held.pad_id
     return Evaluator(
@@ -201,6 +203,7 @@ def _evaluator(loaded: Loaded, held: Prepared, data: DataSettings) -> Evaluator:
         most_answers=data.eval_answers,
         answer_tokens=data.answer_tokens,
         template=data.template,
+        loss=loss,
     )
 
 

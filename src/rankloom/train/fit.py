@@ -22,8 +22,9 @@ from rankloom.train.engine import accelerator, distributed_model
 from rankloom.train.evaluate import Evaluate
 from rankloom.train.folder import sweep
 from rankloom.train.identity import identity
+from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
-from rankloom.train.loss import Loss, default_loss
+from rankloom.train.loss import Loss
 from rankloom.train.optim import build_groups, build_optimizer, build_schedule
 from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
 from rankloom.train.rng import seed_all
@@ -105,7 +106,7 @@ def fit(
     """
     settings = _settings(settings, steps, lr)
     out = None if out is None else Path(out)
-    _check(settings, evaluate, out)
+    _check(settings, loss, evaluate, out)
     checkpoint = _checkpoint(resume, out)
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -129,7 +130,7 @@ def fit(
             rules=driver,
             schedule=build_schedule(run.optimizer, settings),
             stream=stream_of(batches),
-            loss=loss or default_loss,
+            loss=loss or loss_of_batches(settings),
             counted=loss is None,
             evaluate=evaluate,
             settings=settings,
@@ -156,13 +157,15 @@ def _settings(settings: TrainSettings | None, steps: int, lr: float) -> TrainSet
     return settings
 
 
-def _check(settings: TrainSettings, evaluate: Evaluate | None, out: Path | None) -> None:
+def _check(settings: TrainSettings, loss: Loss | None, evaluate: Evaluate | None, out: Path | None) -> None:
     wants = [n for n in ("eval_every", "patience") if getattr(settings, n) is not None]
     wants += ["end_with='best'"] if settings.end_with == "best" else []
     if wants and evaluate is None:
         raise SettingsError(f"{wants[0]} needs something to evaluate: give evaluate=batches, or evaluate=function")
     if settings.patience is not None and settings.eval_every is None:
         raise SettingsError("patience counts evaluations: give eval_every=…")
+    if settings.chunked_loss is not None and loss is not None:
+        raise SettingsError(f"chunked_loss={settings.chunked_loss} is a loss, and loss=… is another: give one of them")
     for name in ("end_with", "save_every"):
         if getattr(settings, name) not in ("last", None) and out is None:
             raise SettingsError(f"{name}={getattr(settings, name)!r} needs checkpoints: give out=folder")

@@ -21,6 +21,8 @@ class TrainSettings:
     - `accumulate`: batches per step; `clip`: largest norm of all gradients together (None: never clipped).
     - `precision`: autocast of forward and loss; adapters stay float32. `"fp16"` scales the loss and skips overflows.
     - `gradient_checkpointing`: recompute activations in the backward pass; the model must offer it.
+    - `chunked_loss`: tokens at a time for the head and cross entropy of a causal language model, so that the logits of
+      a long vocabulary are never whole in memory; the loss stays the same (None: all at once).
     - `eval_every`, `save_every`: in steps (None: only before and after, only at the end).
     - `keep`: newest checkpoints kept; the best one is kept besides. `patience`: evaluations without a lower loss until
       the run stops. `end_with`: the weights that the model has in the end, the last or those with the lowest eval loss.
@@ -41,6 +43,7 @@ class TrainSettings:
     clip: float | None = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    chunked_loss: int | None = None
     eval_every: int | None = None
     save_every: int | None = None
     keep: int = 2
@@ -52,7 +55,8 @@ class TrainSettings:
     dead_gradients: Literal["error", "warn"] = "error"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "keep", "log_every", "eval_every", "save_every", "patience"):
+        counts = ("steps", "accumulate", "keep", "log_every", "eval_every", "save_every", "patience", "chunked_loss")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name}={value}: 1 or more")
