@@ -15,15 +15,16 @@ from rankloom import formats
 from rankloom.core.attach import attach
 from rankloom.errors import FileError, SettingsError, StateError
 from rankloom.hf.evaluation import Answer, Evaluator
-from rankloom.hf.models import Loaded, load_model, with_heads
+from rankloom.hf.models import Loaded, device_of, load_model, with_heads
 from rankloom.hf.rundata import RunRecords, judged_records, prepared, read_records
 from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
 from rankloom.train.data import Batches, Prepared, preview
+from rankloom.train.engine import join
 from rankloom.train.fit import Result, fit
 from rankloom.train.folder import as_json, replace_file
 from rankloom.train.longvocab import loss_of_batches
-from rankloom.train.loss import Loss
+from rankloom.train.processes import Processes
 from rankloom.train.report import Report, Row
 from rankloom.train.rng import seed_all
 from rankloom.train.settings import TrainSettings
@@ -81,38 +82,72 @@ def train_job(
     That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `checkpoints/`, `adapter/`
     and `run.json`.
 
+    Started in several processes (torchrun), each does its share, and the main one tells, reports and writes.
+
     Raises:
         SettingsError, TargetError, FileError, DataError, StateError: before training, nothing half-written.
+        PeerError: another process failed.
     """
-    say = tell or _silent
-    data, out = config.need_data(), Path(config.need_out()).expanduser()
-    settings = config.need_model()
+    processes = join(device_of(config.need_model().device).type)
+    say = tell if tell is not None and processes.main else _silent
+    out = Path(config.need_out()).expanduser()
+    ready = processes.agree(lambda: _ready(config, out, resume, processes, say))
+    config, loaded = ready.config, ready.loaded
+    with _settled(loaded, packing=config.need_data().packing), writing(out):
+        processes.agree(lambda: replace_file(out / CONFIG, dump(config).encode()) if processes.main else None)
+        batches, chosen = ready.batches, config.train
+        result = fit(
+            loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
+        )
+    found = _result(loaded, result, ready.evaluator, out)
+    return Trained(processes.from_main(processes.agree(lambda: _saved(ready, found, processes))), loaded)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A job that has all it needs: the resolved configuration, the adapted model, and both kinds of data."""
+
+    config: RunConfig
+    loaded: Loaded
+    records: RunRecords
+    batches: Batches
+    evaluator: Evaluator
+
+
+def _ready(config: RunConfig, out: Path, resume: bool | str, processes: Processes, say: Tell) -> _Ready:
+    data, settings = config.need_data(), config.need_model()
     check_out(out, resume)
     records = read_records(data, config.seed)
     seed_all(config.seed)
     loaded = load_model(settings, records.form, records.labels)
-    train, evaluator = _prepare(loaded, records, data, loss_of_batches(config.train))
+    train = prepared(records.train, loaded.tokenizer, data)
+    held = prepared(records.evaluation, loaded.tokenizer, data)
     say("data", f"{train.summary()}\nevaluation: {records.note}")
     say("preview", preview(train[0], loaded.tokenizer, labels=train.labels))
-    batches = Batches(train, data.batch_size, config.seed, packing=data.packing)
+    batches = Batches(
+        train, data.batch_size, config.seed, packing=data.packing, rank=processes.rank, world=processes.world
+    )
+    attach(loaded.model, with_heads(config.plan, loaded.heads), config.name, probe=_probe(batches, loaded))
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(settings, task=loaded.task),
         data=dataclasses.replace(data, hold_out=records.held_out, labels=records.labels or data.labels),
         train=_length(config.train, data, len(batches)),
     )
-    with _settled(loaded, train, packing=data.packing), writing(out):
-        attach(loaded.model, with_heads(config.plan, loaded.heads), config.name, probe=_probe(batches, loaded))
-        replace_file(out / CONFIG, dump(config).encode())
-        result = fit(
-            loaded.model, batches, settings=config.train, evaluate=evaluator, out=out, resume=resume, report=report
-        )
-    found = _result(loaded, result, evaluator, out)
+    return _Ready(config, loaded, records, batches, _evaluator(loaded, held, config, processes))
+
+
+def _saved(ready: _Ready, found: JobResult, processes: Processes) -> JobResult:
+    """The adapter and the record of the job, written; the result as it then is."""
+    if not processes.main:
+        return found
+    config, out = ready.config, found.out
     with writing(out):
-        saved = formats.save(loaded.model, out / ADAPTER, config.name, card=_card(config, records, found))
+        card = _card(config, ready.records, found)
+        saved = formats.save(ready.loaded.model, out / ADAPTER, config.name, card=card)
         found = dataclasses.replace(found, compatibility=str(saved.compat))
         replace_file(out / RECORD, as_json({"config": as_data(config), "versions": versions(), **found.as_dict()}))
-    return Trained(found, loaded)
+    return found
 
 
 def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[str, float]]:
@@ -123,7 +158,7 @@ def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[s
     records = judged_records(data, config.seed)
     seed_all(config.seed)
     loaded = load_model(config.need_model(), records.format, records.labels)
-    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), data, loss_of_batches(config.train))
+    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), config, Processes())
     if adapter is None:
         return {"base": evaluator(loaded.model)}
     bank = formats.load(loaded.model, adapter, config.name)
@@ -188,12 +223,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _prepare(loaded: Loaded, records: RunRecords, data: DataSettings, loss: Loss) -> tuple[Prepared, Evaluator]:
-    train = prepared(records.train, loaded.tokenizer, data)
-    return train, _evaluator(loaded, prepared(records.evaluation, loaded.tokenizer, data), data, loss)
-
-
-def _evaluator(loaded: Loaded, held: Prepared, data: DataSettings, loss: Loss) -> Evaluator:
+def _evaluator(loaded: Loaded, held: Prepared, config: RunConfig, processes: Processes) -> Evaluator:
+    data = config.need_data()
     if held.labels and loaded.model.config.pad_token_id is None:
         loaded.model.config.pad_token_id = held.pad_id
     return Evaluator(
@@ -203,7 +234,8 @@ def _evaluator(loaded: Loaded, held: Prepared, data: DataSettings, loss: Loss) -
         most_answers=data.eval_answers,
         answer_tokens=data.answer_tokens,
         template=data.template,
-        loss=loss,
+        loss=loss_of_batches(config.train),
+        processes=processes,
     )
 
 
@@ -215,7 +247,7 @@ def _length(settings: TrainSettings, data: DataSettings, batches: int) -> TrainS
 
 
 @contextmanager
-def _settled(loaded: Loaded, train: Prepared, *, packing: bool) -> Iterator[None]:
+def _settled(loaded: Loaded, *, packing: bool) -> Iterator[None]:
     """No cache of keys and values while packed rows train: with one, transformers ignores where examples begin."""
     config = loaded.model.config
     before = getattr(config, "use_cache", None)

@@ -40,7 +40,7 @@ def chunked_cross_entropy(
     if not torch.is_grad_enabled() or not (hidden.requires_grad or wanted):
         total = sum((_loss(head, h, k, ignored) for h, k in _chunks(hidden, labels, chunk)), _zero(hidden))
         return total / divisor
-    total = _Sum.apply(head, hidden, labels, chunk, ignored, *wanted)  # type: ignore[no-untyped-call]
+    total: Tensor = _Sum.apply(head, hidden, labels, chunk, ignored, *wanted)  # type: ignore[no-untyped-call]
     return total / divisor
 
 
