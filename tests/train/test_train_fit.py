@@ -190,7 +190,10 @@ def test_what_a_batch_counts_by_hand() -> None:
     assert count({"labels": labels}) == 5
     assert count({"labels": torch.tensor([1, 0, -100])}) == 2
     assert count({"labels": torch.rand(4)}) == count((1, 2)) == 1
-    assert shares([{"labels": torch.tensor([1, 0, 0])}, {"labels": torch.tensor([1])}], True, Processes()) == [0.75, 0.25]
+    assert shares([{"labels": torch.tensor([1, 0, 0])}, {"labels": torch.tensor([1])}], True, Processes()) == [
+        0.75,
+        0.25,
+    ]
     assert shares([1, 2], False, Processes()) == [0.5, 0.5]
     assert shares([{"labels": torch.tensor([-100])}] * 2, True, Processes()) == [0.5, 0.5]
     mask = torch.tensor([[1, 1, 0]])

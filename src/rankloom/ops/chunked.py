@@ -38,8 +38,7 @@ def chunked_cross_entropy(
     divisor = (labels != ignored).sum().clamp_min(1) if terms is None else terms
     wanted = [p for p in parameters if p.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or wanted):
-        total = sum((_loss(head, h, k, ignored) for h, k in _chunks(hidden, labels, chunk)), _zero(hidden))
-        return total / divisor
+        return sum((_loss(head, h, k, ignored) for h, k in _chunks(hidden, labels, chunk)), _zero(hidden)) / divisor
     total: Tensor = _Sum.apply(head, hidden, labels, chunk, ignored, *wanted)  # type: ignore[no-untyped-call]
     return total / divisor
 
@@ -86,7 +85,7 @@ def _loss(head: Head, hidden: Tensor, labels: Tensor, ignored: int) -> Tensor:
 
 
 def _chunks(hidden: Tensor, labels: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(hidden.split(chunk), labels.split(chunk))
+    return zip(torch.split(hidden, chunk), torch.split(labels, chunk))
 
 
 def _zero(hidden: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def mean_loss(batches: Iterable[Any], run: TrainRun, loss: Loss, counted: bool, 
 
     All of them call the model equally often, which a sharded base needs: one without a turn goes along for nothing.
     """
-    total, weight, each = 0.0, 0, _once(batches)
+    total, weight, each = 0.0, 0.0, _once(batches)
     while turn := list(islice(each, processes.world)):
         mine = turn[min(processes.rank, len(turn) - 1)]
         n = (count(mine) if counted else 1) if processes.rank < len(turn) else 0

@@ -123,10 +123,10 @@ def _check(model: nn.Module) -> None:
 
 def _refused(model: nn.Module, why: str) -> SettingsError:
     config = getattr(model, "config", None)
-    known = [f"{n}={v}" for n in CHANGES if (v := getattr(config, n, None)) not in (None, 1, 1.0)]
+    known = [f" ({n}={v})" for n in CHANGES if (v := getattr(config, n, None)) not in (None, 1)]
     return SettingsError(
-        f"chunked_loss: {type(model).__name__} {why}{f' ({known[0]})' if known else ''}, so its loss cannot be taken by "
-        "chunks: leave chunked_loss out, or give loss=…"
+        f"chunked_loss: {type(model).__name__} {why}{''.join(known[:1])}, so its loss cannot be taken by chunks: "
+        "leave chunked_loss out, or give loss=…"
     )
 
 

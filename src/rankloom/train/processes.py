@@ -130,7 +130,7 @@ class Processes:
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             flat = torch.cat([part.detach().reshape(-1).to(self.device) for part in parts])
             dist.all_reduce(flat)
-            for parameter, part in zip(group, flat.split([p.numel() for p in group])):
+            for parameter, part in zip(group, torch.split(flat, [p.numel() for p in group])):
                 parameter.grad = part.view(parameter.shape).to(parameter.device)
 
     @contextmanager

@@ -26,10 +26,11 @@ def shard(model: nn.Module, settings: TrainSettings, processes: Processes) -> No
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    if bank_or_none(model) is None:
+    bank = bank_or_none(model)
+    if bank is None:
         raise SettingsError(
-            f"sharding='fsdp' splits a frozen base, and this {type(model).__name__} has no adapters, so all of it trains: "
-            "rankloom.attach(model, …) first, or sharding='none'"
+            f"sharding='fsdp' splits a frozen base, and this {type(model).__name__} has no adapters, so all of it "
+            "trains: rankloom.attach(model, …) first, or sharding='none'"
         )
     if processes.world == 1:
         warnings.warn("sharding='fsdp' with one process: nothing to split; torchrun starts several", stacklevel=3)
@@ -41,6 +42,8 @@ def shard(model: nn.Module, settings: TrainSettings, processes: Processes) -> No
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     for part in (*blocks(model), model):
         fully_shard(part, mesh=mesh, ignored_params=whole)
+    with bank.using():  # reads every parameter through its module, where an adapter in a parameter slot would speak
+        fully_shard.state(model)._lazy_init()
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
