@@ -77,10 +77,8 @@ def main() -> None:
     times = ratios(interleaved({n: partial(step, model, batch, loss) for n, loss in LOSSES.items()}), to="whole")
     print(f"{TOKENS[0]} × {TOKENS[1]} tokens, {VOCABULARY} words, {CHUNK} tokens a chunk")
     print(f"loss         whole {values['whole']:.7f}   chunks {values['chunks']:.7f}")
-    for what, found in (("kept bytes", kept), ("peak bytes", peaks)):
-        print(
-            f"{what:12} whole {found['whole']:,}   chunks {found['chunks']:,}   ratio {found['chunks'] / found['whole']:.3f}"
-        )
+    for what, (one, two) in {"kept bytes": kept.values(), "peak bytes": peaks.values()}.items():
+        print(f"{what:12} whole {one:,}   chunks {two:,}   ratio {two / one:.3f}")
     print(f"CPU time     ratio {times['chunks']:.3f}")
 
 

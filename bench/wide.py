@@ -41,6 +41,7 @@ METHODS: dict[str, Method] = {
     "VeRA": rl.VeRA(r=8),
     "DyLoRA": rl.DyLoRA(r=4),
     "LoRA on NF4": rl.LoRA(r=4),
+    "LoRA, chunked loss": rl.LoRA(r=4),
 }
 
 
@@ -50,7 +51,14 @@ def losses(name: str, processes: int, sharding: str) -> list[float]:
     if "NF4" in name:
         keep(model, {f"{n}.weight": NormalFloat() for n, m in model.model.named_modules() if type(m) is nn.Linear})
     rl.attach(model, METHODS[name], target_modules="all-linear")
-    settings = TrainSettings(steps=STEPS, lr=1e-2, accumulate=2 // processes, sharding=sharding)  # type: ignore[arg-type]
+    chunk = 5 if "chunked" in name else None
+    settings = TrainSettings(
+        steps=STEPS,
+        lr=1e-2,
+        accumulate=2 // processes,
+        sharding=sharding,
+        chunked_loss=chunk,  # type: ignore[arg-type]
+    )
     return rl.fit(model, texts(), settings=settings).losses
 
 
@@ -88,7 +96,8 @@ def two() -> dict[str, list[float]]:
             subprocess.Popen([sys.executable, __file__, str(out)], env={**common, "RANK": str(r), "LOCAL_RANK": str(r)})
             for r in range(2)
         ]
-        if any([p.wait() for p in started]):
+        codes = [p.wait() for p in started]
+        if any(codes):
             raise SystemExit("a process failed")
         found: dict[str, list[float]] = json.loads(out.read_text())
         return found
@@ -102,7 +111,7 @@ def main() -> None:
             shared = together[f"{name}|{sharding}"]
             apart = max(abs(a - b) for a, b in zip(alone, shared, strict=True))
             print(
-                f"{name:12} {what:16} loss {shared[0]:.6f} → {shared[-1]:.6f}   largest difference to one {apart:.1e}"
+                f"{name:18} {what:16} loss {shared[0]:.6f} → {shared[-1]:.6f}   largest difference to one {apart:.1e}"
             )
 
 

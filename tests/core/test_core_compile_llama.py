@@ -3,8 +3,8 @@
 import pytest
 import torch
 from core_tiny import adapted, difference, llama, nudge, tokens
-from torch._dynamo.testing import CompileCounter
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import rankloom as rl
 from rankloom.store.blockfloat import BlockFloat
@@ -35,12 +35,12 @@ def run(model):
 
 
 def packed(store):
-    model = llama()
+    model = llama(depth=1)
     keep(model, {f"{n}.weight": store for n, m in model.model.named_modules() if isinstance(m, nn.Linear)})
     return model
 
 
-def assert_one_graph(model, bank, backend="aot_eager"):
+def assert_one_graph(model, bank, backend="eager"):
     """Forward and every gradient, of one graph and of eager code."""
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     found = []

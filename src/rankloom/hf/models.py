@@ -195,6 +195,11 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SettingsError(
+                f"model.device={name!r}: each of the {os.environ['WORLD_SIZE']} processes has a device of its own: "
+                f"use auto or {device.type}"
+            )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]

@@ -43,7 +43,7 @@ def shard(model: nn.Module, settings: TrainSettings, processes: Processes) -> No
     for part in (*blocks(model), model):
         fully_shard(part, mesh=mesh, ignored_params=whole)
     with bank.using():  # reads every parameter through its module, where an adapter in a parameter slot would speak
-        fully_shard.state(model)._lazy_init()
+        fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
