@@ -49,7 +49,14 @@ def losses(name: str, processes: int, sharding: str) -> list[float]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).double()
     if "NF4" in name:
-        keep(model, {f"{n}.weight": NormalFloat() for n, m in model.model.named_modules() if type(m) is nn.Linear})
+        keep(
+            model,
+            {
+                f"{n}.weight": NormalFloat()
+                for n, m in model.model.named_modules(prefix="model")
+                if type(m) is nn.Linear
+            },
+        )
     rl.attach(model, METHODS[name], target_modules="all-linear")
     chunk = 5 if "chunked" in name else None
     settings = TrainSettings(
