@@ -49,14 +49,8 @@ def losses(name: str, processes: int, sharding: str) -> list[float]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).double()
     if "NF4" in name:
-        keep(
-            model,
-            {
-                f"{n}.weight": NormalFloat()
-                for n, m in model.model.named_modules(prefix="model")
-                if type(m) is nn.Linear
-            },
-        )
+        linear = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
+        keep(model, dict.fromkeys([f"{n}.weight" for n in linear], NormalFloat()))
     rl.attach(model, METHODS[name], target_modules="all-linear")
     chunk = 5 if "chunked" in name else None
     settings = TrainSettings(

@@ -16,6 +16,7 @@ from rankloom.train.loss import Loss, count, move
 from rankloom.train.processes import Processes
 from rankloom.train.rng import untouched_rng
 from rankloom.train.run import TrainRun, mode
+from rankloom.train.stream import dealt
 
 Evaluate = Iterable[Any] | Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -32,14 +33,15 @@ def evaluate_run(
 
 
 def mean_loss(batches: Iterable[Any], run: TrainRun, loss: Loss, counted: bool, processes: Processes) -> float:
-    """Mean loss over batches, each weighed by what it counts; several processes take turns.
+    """Mean loss over batches, each weighed by what it counts; several processes take turns, unless dealt out already.
 
     All of them call the model equally often, which a sharded base needs: one without a turn goes along for nothing.
     """
     total, weight, each = 0.0, 0.0, _once(batches)
-    while turn := list(islice(each, processes.world)):
-        mine = turn[min(processes.rank, len(turn) - 1)]
-        n = (count(mine) if counted else 1) if processes.rank < len(turn) else 0
+    turns = Processes() if dealt(batches, processes) else processes
+    while turn := list(islice(each, turns.world)):
+        mine = turn[min(turns.rank, len(turn) - 1)]
+        n = (count(mine) if counted else 1) if turns.rank < len(turn) else 0
         if n or processes.world > 1:
             found = float(loss(run.model, move(mine, run.device)))
             total += n * found if n else 0.0

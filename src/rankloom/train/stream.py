@@ -51,7 +51,7 @@ def dealt(batches: Source, processes: Processes) -> bool:
     """True where `batches` gives each process batches of its own. Raises `SettingsError` where they are of others."""
     if isinstance(batches, Batches):
         mine, here = (batches.rank, batches.world), (processes.rank, processes.world)
-        if batches.world > 1 and mine != here:
+        if min(batches.world, processes.world) > 1 and mine != here:
             raise SettingsError(f"Batches(rank={mine[0]}, world={mine[1]}) in process {here[0]} of {here[1]}")
         return batches.world > 1
     return isinstance(getattr(batches, "sampler", None), torch.utils.data.DistributedSampler)
