@@ -13,9 +13,14 @@ from typing import Any
 
 import processes_world as world
 import pytest
+from torch.utils.data import DataLoader, DistributedSampler
 
+from rankloom.errors import SettingsError
 from rankloom.train.checkpoint import steps_in
+from rankloom.train.processes import Processes
 from rankloom.train.report import read_metrics
+from rankloom.train.settings import TrainSettings
+from rankloom.train.stream import stream_of
 
 pytestmark = pytest.mark.timeout(300)
 """Two processes start, and import what they need, beside whatever else the machine does."""
@@ -158,10 +163,23 @@ def test_gradients_under_the_wrapper_of_torch(found: Found) -> None:
                 assert mine["by hand"][name][key] == pytest.approx(gradient, rel=1e-12, abs=1e-15)
 
 
-def test_settings_name_the_ways_to_split() -> None:
-    from rankloom.errors import SettingsError
-    from rankloom.train.settings import TrainSettings
+def test_batches_are_taken_in_turns_and_the_position_suits_any_number() -> None:
+    two = [stream_of(list(range(5)), Processes(rank, 2)) for rank in range(2)]
+    assert [[stream.next() for _ in range(4)] for stream in two] == [[0, 2, 4, 1], [1, 3, 0, 2]]
+    for stream in two:
+        one = stream_of(list(range(5)), Processes())
+        one.restore(stream.state())
+        assert one.next() == 3
+        assert one.epoch == stream.epoch == 1
 
+
+def test_a_sampler_that_deals_is_left_to_it() -> None:
+    sampler = DistributedSampler(range(8), num_replicas=2, rank=1, shuffle=False)  # type: ignore[arg-type]
+    loader = DataLoader(range(8), batch_size=2, sampler=sampler)  # type: ignore[arg-type]
+    assert stream_of(loader, Processes(1, 2)).next().tolist() == [1, 3]
+
+
+def test_settings_name_the_ways_to_split() -> None:
     with pytest.raises(SettingsError, match="sharding='fdsp': one of 'none', 'fsdp'; did you mean 'fsdp'"):
         TrainSettings(sharding="fdsp")
 
