@@ -12,7 +12,9 @@ import pytest
 
 from rankloom.cli.command import speaks
 from rankloom.errors import SettingsError
+from rankloom.hf.job import train_job
 from rankloom.hf.models import device_of
+from rankloom.train.configfile import read_config
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -31,14 +33,17 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_train_in_two_processes(sharding: str, model: Path, chats: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    found = torchrun(
-        f"model={model}", f"data={chats}", f"out={out}", "batch_size=2", "hold_out=3", "steps=3", "eval_answers=1",
-        f"sharding={sharding}", "chunked_loss=16", "--json",
-    )  # fmt: skip
+    same = [f"model={model}", f"data={chats}", "hold_out=3", "steps=3", "eval_answers=1", "lr=1e-2"]
+    found = torchrun(*same, f"out={out}", "batch_size=2", f"sharding={sharding}", "chunked_loss=16", "--json")
     assert found.returncode == 0, found.stderr[-3000:]
     result = json.loads(found.stdout)
-    assert result["steps"] == 3
-    assert result["after"]["loss"] < result["before"]["loss"]
+    alone = train_job(read_config(None, [*same, f"out={tmp_path / 'alone'}", "batch_size=4"])).result
+    assert result["steps"] == alone.steps == 3
+    assert result["tokens"] == alone.tokens
+    assert alone.final_loss != alone.before["loss"]
+    for mine, theirs in ((result["before"], alone.before), (result["after"], alone.after)):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert result["final_loss"] == pytest.approx(alone.final_loss, rel=1e-5)
     assert json.loads((out / "run.json").read_text())["after"] == result["after"]
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     rows = [json.loads(line)["event"] for line in (out / "metrics.jsonl").read_text().splitlines()]
