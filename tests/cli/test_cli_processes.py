@@ -33,7 +33,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_train_in_two_processes(sharding: str, model: Path, chats: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    same = [f"model={model}", f"data={chats}", "hold_out=3", "steps=3", "eval_answers=1", "lr=1e-2"]
+    same = [f"model={model}", f"data={chats}", "hold_out=4", "steps=3", "eval_answers=1", "lr=1e-2"]
     found = torchrun(*same, f"out={out}", "batch_size=2", f"sharding={sharding}", "chunked_loss=16", "--json")
     assert found.returncode == 0, found.stderr[-3000:]
     result = json.loads(found.stdout)
