@@ -286,3 +286,13 @@ def test_keep_refuses_before_touching():
     keep(model, {"weight": NormalFloat()})
     with pytest.raises(StateError, match="packed already"):
         keep(model, {"weight": NormalFloat()})
+
+
+@every_store
+def test_its_own_dense_values_written_back_change_no_code(store):
+    """What a data-parallel wrapper does at its start: the dense values of process 0 go into every process."""
+    layer = _linear(store)
+    before = copy.deepcopy(layer.weight)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.unpack())
+    _same(layer.weight, before)

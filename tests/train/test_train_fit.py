@@ -17,6 +17,7 @@ from rankloom.errors import DataError, DeafError, SettingsError, StateError
 from rankloom.train.fit import fit
 from rankloom.train.guard import DivergedError
 from rankloom.train.loss import count, shares, tokens
+from rankloom.train.processes import Processes
 from rankloom.train.settings import TrainSettings
 
 LORA = Plan(rl.LoRA(r=3), target_modules=("o_proj", "up_proj"))
@@ -189,9 +190,12 @@ def test_what_a_batch_counts_by_hand() -> None:
     assert count({"labels": labels}) == 5
     assert count({"labels": torch.tensor([1, 0, -100])}) == 2
     assert count({"labels": torch.rand(4)}) == count((1, 2)) == 1
-    assert shares([{"labels": torch.tensor([1, 0, 0])}, {"labels": torch.tensor([1])}], True) == [0.75, 0.25]
-    assert shares([1, 2], False) == [0.5, 0.5]
-    assert shares([{"labels": torch.tensor([-100])}] * 2, True) == [0.5, 0.5]
+    assert shares([{"labels": torch.tensor([1, 0, 0])}, {"labels": torch.tensor([1])}], True, Processes()) == [
+        0.75,
+        0.25,
+    ]
+    assert shares([1, 2], False, Processes()) == [0.5, 0.5]
+    assert shares([{"labels": torch.tensor([-100])}] * 2, True, Processes()) == [0.5, 0.5]
     mask = torch.tensor([[1, 1, 0]])
     assert tokens({"input_ids": mask, "attention_mask": mask}) == 2
     assert tokens({"input_ids": mask}) == 3

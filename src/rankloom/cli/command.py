@@ -34,7 +34,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **options)
         except RankloomError as error:
             code = USAGE if isinstance(error, (SettingsError, TargetError)) else RUNTIME
-            raise _exit(f"error: {error}", code) from error
+            raise _exit(f"error: {error}" if speaks() or _untold(error) else None, code) from error
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(RUNTIME) from None
@@ -54,6 +54,18 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _exit(message: str, code: int) -> typer.Exit:
-    typer.echo(message, err=True)
+def speaks() -> bool:
+    """True in the one of several processes that prints; what fails in one fails in all, and is told once."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _untold(error: RankloomError) -> bool:
+    from rankloom.train.processes import UntoldError
+
+    return isinstance(error, UntoldError)
+
+
+def _exit(message: str | None, code: int) -> typer.Exit:
+    if message is not None:
+        typer.echo(message, err=True)
     return typer.Exit(code)

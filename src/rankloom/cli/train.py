@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rankloom.cli.command import speaks
 from rankloom.cli.options import Arguments, Json, split
 from rankloom.cli.screen import screen, size
 
@@ -25,6 +26,8 @@ def train(
 
         path, changes = split(arguments)
         found = train_job(find_place(path, changes).config, resume=resume or False, tell=out.stage).result
+        if not speaks():
+            return
         out.result(found.as_dict())
         out.table(("metric", "before", "after"), [(k, found.before.get(k), v) for k, v in found.after.items()])
         for before, after in found.answers[:3]:

@@ -137,8 +137,14 @@ def _packed(tensor: Tensor) -> str | None:
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     """What is held for a tensor; of another library's weights the codes alone, for bitsandbytes moves scales about."""
-    held = stored_tensors(tensor)
+    held = [_whole(part) for part in stored_tensors(tensor)]
     return held if bridge_of(tensor) is None else held[:1]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is split over processes; every process must ask."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _sampled(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from rankloom.hf.generate import Decoding, continue_texts
 from rankloom.train.data import Batches, Chat, Prepared, choose, prompt
 from rankloom.train.evaluate import mean_loss
-from rankloom.train.loss import default_loss, move
+from rankloom.train.loss import Loss, default_loss, move
+from rankloom.train.processes import Processes
 from rankloom.train.run import TrainRun, mode
 
 MOST = 700.0
@@ -46,6 +47,8 @@ class Evaluator:
     most_answers: int = 50
     answer_tokens: int = 128
     template: str = "auto"
+    loss: Loss = default_loss
+    processes: Processes = field(default_factory=Processes)
     history: list[tuple[Answer, ...]] = field(default_factory=list)
 
     @property
@@ -57,7 +60,7 @@ class Evaluator:
         with mode(model, False), torch.no_grad():
             run = TrainRun(model, 1, device=next(model.parameters()).device)
             batches = Batches(self.prepared, self.batch_size, shuffle=False)
-            found = {"loss": mean_loss(batches, run, default_loss, True)}
+            found = {"loss": mean_loss(batches, run, self.loss, True, self.processes)}
             if self.prepared.labels:
                 found["accuracy"] = self._accuracy(model, batches, run.device)
             else:

@@ -18,7 +18,7 @@ from rankloom.files.folders import replace_file
 from rankloom.files.strict import as_json
 from rankloom.hf.evaluation import Answer, Evaluator
 from rankloom.hf.folder import model_folder, writing
-from rankloom.hf.models import Loaded, load_model, with_heads
+from rankloom.hf.models import Loaded, device_of, load_model, with_heads
 from rankloom.hf.packed import GLOB as PACKED
 from rankloom.hf.packed import save_packed
 from rankloom.hf.rundata import RunRecords, judged_records, prepared, read_records
@@ -26,7 +26,10 @@ from rankloom.store.base import Store
 from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
 from rankloom.train.data import Batches, Prepared, preview
+from rankloom.train.engine import join
 from rankloom.train.fit import Result, fit
+from rankloom.train.longvocab import loss_of_batches
+from rankloom.train.processes import Processes
 from rankloom.train.report import Report, Row
 from rankloom.train.rng import seed_all
 from rankloom.train.settings import TrainSettings
@@ -86,57 +89,104 @@ def train_job(
     That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `checkpoints/`, `adapter/`
     and `run.json`.
 
+    Started in several processes (torchrun), each does its share, and the main one tells, reports and writes.
+
     Raises:
         SettingsError, TargetError, FileError, DataError, StateError: before training, nothing half-written.
+        PeerError: another process failed.
     """
-    say = tell or _silent
-    data, out = config.need_data(), Path(config.need_out()).expanduser()
-    settings = config.need_model()
+    processes = join(device_of(config.need_model().device).type)
+    say = tell if tell is not None and processes.main else _silent
+    out = Path(config.need_out()).expanduser()
+    ready = processes.agree(lambda: _ready(config, out, resume, processes, say))
+    config, loaded = ready.config, ready.loaded
+    with _settled(loaded, packing=config.need_data().packing), writing(out):
+        processes.agree(lambda: _begin(ready, out) if processes.main else None)
+        batches, chosen = ready.batches, config.train
+        result = fit(
+            loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
+        )
+    found = _result(loaded, result, ready.evaluator, out)
+    return Trained(processes.from_main(processes.agree(lambda: _saved(ready, found, processes))), loaded)
+
+
+def _begin(ready: _Ready, out: Path) -> None:
+    """Write what a run needs before its first step, to be gone on with."""
+    _keep_base(ready, out)
+    replace_file(out / CONFIG, dump(ready.config).encode())
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A job that has all it needs: the resolved configuration, the adapted model, and both kinds of data."""
+
+    config: RunConfig
+    loaded: Loaded
+    records: RunRecords
+    batches: Batches
+    evaluator: Evaluator
+
+
+def _ready(config: RunConfig, out: Path, resume: bool | str, processes: Processes, say: Tell) -> _Ready:
+    data, settings = config.need_data(), config.need_model()
     check_out(out, resume)
     records = read_records(data, config.seed)
     seed_all(config.seed)
     base = out / BASE if resume and (out / BASE).is_dir() else None
     used = settings if base is None else dataclasses.replace(settings, path=str(base))
     loaded = load_model(used, records.form, records.labels)
-    train, evaluator = _prepare(loaded, records, data)
+    train = prepared(records.train, loaded.tokenizer, data)
+    held = prepared(records.evaluation, loaded.tokenizer, data)
     say("data", f"{train.summary()}\nevaluation: {records.note}")
     say("preview", preview(train[0], loaded.tokenizer, labels=train.labels))
-    batches = Batches(train, data.batch_size, config.seed, packing=data.packing)
+    batches = Batches(
+        train, data.batch_size, config.seed, packing=data.packing, rank=processes.rank, world=processes.world
+    )
+    _adapt(loaded, config, batches, made=base is not None)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(settings, task=loaded.task),
         data=dataclasses.replace(data, hold_out=records.held_out, labels=records.labels or data.labels),
         train=_length(config.train, data, len(batches)),
     )
-    with _settled(loaded, train, packing=data.packing), writing(out):
-        _adapt(loaded, config, batches, base)
-        replace_file(out / CONFIG, dump(config).encode())
-        result = fit(
-            loaded.model, batches, settings=config.train, evaluate=evaluator, out=out, resume=resume, report=report
-        )
-    found = _result(loaded, result, evaluator, out)
+    return _Ready(config, loaded, records, batches, _evaluator(loaded, held, config, processes))
+
+
+def _saved(ready: _Ready, found: JobResult, processes: Processes) -> JobResult:
+    """The adapter and the record of the job, written; the result as it then is."""
+    if not processes.main:
+        return found
+    config, out = ready.config, found.out
     with writing(out):
-        saved = formats.save(loaded.model, out / ADAPTER, config.name, card=_card(config, records, found))
+        card = _card(config, ready.records, found)
+        saved = formats.save(ready.loaded.model, out / ADAPTER, config.name, card=card)
         found = dataclasses.replace(found, compatibility=str(saved.compat))
         replace_file(out / RECORD, as_json({"config": as_data(config), "versions": versions(), **found.as_dict()}))
-    return Trained(found, loaded)
+    return found
 
 
-def _adapt(loaded: Loaded, config: RunConfig, batches: Batches, base: Path | None) -> None:
-    """Attach the plan. A base that its store and start made from values or data is kept beside the run, in `base/`."""
-    plan, out = with_heads(config.plan, loaded.heads), Path(config.need_out()).expanduser()
+def _adapt(loaded: Loaded, config: RunConfig, batches: Batches, *, made: bool) -> None:
+    """Attach the plan; `made`: to the base that its start made before."""
+    plan = with_heads(config.plan, loaded.heads)
     bank = attach(
         loaded.model,
-        plan if base is None else dataclasses.replace(plan, start=None),
+        dataclasses.replace(plan, start=None) if made else plan,
         config.name,
         probe=_probe(batches, loaded),
         calibration=_calibration(batches, config.need_data().batch_size),
     )
     bank.plans[config.name] = plan
-    if base is None and (plan.start is not None or not isinstance(plan.store, Store | None)):
+
+
+def _keep_base(ready: _Ready, out: Path) -> None:
+    """Keep a base that the plan made from values or data beside the run: only the adapter's own base is its base."""
+    plan, loaded = ready.config.plan, ready.loaded
+    if plan.start is None and isinstance(plan.store, Store | None):
+        return
+    if not (out / BASE).is_dir():
         with model_folder(out / BASE) as hidden:
             save_packed(loaded.model, loaded.tokenizer, hidden)
-        loaded.model.name_or_path = str(out / BASE)
+    loaded.model.name_or_path = str(out / BASE)
 
 
 def calibration(config: RunConfig, tokenizer: Any) -> list[dict[str, Any]] | None:
@@ -159,7 +209,7 @@ def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[s
     records = judged_records(data, config.seed)
     seed_all(config.seed)
     loaded = load_model(config.need_model(), records.format, records.labels)
-    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), data)
+    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), config, Processes())
     if adapter is None:
         return {"base": evaluator(loaded.model)}
     bank = formats.load(loaded.model, adapter, config.name)
@@ -234,12 +284,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _prepare(loaded: Loaded, records: RunRecords, data: DataSettings) -> tuple[Prepared, Evaluator]:
-    train = prepared(records.train, loaded.tokenizer, data)
-    return train, _evaluator(loaded, prepared(records.evaluation, loaded.tokenizer, data), data)
-
-
-def _evaluator(loaded: Loaded, held: Prepared, data: DataSettings) -> Evaluator:
+def _evaluator(loaded: Loaded, held: Prepared, config: RunConfig, processes: Processes) -> Evaluator:
+    data = config.need_data()
     if held.labels and loaded.model.config.pad_token_id is None:
         loaded.model.config.pad_token_id = held.pad_id
     return Evaluator(
@@ -249,6 +295,8 @@ def _evaluator(loaded: Loaded, held: Prepared, data: DataSettings) -> Evaluator:
         most_answers=data.eval_answers,
         answer_tokens=data.answer_tokens,
         template=data.template,
+        loss=loss_of_batches(config.train),
+        processes=processes,
     )
 
 
@@ -260,7 +308,7 @@ def _length(settings: TrainSettings, data: DataSettings, batches: int) -> TrainS
 
 
 @contextmanager
-def _settled(loaded: Loaded, train: Prepared, *, packing: bool) -> Iterator[None]:
+def _settled(loaded: Loaded, *, packing: bool) -> Iterator[None]:
     """No cache of keys and values while packed rows train: with one, transformers ignores where examples begin."""
     config = loaded.model.config
     before = getattr(config, "use_cache", None)

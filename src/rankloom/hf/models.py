@@ -58,7 +58,7 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
         SettingsError: task, labels and model do not fit together.
     """
     source, config, task = _config(settings, form, labels)
-    device = _device(settings.device)
+    device = device_of(settings.device)
     dtype = _dtype(settings.dtype, config, device)
     cls = _class(task)
     with _explained(source, "a model"), quiet():
@@ -83,7 +83,7 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
 def skeleton(settings: ModelSettings, form: str | None = None, labels: Sequence[str] = ()) -> Loaded:
     """The model on the meta device: every name, shape and dtype, no values and no memory. Raises as `load_model`."""
     source, config, task = _config(settings, form, labels)
-    dtype = _dtype(settings.dtype, config, _device(settings.device))
+    dtype = _dtype(settings.dtype, config, device_of(settings.device))
     arguments = {**_dtype_argument(dtype), **({"trust_remote_code": True} if settings.trust_remote_code else {})}
     with _explained(source, "a model"), torch.device("meta"):
         if is_packed(config):
@@ -207,12 +207,18 @@ def _class(task: str) -> Any:
     return getattr(_transformers(), CLASSES[task])
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `name` means here. Raises `SettingsError` for one that is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SettingsError(
+                f"model.device={name!r}: each of the {os.environ['WORLD_SIZE']} processes has a device of its own: "
+                f"use auto or {device.type}"
+            )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]

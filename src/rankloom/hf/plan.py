@@ -7,6 +7,7 @@ training forward is traced on tensors without values, and the tensors that autog
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -304,18 +305,25 @@ def _activations(model: Any, config: RunConfig, task: str, rows: int, length: in
 def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     """Bytes of the tensors that autograd keeps in one forward of `model`, its parameters not counted."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
+    def pack(tensor: Tensor) -> _Kept:
+        one = _Kept(tensor)
+        kept.add(one)
+        return one
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
         out = model(**batch)
+    storages = {s._cdata: s.nbytes() for s in (one.tensor.untyped_storage() for one in kept)}
     del out
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(size for data, size in storages.items() if data not in own)
+
+
+class _Kept:
+    """A tensor for as long as autograd keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _bytes(tensors: Any) -> int:

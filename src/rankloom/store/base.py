@@ -205,6 +205,8 @@ def _empty_like(w: Packed, *, dtype: torch.dtype | None = None, device: Any = No
 
 
 def _copy(w: Packed, source: Tensor, *_: Any) -> Packed:
+    if not isinstance(source, Packed) and torch.equal(source.to(w.device, w.dtype), w.unpack()):
+        return w  # packing once more would not find the same codes
     new = source if isinstance(source, Packed) and source.store == w.store else w.repack(_unpacked(source))
     for name, part in w.parts.items():
         part.copy_(new.parts[name])

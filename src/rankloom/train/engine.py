@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from rankloom.errors import MissingExtra, SettingsError
+from rankloom.train.processes import Processes
 from rankloom.train.settings import TrainSettings
 
 
@@ -24,8 +24,7 @@ def accelerator(device: torch.device, settings: TrainSettings) -> Iterator[Any]:
         raise MissingExtra("accelerate", "hf", "training") from error
     if settings.precision == "fp16" and device.type == "cpu":
         raise SettingsError("precision='fp16' needs a GPU, and the model is on the CPU: use 'bf16' or 'no'")
-    distributed = "LOCAL_RANK" in os.environ or _initialised()
-    singletons = [AcceleratorState, GradientState] + ([] if distributed else [PartialState])
+    singletons = [AcceleratorState, GradientState] + ([] if started_together() else [PartialState])
     before = [(cls, cls._shared_state) for cls in singletons]
     try:
         for cls in singletons:
@@ -36,23 +35,25 @@ def accelerator(device: torch.device, settings: TrainSettings) -> Iterator[Any]:
             cls._shared_state = state
 
 
-def _initialised() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-@contextmanager
-def distributed_model(engine: Any, model: nn.Module) -> Iterator[nn.Module]:
-    """What a step calls: the model itself, or with several processes Accelerate's wrapper around it."""
-    if engine.num_processes == 1:
-        yield model
-        return
-    own: dict[str, Any] = {k: v for k, v in model.__dict__.items() if k in ("forward", "_original_forward")}
+def join(device_type: str) -> Processes:
+    """The processes that torchrun or `accelerate launch` started with this one, joined in a group; alone without."""
+    if not started_together():
+        return Processes()
     try:
-        yield engine.prepare_model(model)
-    finally:
-        for name in ("forward", "_original_forward"):
-            model.__dict__.pop(name, None)
-        model.__dict__.update(own)
+        from accelerate.state import PartialState
+    except ImportError as error:
+        raise MissingExtra("accelerate", "hf", "training") from error
+    return processes_of(PartialState(cpu=device_type == "cpu"))
+
+
+def processes_of(state: Any) -> Processes:
+    """The processes that Accelerate knows."""
+    return Processes(state.process_index, state.num_processes, state.device)
+
+
+def started_together() -> bool:
+    """True where a launcher started this process, or it has joined others by itself."""
+    return "LOCAL_RANK" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def scaler_state(engine: Any) -> dict[str, Any]:

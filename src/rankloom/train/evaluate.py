@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,29 +13,40 @@ from torch import nn
 from rankloom.errors import DataError, SettingsError
 from rankloom.train.data.batches import Batches
 from rankloom.train.loss import Loss, count, move
+from rankloom.train.processes import Processes
 from rankloom.train.rng import untouched_rng
 from rankloom.train.run import TrainRun, mode
+from rankloom.train.stream import dealt
 
 Evaluate = Iterable[Any] | Callable[[nn.Module], float | Mapping[str, float]]
 
 
-def evaluate_run(evaluate: Evaluate, run: TrainRun, loss: Loss, counted: bool, engine: Any) -> dict[str, float]:
+def evaluate_run(
+    evaluate: Evaluate, run: TrainRun, loss: Loss, counted: bool, engine: Any, processes: Processes
+) -> dict[str, float]:
     """Metrics of the model as it is: `{"loss": …}` over batches, or what the function `evaluate(model)` returns."""
     with untouched_rng(), mode(run.model, False), torch.no_grad():
         if isinstance(evaluate, Iterable):
             with engine.autocast():
-                return {"loss": mean_loss(evaluate, run, loss, counted)}
+                return {"loss": mean_loss(evaluate, run, loss, counted, processes)}
         return _as_metrics(evaluate(run.model))
 
 
-def mean_loss(batches: Iterable[Any], run: TrainRun, loss: Loss, counted: bool) -> float:
-    """Mean loss over batches, each weighed by what it counts."""
-    total, weight = 0.0, 0
-    for batch in _once(batches):
-        n = count(batch) if counted else 1
-        if n:
-            total += n * float(loss(run.model, move(batch, run.device)))
+def mean_loss(batches: Iterable[Any], run: TrainRun, loss: Loss, counted: bool, processes: Processes) -> float:
+    """Mean loss over batches, each weighed by what it counts; several processes take turns, unless dealt out already.
+
+    All of them call the model equally often, which a sharded base needs: one without a turn goes along for nothing.
+    """
+    total, weight, each = 0.0, 0.0, _once(batches)
+    turns = Processes() if dealt(batches, processes) else processes
+    while turn := list(islice(each, turns.world)):
+        mine = turn[min(turns.rank, len(turn) - 1)]
+        n = (count(mine) if counted else 1) if turns.rank < len(turn) else 0
+        if n or processes.world > 1:
+            found = float(loss(run.model, move(mine, run.device)))
+            total += n * found if n else 0.0
             weight += n
+    total, weight = processes.sum(total, weight)
     if not weight:
         raise DataError("evaluate gave no batch with anything to predict; a generator can be used only once")
     return total / weight

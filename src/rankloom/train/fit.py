@@ -18,20 +18,23 @@ from rankloom.core.rule import Rule
 from rankloom.errors import SettingsError, StateError
 from rankloom.files.disk import rename
 from rankloom.files.folders import sweep
-from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, steps_in
+from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, model_tensors, steps_in
 from rankloom.train.drive import Rules
-from rankloom.train.engine import accelerator, distributed_model
+from rankloom.train.engine import accelerator, processes_of
 from rankloom.train.evaluate import Evaluate
 from rankloom.train.identity import identity
+from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
-from rankloom.train.loss import Loss, default_loss
+from rankloom.train.loss import Loss
 from rankloom.train.optim import build_groups, build_optimizer, build_schedule
+from rankloom.train.processes import Processes
 from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
 from rankloom.train.rng import seed_all
 from rankloom.train.run import TrainRun, bank_or_none, checkpointed, mode, only_these_train, voices_for_all_threads
 from rankloom.train.settings import TrainSettings
+from rankloom.train.sharding import shard
 from rankloom.train.signals import listening
-from rankloom.train.stream import Source, stream_of
+from rankloom.train.stream import Source, dealt, stream_of
 
 STEPS, LR = 200, 1e-3
 
@@ -109,8 +112,7 @@ def fit(
     """
     settings = _settings(settings, steps, lr)
     out = None if out is None else Path(out)
-    _check(settings, evaluate, out)
-    checkpoint = _checkpoint(resume, out)
+    _check(settings, loss, evaluate, out)
     with ExitStack() as stack:
         enter = stack.enter_context
         asked = enter(listening(out is not None))
@@ -118,36 +120,41 @@ def fit(
         parameters = enter(only_these_train(model))
         device = _device(parameters)
         engine = enter(accelerator(device, settings))
-        if out is not None and engine.is_main_process:
-            _clear_the_way(out / PLACE, checkpoint)
-        forward = enter(distributed_model(engine, model))
-        device = _device(parameters)
+        processes = processes_of(engine)
+        checkpoint = processes.agree(lambda: _checkpoint(resume, out))
+        if out is not None:
+            processes.agree(lambda: _clear_the_way(out / PLACE, checkpoint) if processes.main else None)
+        wanted = out is not None or checkpoint is not None or processes.world > 1
+        about = identity(model, _of_all(settings, batches, processes)) if wanted else {}
+        processes.check_same({**about, "the checkpoint to resume from": checkpoint and checkpoint.step})
+        processes.spread(model_tensors(model).values())
+        shard(model, settings, processes)
         enter(checkpointed(model, settings.gradient_checkpointing))
         enter(mode(model, True))
         run = TrainRun(model, settings.steps, parameters, device=device)
         driver = Rules(bank_or_none(model), rules)
-        seed_all(settings.seed)
+        seed_all(_seed(settings, processes))
         run.optimizer = build_optimizer(build_groups(run, driver, settings), settings)
         loop = Loop(
             run=run,
-            forward=forward,
             rules=driver,
             schedule=build_schedule(run.optimizer, settings),
-            stream=stream_of(batches),
-            loss=loss or default_loss,
+            stream=stream_of(batches, processes),
+            loss=loss or loss_of_batches(settings),
             counted=loss is None,
             evaluate=evaluate,
             settings=settings,
             engine=engine,
+            processes=processes,
             report=Reports([]),
             asked=asked,
             out=out,
-            identity=identity(model, settings) if out is not None or checkpoint is not None else {},
+            identity=about,
         )
         driver.start(run)
         if checkpoint is not None:
             loop.resume(checkpoint)
-        loop.report = _reports(loop, report, checkpoint)
+        loop.report = processes.agree(lambda: _reports(loop, report, checkpoint))
         stack.callback(loop.report.close)
         return _finish(loop, loop.train())
 
@@ -162,16 +169,31 @@ def _settings(settings: TrainSettings | None, steps: int, lr: float) -> TrainSet
     return settings
 
 
-def _check(settings: TrainSettings, evaluate: Evaluate | None, out: Path | None) -> None:
+def _check(settings: TrainSettings, loss: Loss | None, evaluate: Evaluate | None, out: Path | None) -> None:
     wants = [n for n in ("eval_every", "patience") if getattr(settings, n) is not None]
     wants += ["end_with='best'"] if settings.end_with == "best" else []
     if wants and evaluate is None:
         raise SettingsError(f"{wants[0]} needs something to evaluate: give evaluate=batches, or evaluate=function")
     if settings.patience is not None and settings.eval_every is None:
         raise SettingsError("patience counts evaluations: give eval_every=…")
+    if settings.chunked_loss is not None and loss is not None:
+        raise SettingsError(f"chunked_loss={settings.chunked_loss} is a loss, and loss=… is another: give one of them")
     for name in ("end_with", "save_every"):
         if getattr(settings, name) not in ("last", None) and out is None:
             raise SettingsError(f"{name}={getattr(settings, name)!r} needs checkpoints: give out=folder")
+
+
+def _seed(settings: TrainSettings, processes: Processes) -> int | None:
+    """The seed of all processes: they draw the same, whether one is set or not."""
+    if settings.seed is not None or processes.world == 1:
+        return settings.seed
+    return processes.from_main(int(torch.randint(2**31, ())))
+
+
+def _of_all(settings: TrainSettings, batches: Source, processes: Processes) -> TrainSettings:
+    """The settings that one process would need to do the same: batches that are dealt out in turns are all its own."""
+    turns = 1 if dealt(batches, processes) else processes.world
+    return dataclasses.replace(settings, accumulate=settings.accumulate * turns)
 
 
 def _checkpoint(resume: bool | str | Path, out: Path | None) -> Checkpoint | None:
@@ -212,11 +234,11 @@ def _device(parameters: dict[str, nn.Parameter]) -> torch.device:
 
 def _reports(loop: Loop, report: Callable[[Row], None] | Report | None, checkpoint: Checkpoint | None) -> Report:
     each: list[Report] = []
+    if not loop.processes.main:
+        return Reports(each)
     if report is not None:
         each.append(report if isinstance(report, Report) else Told(report))
     reports = Reports(each)
-    if not loop.engine.is_main_process:
-        return reports
     config = {k: v for k, v in dataclasses.asdict(loop.settings).items() if k != "report_to"}
     try:
         each += [tracker(name, loop.out, config) for name in loop.settings.trackers]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rankloom.errors import StateError
@@ -33,6 +33,7 @@ from rankloom.train.evaluate import Evaluate, evaluate_run, loss_of
 from rankloom.train.identity import check_identity
 from rankloom.train.loss import Loss, move, shares, tokens
 from rankloom.train.optim import optimizer_state, restore_optimizer
+from rankloom.train.processes import Processes
 from rankloom.train.report import Report, memory_mb
 from rankloom.train.rng import rng_state, set_rng_state
 from rankloom.train.run import TrainRun
@@ -40,6 +41,7 @@ from rankloom.train.settings import TrainSettings
 from rankloom.train.signals import Asked, Leave
 from rankloom.train.stream import Stream
 
+T = TypeVar("T")
 MOST_SKIPS = 50
 """Overflowing fp16 steps in a row after which a run gives up: the scale has then fallen by 2⁵⁰."""
 
@@ -65,11 +67,10 @@ class Standing:
 class Loop:
     """A run with everything that it needs; `train` goes from where it stands to the end.
 
-    `forward`: what is called (the model, or its distributed wrapper); `counted`: whether batches weigh by their labels.
+    `counted`: whether batches weigh by their labels; `processes`: those that share the run.
     """
 
     run: TrainRun
-    forward: nn.Module
     rules: Rules
     schedule: LambdaLR
     stream: Stream
@@ -78,6 +79,7 @@ class Loop:
     evaluate: Evaluate | None
     settings: TrainSettings
     engine: Any
+    processes: Processes
     report: Report
     asked: Asked
     out: Path | None
@@ -113,7 +115,7 @@ class Loop:
         self._between()
         while self.run.step < self.settings.steps and not self.out_of_patience:
             self._step()
-            if self.asked.agree(self.engine):
+            if self.asked.agree(self.processes):
                 self._stop()
             self._between()
         if self.evaluate is not None and self._latest[0] != self.run.step:
@@ -153,7 +155,7 @@ class Loop:
         run, rules, settings, scaler = self.run, self.rules, self.settings, self.engine.scaler
         began = time.perf_counter()
         rules.before_step(run)
-        batches = [self.stream.next() for _ in range(settings.accumulate)]
+        batches = self.processes.agree(lambda: [self.stream.next() for _ in range(settings.accumulate)])
         data, total = self._backward(batches)
         if self._unchecked:
             guard.check_gradients(run.parameters, settings.dead_gradients)
@@ -185,20 +187,30 @@ class Loop:
         self._tell(batches, began, {"loss": data, "lr": lr, "grad_norm": norm, "penalty": total - data})
 
     def _backward(self, batches: list[Any]) -> tuple[float, float]:
-        """Gradients of the mean loss over the batches; the loss without and with penalties."""
+        """Gradients of the mean loss over the batches of all processes; the loss without and with penalties."""
+        parts = shares(batches, self.counted, self.processes)
+        with self.processes.own_random():
+            data, total = self._together(lambda: self._backward_here(batches, parts))
+        self.processes.add_gradients(self.run.parameters.values())
+        data, total = self.processes.sum(data, total)
+        return data, total
+
+    def _backward_here(self, batches: list[Any], parts: list[float]) -> tuple[float, float]:
         data, total = 0.0, 0.0
-        parts = shares(batches, self.counted)
-        for i, (batch, share) in enumerate(zip(batches, parts)):
+        for batch, share in zip(batches, parts):
             batch = move(batch, self.run.device)
-            with self.engine.no_sync(self.forward) if i + 1 < len(batches) else nullcontext():
-                with self.engine.autocast():
-                    plain = self.loss(self.forward, batch)
-                guard.check_graph(plain, self.run.step + 1)
-                full = self.rules.loss(self.run, plain)
-                self.engine.backward((full if share == 1 else full * share).reshape(()))
+            with self.engine.autocast():
+                plain = self.loss(self.run.model, batch)
+            guard.check_graph(plain, self.run.step + 1)
+            full = self.rules.loss(self.run, plain)
+            self.engine.backward((full if share == 1 else full * share).reshape(()))
             data += share * float(plain.detach())
             total += share * float(full.detach())
         return data, total
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """`work` with the model, of all processes; over a sharded base the model itself meets the others."""
+        return self.processes.agree(work) if self.settings.sharding == "none" else self.processes.meet(work)
 
     def _optimize(self) -> None:
         if self.engine.scaler is None:
@@ -222,7 +234,7 @@ class Loop:
 
     def _tell(self, batches: list[Any], began: float, values: dict[str, float]) -> None:
         standing, step = self.standing, self.run.step
-        seconds, seen = time.perf_counter() - began, sum(map(tokens, batches))
+        seconds, seen = time.perf_counter() - began, int(self.processes.sum(sum(map(tokens, batches)))[0])
         standing.losses.append(values["loss"])
         standing.tokens += seen
         standing.seconds += seconds
@@ -247,11 +259,14 @@ class Loop:
             self._save()
 
     def _metrics(self) -> dict[str, float]:
-        assert self.evaluate is not None
-        with self.asked.leaving() if self.engine.num_processes == 1 else nullcontext():
-            metrics = evaluate_run(self.evaluate, self.run, self.loss, self.counted, self.engine)
+        with self.asked.leaving() if self.processes.world == 1 else nullcontext():
+            metrics = self.processes.from_main(self.processes.meet(self._evaluated))
         self.report.row({"event": "eval", "step": self.run.step, "metrics": metrics})
         return metrics
+
+    def _evaluated(self) -> dict[str, float]:
+        assert self.evaluate is not None
+        return evaluate_run(self.evaluate, self.run, self.loss, self.counted, self.engine, self.processes)
 
     def _judge(self) -> bool:
         """Evaluate and compare; True if this is the lowest loss so far."""
@@ -274,12 +289,14 @@ class Loop:
         guard.check_finite(weights, step)
         guard.check_finite(guard.optimizer_tensors(self.run.optimizer, self.run.parameters), step)
         self._saved_at = step
-        if self.engine.is_main_process:
-            folder = save_checkpoint(self.out / PLACE, step, weights, self._state(), as_adapter(self.run.model))
-            best = self.standing.best
-            prune(self.out / PLACE, self.settings.keep, () if best is None else (int(best["step"]),))
-            self.report.row({"event": "save", "step": step, "folder": str(folder.relative_to(self.out))})
-        self.engine.wait_for_everyone()
+        out, adapter = self.out, as_adapter(self.run.model)
+        self.processes.agree(lambda: self._write(out, weights, adapter) if self.processes.main else None)
+
+    def _write(self, out: Path, weights: Mapping[str, Tensor], adapter: Any) -> None:
+        folder = save_checkpoint(out / PLACE, self.run.step, weights, self._state(), adapter)
+        best = self.standing.best
+        prune(out / PLACE, self.settings.keep, () if best is None else (int(best["step"]),))
+        self.report.row({"event": "save", "step": self.run.step, "folder": str(folder.relative_to(out))})
 
     def _state(self) -> dict[str, Any]:
         return {

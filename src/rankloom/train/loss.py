@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.errors import SettingsError
+from rankloom.train.processes import Processes
 
 Loss = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100
@@ -61,11 +62,11 @@ def count(batch: Any) -> int:
     return int((labels != IGNORED).sum())
 
 
-def shares(batches: Sequence[Any], counted: bool) -> list[float]:
-    """What each of the batches of one step contributes to its loss; they add up to 1."""
+def shares(batches: Sequence[Any], counted: bool, processes: Processes) -> list[float]:
+    """What each of the batches of one step contributes to its loss; over all processes they add up to 1."""
     counts = [count(b) for b in batches] if counted else [1] * len(batches)
-    total = sum(counts)
-    return [c / total for c in counts] if total else [1 / len(batches)] * len(batches)
+    total, number = processes.sum(sum(counts), len(batches))
+    return [c / total for c in counts] if total else [1 / number] * len(batches)
 
 
 def tokens(batch: Any) -> int:

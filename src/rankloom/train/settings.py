@@ -21,9 +21,13 @@ class TrainSettings:
       by need, or both.
     - `schedule`: of the rate after the warm-up, down to 0 (`constant`: none); the warm-up is linear, `warmup_steps`
       long or `warmup_ratio` of all steps.
-    - `accumulate`: batches per step; `clip`: largest norm of all gradients together (None: never clipped).
+    - `accumulate`: batches per step and process; `clip`: largest norm of all gradients together (None: never clipped).
     - `precision`: autocast of forward and loss; adapters stay float32. `"fp16"` scales the loss and skips overflows.
     - `gradient_checkpointing`: recompute activations in the backward pass; the model must offer it.
+    - `chunked_loss`: tokens at a time for the head and cross entropy of a causal language model, so that the logits of
+      a long vocabulary are never whole in memory; the loss stays the same (None: all at once).
+    - `sharding`: of the frozen base over several processes: `"none"`, each holds all of it; `"fsdp"`, each holds a part
+      (FSDP2) and adapters are whole everywhere.
     - `eval_every`, `save_every`: in steps (None: only before and after, only at the end).
     - `keep`: newest checkpoints kept, 2 or more; the best one is kept besides. `patience`: evaluations without a lower
       loss until the run stops. `end_with`: the weights that the model has in the end, the last or those with the lowest
@@ -46,6 +50,8 @@ class TrainSettings:
     clip: float | None = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    chunked_loss: int | None = None
+    sharding: Literal["none", "fsdp"] = "none"
     eval_every: int | None = None
     save_every: int | None = None
     keep: int = 2
@@ -57,7 +63,8 @@ class TrainSettings:
     dead_gradients: Literal["error", "warn"] = "error"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "keep", "log_every", "eval_every", "save_every", "patience"):
+        counts = ("steps", "accumulate", "keep", "log_every", "eval_every", "save_every", "patience", "chunked_loss")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name}={value}: 1 or more")
@@ -77,6 +84,7 @@ class TrainSettings:
             ("optimizer", OPTIMIZERS),
             ("schedule", ("cosine", "linear", "constant")),
             ("precision", ("no", "bf16", "fp16")),
+            ("sharding", ("none", "fsdp")),
             ("end_with", ("last", "best")),
             ("dead_gradients", ("error", "warn")),
         ):

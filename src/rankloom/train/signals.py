@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
-
 from rankloom.errors import Interrupted, Terminated
+from rankloom.train.processes import Processes
 
 HEARD = (signal.SIGTERM, signal.SIGINT)
 
@@ -58,11 +57,10 @@ class Asked:
         finally:
             self._leaves = False
 
-    def agree(self, engine: Any) -> bool:
+    def agree(self, processes: Processes) -> bool:
         """Whether the run ends after this step: in all processes if any was asked."""
-        if engine.num_processes > 1:
-            mine = torch.tensor([self.number or 0], device=engine.device)
-            self.number = int(engine.gather(mine).max()) or None
+        heard = processes.sum(*(self.number == number for number in HEARD))
+        self.number = next((number for number, count in zip(HEARD, heard) if count), None)
         return self.number is not None
 
     def ending(self, message: str) -> BaseException:

@@ -10,6 +10,7 @@ import torch
 
 from rankloom.errors import DataError, SettingsError, StateError
 from rankloom.train.data.batches import Batches
+from rankloom.train.processes import Processes
 from rankloom.train.rng import rng_state, set_rng_state
 
 Source = Iterable[Any] | Callable[[int], Any]
@@ -36,8 +37,27 @@ class Stream(ABC):
         return None
 
 
-def stream_of(batches: Source) -> Stream:
-    """The stream over `Batches`, any iterable that can be iterated again, or a function from batch number to batch."""
+def stream_of(batches: Source, processes: Processes) -> Stream:
+    """The stream over `Batches`, any iterable that can be iterated again, or a function from batch number to batch.
+
+    Several processes take turns: of every `world` batches each takes one. `Batches` made for several, and a loader
+    with torch's `DistributedSampler`, are dealt out already.
+    """
+    found = _whole_stream(batches)
+    return found if processes.world == 1 or dealt(batches, processes) else _Turns(found, processes)
+
+
+def dealt(batches: Source, processes: Processes) -> bool:
+    """True where `batches` gives each process batches of its own. Raises `SettingsError` where they are of others."""
+    if isinstance(batches, Batches):
+        mine, here = (batches.rank, batches.world), (processes.rank, processes.world)
+        if min(batches.world, processes.world) > 1 and mine != here:
+            raise SettingsError(f"Batches(rank={mine[0]}, world={mine[1]}) in process {here[0]} of {here[1]}")
+        return batches.world > 1
+    return isinstance(getattr(batches, "sampler", None), torch.utils.data.DistributedSampler)
+
+
+def _whole_stream(batches: Source) -> Stream:
     if isinstance(batches, Batches):
         return _Ordered(batches)
     if isinstance(batches, Iterable):
@@ -70,6 +90,26 @@ class _Ordered(Stream):
     def restore(self, state: Mapping[str, Any]) -> None:
         _same_kind(state, "ordered")
         self.batches.restore(state["at"])
+
+
+class _Turns(Stream):
+    """Of every `world` batches the one of this process. The position is that of all, so it suits any number."""
+
+    def __init__(self, stream: Stream, processes: Processes) -> None:
+        self.stream, self.processes = stream, processes
+
+    def next(self) -> Any:
+        return [self.stream.next() for _ in range(self.processes.world)][self.processes.rank]
+
+    @property
+    def epoch(self) -> int | None:
+        return self.stream.epoch
+
+    def state(self) -> dict[str, Any]:
+        return self.stream.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.stream.restore(state)
 
 
 class _Called(Stream):

@@ -138,8 +138,8 @@ class Batches:
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "batch_size": self.batch_size,
-            "world": self.world,
+            "rows_per_step": self.batch_size * self.world,
+            "steps_per_epoch": self._steps,
             "packing": self.packing,
             "drop_last": self.drop_last,
             "augment": _name(self.augment),
