@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,22 @@ from rankloom.core.kinds import Base
 from rankloom.core.site import Shared, Site
 from rankloom.core.switch import Weight
 from rankloom.errors import NotMergeable
+
+
+@dataclass(frozen=True, slots=True)
+class Thin:
+    """A change as thin factors: s·B A on the dropped input, and for DoRA the rows' lengths.
+
+    A (r, in), B (out, r); `dropout` as it acts now; `magnitude` (out,) replaces the lengths `norms` (out,) of the rows
+    of W + s·B A, which are constants.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: float = 0.0
+    magnitude: Tensor | None = None
+    norms: Tensor | None = None
 
 
 class Adapter(nn.Module):
@@ -43,6 +60,10 @@ class Adapter(nn.Module):
         raise NotMergeable(
             f"{type(self).__name__} at {self.site_name!r} depends on its input: there is no single matrix to merge"
         )
+
+    def thin(self, base: Base) -> Thin | None:
+        """What `forward` of the same class says, as thin factors, for a linear layer; None where it is more than that."""
+        return None
 
     def delta_bias(self, base: Base) -> Tensor | None:
         """Δb of shape (out,), or None."""

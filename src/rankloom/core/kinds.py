@@ -89,8 +89,12 @@ class Dense(Kind):
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
+    def read(self, weight: Tensor) -> Tensor:
+        """The matrix (out, in) that the raw parameter holds, dense."""
+        return dense(weight)
+
     def matrix(self, layer: nn.Module) -> Tensor:
-        return dense(self.tensor(layer))
+        return self.read(self.tensor(layer))
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix
@@ -117,8 +121,8 @@ class TransposedDense(Dense):
         rows, cols = self.tensor(layer).shape
         return int(cols), int(rows)
 
-    def matrix(self, layer: nn.Module) -> Tensor:
-        return dense(self.tensor(layer)).T
+    def read(self, weight: Tensor) -> Tensor:
+        return dense(weight).T
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -133,8 +137,8 @@ class Lookup(Dense):
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return int(layer.embedding_dim), int(layer.num_embeddings)  # type: ignore[arg-type]
 
-    def matrix(self, layer: nn.Module) -> Tensor:
-        return dense(self.tensor(layer)).T
+    def read(self, weight: Tensor) -> Tensor:
+        return dense(weight).T
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -288,11 +292,17 @@ KINDS: dict[str, Kind] = {
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of `layer`, by class name along its bases (so no model library is imported); None if it has none."""
-    for cls in type(layer).__mro__:
-        kind = KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if kind is not None:
-            return kind
-    return None
+    return next((kind for cls in type(layer).__mro__ if (kind := _kind(cls)) is not None), None)
+
+
+def product(original: type[nn.Module]) -> Dense | None:
+    """The kind of a class whose forward is nothing but the product with its matrix, plus its bias; else None."""
+    kind = _kind(next(cls for cls in original.__mro__ if "forward" in vars(cls)))
+    return kind if isinstance(kind, Dense) and kind.linear else None
+
+
+def _kind(cls: type) -> Kind | None:
+    return KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 class Base:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter
+from rankloom.core.adapter import Adapter, Thin
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
@@ -85,6 +85,10 @@ class LoRAAdapter(Adapter):
         h = base.down(drop(x, y, self.dropout, self.training), self.A.to(y.dtype))
         change = base.up(h, self.B.to(y.dtype) * self.scaling)
         return change if self.bias is None else change + base.shift(y, self.bias.to(y.dtype) * self.scaling)
+
+    def thin(self, base: Base) -> Thin | None:
+        p = self.dropout if self.training else 0.0
+        return Thin(self.A, self.B, self.scaling, p) if self.bias is None else None
 
     def delta(self, base: Base) -> Tensor:
         return (self.scaling * self.B) @ self.A
