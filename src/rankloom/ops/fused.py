@@ -91,7 +91,8 @@ class _Fused(torch.autograd.Function):
             (layer.weight, layer.bias, layer.A, layer.B, layer.magnitude, mask, y if layer.norms is not None else None)
             for layer, mask, y in zip(call.layers, masks, ys)
         ]
-        ctx.save_for_backward(*kept, h if any(trains[1::3]) else None, *(t for row in rows for t in row))
+        again = kept and any(layer.norms is not None for layer in call.layers) and all(mask is None for mask in masks)
+        ctx.save_for_backward(*kept, h if any(trains[1::3]) and not again else None, *(t for row in rows for t in row))
         return ys
 
     @staticmethod
@@ -140,6 +141,8 @@ def _once(ctx: Any, kept: Sequence[Tensor], h: Tensor | None, rows: list[_Kept],
     with torch.set_grad_enabled(linked):
         x = call.rebuilt(leaves) if kept else None
     flat = None if x is None else x.detach().reshape(-1, x.shape[-1])
+    if h is None and flat is not None and any(ctx.trains[1::3]):
+        h, _ = _down(flat, call)
     dx, grads = _sum(call, ctx.needs, ctx.trains, flat, h, rows, dys)
     shape = next((dy.shape[:-1] for dy in dys if dy is not None), None)
     if dx is None or shape is None:
