@@ -77,6 +77,7 @@ def answer(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Tensor
     if reader.parked and isinstance(x, Tensor) and reader.reads(x, voices):
         waiting = reader.parked.pop(id(layer), None)
         if waiting is not None:
+            memo.plain = ""
             reader.held = reader.held if reader.parked else None
             return waiting
     part = _part(layer, x, voices, speaker)
@@ -147,7 +148,7 @@ def _part(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Layer |
     if voice.rows is not None or not isinstance(voice.weight, (int, float)):
         return "weighted by rows or by a tensor"
     weight = anchor.kind.tensor(layer)
-    if weight.dtype != x.dtype and _product_dtype(x) == x.dtype:
+    if weight.dtype != x.dtype and not _autocast(x):
         return f"an input of {x.dtype} on weights of {weight.dtype}"
     if weight.device != x.device or x.shape[-1] != anchor.kind.shape(layer)[-1]:
         return "an input that does not fit"
@@ -208,10 +209,14 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the layer's product: autocast's, where that is on."""
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
+
+
+def _autocast(x: Tensor) -> bool:
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    if not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def _watched() -> bool:

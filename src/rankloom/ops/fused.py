@@ -84,7 +84,8 @@ class _Fused(torch.autograd.Function):
         linked = call.origin is not None and call.origin.shortcut and any(needs)
         kept: tuple[Tensor, ...] = ()
         if linked or any(trains[0::3]) or any(trains[2::3]):
-            kept = (x,) if call.origin is None else call.origin.kept
+            whole = tensors[0] if tensors[0].dtype == call.dtype else x
+            kept = (whole,) if call.origin is None else call.origin.kept
         ctx.call, ctx.count, ctx.needs, ctx.trains = call, len(kept), needs, trains
         ctx.set_materialize_grads(False)
         rows = [
@@ -219,11 +220,13 @@ def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor) -> Ten
 def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Tensor | None]) -> Any:
     """The same gradients by differentiable operations, for derivatives of higher order."""
     call: _Call = ctx.call
-    if not kept:
-        raise RuntimeError("derivatives of higher order need the layer's input, which a frozen A lets go: "
-                           "set `model.rankloom.switch.fused = False` for them")
     with torch.enable_grad():
-        x = call.rebuilt(kept)
+        x = call.rebuilt(kept) if kept else None
+        if x is None or (any(ctx.needs) and not x.requires_grad):
+            raise RuntimeError(
+                "derivatives of higher order need the layer's input, which a frozen A and autocast let go: "
+                "set `model.rankloom.switch.fused = False` for them"
+            )
         inputs = kept if call.origin is not None and call.origin.shortcut else (x,)
         ys = [_plainly(x, layer, row) for layer, row in zip(call.layers, rows)]
         given = [(y, dy) for y, dy in zip(ys, dys) if dy is not None]
