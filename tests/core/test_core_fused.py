@@ -113,7 +113,9 @@ def vit():
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(
-        ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4)
+        ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+        )
     )
 
 
@@ -402,7 +404,9 @@ def test_a_frozen_A_refuses_derivatives_of_higher_order_in_words():
     model = nn.Sequential(nn.Linear(4, 3))
     rl.attach(model, rl.LoRA(r=2, frozen="A"), target_modules=["0"])
     with pytest.raises(RuntimeError, match="fused = False"):
-        torch.autograd.grad(model(torch.randn(2, 4)).sum(), list(p for p in model.parameters() if p.requires_grad), create_graph=True)
+        torch.autograd.grad(
+            model(torch.randn(2, 4)).sum(), list(p for p in model.parameters() if p.requires_grad), create_graph=True
+        )
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -424,7 +428,9 @@ def test_half_precision_is_as_near_to_the_truth_as_the_plain_path(method, autoca
     truth = found(torch.float64, True)
     setting = (torch.float32, True) if autocast else (torch.bfloat16, False)
     fused, unfused = (found(setting[0], f, setting[1]) for f in (True, False))
-    error = {name: sum(float((g[k] - truth[k]).square().sum()) for k in truth) for name, g in (("f", fused), ("p", unfused))}
+    error = {
+        name: sum(float((g[k] - truth[k]).square().sum()) for k in truth) for name, g in (("f", fused), ("p", unfused))
+    }
     assert error["f"] < 2 * error["p"]
     assert error["f"] < 0.02 * sum(float(g.square().sum()) for g in truth.values())
 

@@ -47,6 +47,12 @@ class Memo:
         return Memo, ()
 
 
+def memo_of(layer: nn.Module) -> Memo:
+    """What a grafted layer has learnt."""
+    memo: Memo = layer.__dict__["_rankloom"].memo
+    return memo
+
+
 @dataclass
 class _Reader:
     """The sites of this thread that were called in a row with one tensor, and the outputs that wait for the next."""
@@ -72,8 +78,7 @@ _here = _Here()
 
 def answer(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Tensor | None:
     """The layer's output with its one adapter's change, fused; None where it has to take the plain path."""
-    memo: Memo = layer.__dict__["_rankloom"].memo
-    reader = _here.reader
+    memo, reader = memo_of(layer), _here.reader
     if reader.parked and isinstance(x, Tensor) and reader.reads(x, voices):
         waiting = reader.parked.pop(id(layer), None)
         if waiting is not None:
@@ -99,7 +104,7 @@ def _members(
     layer: nn.Module, x: Tensor, voices: Voices, speaker: Speaker, part: Layer
 ) -> list[tuple[nn.Module, Layer]]:
     """The layer with those of its group that can be fused now; notes the call where there is no group yet."""
-    reader, memo = _here.reader, layer.__dict__["_rankloom"].memo
+    reader, memo = _here.reader, memo_of(layer)
     if not reader.reads(x, voices):
         _close(reader)
         reader = _here.reader = _Reader(weakref.ref(x), x._version, voices)
@@ -114,19 +119,19 @@ def _close(reader: _Reader) -> None:
     """The row is over: what it shows of groups."""
     if reader.parked:
         for layer in reader.row:
-            _dissolve(layer.__dict__["_rankloom"].memo)
+            _dissolve(layer)
         return
     row = tuple(dict.fromkeys(reader.row))
-    memos = [layer.__dict__["_rankloom"].memo for layer in row if "_rankloom" in layer.__dict__]
+    memos = [memo_of(layer) for layer in row if "_rankloom" in layer.__dict__]
     if len(row) > 1 and len(row) == len(reader.row) == len(memos) and not any(m.settled or m.fellows for m in memos):
         for memo in memos:
             memo.fellows = row
 
 
-def _dissolve(memo: Memo) -> None:
-    for fellow in memo.fellows:
+def _dissolve(layer: nn.Module) -> None:
+    for fellow in memo_of(layer).fellows if "_rankloom" in layer.__dict__ else ():
         if "_rankloom" in fellow.__dict__:
-            other: Memo = fellow.__dict__["_rankloom"].memo
+            other = memo_of(fellow)
             other.settled, other.fellows = True, ()
 
 
@@ -227,10 +232,14 @@ def _watched() -> bool:
 def square_norms(base: Base) -> Tensor:
     """‖W‖² by rows (out,), in float32 at least: computed once for each frozen weight and version of it."""
     weight = base.kind.tensor(base.layer)
-    memo: Memo = base.layer.__dict__["_rankloom"].memo
+    memo = memo_of(base.layer)
     if memo.square is not None:
         seen, version, address, square = memo.square
-        if seen() is weight and (version, address) == (weight._version, _address(weight)) and square.device == weight.device:
+        if (
+            seen() is weight
+            and (version, address) == (weight._version, _address(weight))
+            and square.device == weight.device
+        ):
             return square
     matrix = base.matrix()
     square = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square().sum(-1)

@@ -126,7 +126,7 @@ def _up(x: Tensor, flat: Tensor, h: Tensor, layer: Layer) -> Tensor:
     gain = _gain(layer.magnitude, layer.norms, x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     y = F.linear(flat, layer.read(layer.weight).to(x.dtype), bias if gain is None else None)
-    y.addmm_(h, _scaled(layer.B, layer.scale, x.dtype).T)
+    _add_product(y, h, _scaled(layer.B, layer.scale, x.dtype).T)
     if gain is not None:
         y.mul_(gain)
         if bias is not None:
@@ -184,11 +184,11 @@ def _sum(
             grads[3 * i + 1] = (dy.T @ part).to(row.B.dtype).mul_(layer.scale)
         if any(needs):
             matrix = layer.read(row.weight).to(dy.dtype)
-            dx = dy @ matrix if dx is None else dx.addmm_(dy, matrix)
+            dx = dy @ matrix if dx is None else _add_product(dx, dy, matrix)
     if plain:
         dh = torch.cat([dh for *_, dh in plain], dim=1)
         if dx is not None:
-            dx.addmm_(dh, _stacked([row.A for _, row, _ in plain], dh.dtype))
+            _add_product(dx, dh, _stacked([row.A for _, row, _ in plain], dh.dtype))
         if flat is not None and any(trains[3 * i] for i, *_ in plain):
             pieces = (dh.T @ flat).split([row.A.shape[0] for _, row, _ in plain])
             for (i, row, _), piece in zip(plain, pieces):
@@ -234,7 +234,11 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
         wanted = [t for t, need in zip(asked, (*ctx.needs, *ctx.trains)) if need]
         found = iter(
             torch.autograd.grad(
-                [y for y, _ in given], wanted, [dy for _, dy in given], create_graph=True, allow_unused=True  # type: ignore[arg-type]
+                [y for y, _ in given],
+                wanted,
+                [dy for _, dy in given],
+                create_graph=True,
+                allow_unused=True,  # type: ignore[arg-type]
             )
         )
     return None, *[next(found) if need else None for need in (*ctx.needs, *ctx.trains)]
@@ -243,9 +247,10 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
 def _plainly(x: Tensor, layer: Layer, row: _Kept) -> Tensor:
     """The output of one layer, without anything in place."""
     dropped = x if row.mask is None else x * _mask(row, layer, x)
-    y = F.linear(x, layer.read(row.weight).to(x.dtype)) + dropped @ row.A.to(x.dtype).T @ _scaled(
-        row.B, layer.scale, x.dtype
-    ).T
+    y = (
+        F.linear(x, layer.read(row.weight).to(x.dtype))
+        + dropped @ row.A.to(x.dtype).T @ _scaled(row.B, layer.scale, x.dtype).T
+    )
     gain = _gain(row.magnitude, layer.norms, x.dtype)
     y = y if gain is None else y * gain
     return y if row.bias is None else y + row.bias.to(x.dtype)
@@ -265,6 +270,11 @@ def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:
     count = like.numel() // like.shape[-1]
     kept = unpack(row.mask, 1, count * width).view(*like.shape[:-1], width)
     return kept.to(like.dtype).mul_(1 / (1 - layer.dropout))
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """into += a b (torch's counter of operations counts no `addmm_`)."""
+    return torch.addmm(into, a, b, out=into)
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
