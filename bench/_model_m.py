@@ -1,4 +1,4 @@
-"""Model "M" of the gates: 69 M parameters, LoRA of rank 16 on the seven kinds of linear layers; ours, PEFT's, the limit."""
+"""Model "M" of the gates: 69 M parameters, rank 16 on the seven kinds of linear layers; ours, PEFT's, the limit."""
 
 from __future__ import annotations
 

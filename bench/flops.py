@@ -5,10 +5,9 @@ OMP_NUM_THREADS=1 python bench/flops.py     torch's FlopCounterMode; the limit's
 
 from __future__ import annotations
 
+import torch
 from _measure import Gate, record
 from _model_m import RANK, TARGETS, base, batch, limit, lora, ours, peft
-
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -5,13 +5,13 @@ OMP_NUM_THREADS=1 python bench/memory.py     distinct storages held after the fo
 
 from __future__ import annotations
 
+import torch
 from _measure import Gate, record
 from _model_m import base, batch, limit, lora, ours, peft
+from torch import nn
 
 import rankloom as rl
-import torch
 from rankloom.ops.kept import kept_bytes
-from torch import nn
 
 DROPOUT = 0.05
 

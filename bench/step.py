@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from _measure import ROUNDS, Gate, interleaved, ratios, record
 from _model_m import base, batch, limit, lora, ours, peft, step
 
 import rankloom as rl
-import torch
 
 BOUNDS = {("LoRA", "fp32"): 1.08, ("LoRA", "bf16"): 1.25, ("DoRA", "fp32"): 1.25, ("DoRA", "bf16"): 1.5}
 NAMES = {("LoRA", "fp32"): "G1", ("LoRA", "bf16"): "G2", ("DoRA", "fp32"): "G3", ("DoRA", "bf16"): "G3"}

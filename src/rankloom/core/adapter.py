@@ -62,7 +62,7 @@ class Adapter(nn.Module):
         )
 
     def thin(self, base: Base) -> Thin | None:
-        """What `forward` of the same class says, as thin factors, for a linear layer; None where it is more than that."""
+        """What `forward` says, as thin factors, at a linear layer; None where it is more than that."""
         return None
 
     def delta_bias(self, base: Base) -> Tensor | None:
