@@ -26,6 +26,9 @@ from rankloom.ops.fused import Layer, fused
 from rankloom.ops.rebuild import origin
 from rankloom.store.base import Packed
 
+_SILENT = {"__init__", "reset", "extra_repr"}
+"""What a subclass may replace without saying something else."""
+
 Speaker = Callable[[nn.Module, Voices], tuple[Voice, Adapter] | str]
 """The one adapter that speaks at a layer, and how; or why there is no such."""
 
@@ -41,7 +44,7 @@ class Memo:
         self.fellows: tuple[nn.Module, ...] = ()
         self.settled = False
         self.plain: str | None = None
-        self.square: tuple[weakref.ref[Tensor], int, int, Tensor] | None = None
+        self.square: tuple[weakref.ref[Tensor], tuple[int, int, torch.device], Tensor] | None = None
 
     def __reduce__(self) -> Any:
         return Memo, ()
@@ -170,15 +173,17 @@ def _part(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Layer |
 
 
 def thin_of(adapter: Adapter, base: Base) -> Thin | None:
-    """`adapter.thin`, unless a subclass says something else in `forward` or `add`."""
-    return adapter.thin(base) if _thin_speaks(type(adapter)) else None
+    """`adapter.thin`, unless a subclass or the object itself has replaced what the class of `thin` says."""
+    replaced = not _thin_speaks(type(adapter)) or {"forward", "add"} & adapter.__dict__.keys()
+    return None if replaced else adapter.thin(base)
 
 
 @cache
 def _thin_speaks(cls: type[Adapter]) -> bool:
-    order = {c: i for i, c in enumerate(cls.__mro__)}
-    owner = {name: min(order[c] for c in order if name in vars(c)) for name in ("thin", "forward", "add")}
-    return owner["thin"] <= min(owner["forward"], owner["add"]) and cls.thin is not Adapter.thin
+    owner = next(c for c in cls.__mro__ if "thin" in vars(c))
+    said = {name for name, value in vars(owner).items() if callable(value)} | {"forward", "add"}
+    below = cls.__mro__[: cls.__mro__.index(owner)]
+    return owner is not Adapter and not any((said - _SILENT) & vars(c).keys() for c in below)
 
 
 _plain = cache(product)
@@ -193,8 +198,10 @@ def _unfit_layer(layer: Any) -> str:
         return "an offload hook moves its weights"
     for key in ("weight", "bias"):
         tensor = layer._parameters.get(key)
-        if tensor is not None and (tensor.requires_grad or not (_is_plain(tensor) or isinstance(tensor, Packed))):
-            return f"its {key} is trained" if tensor.requires_grad else f"its {key} is a {type(tensor).__name__}"
+        if tensor is not None and tensor.requires_grad:
+            return f"its {key} is trained"
+        if tensor is not None and (tensor.is_inference() or not (_is_plain(tensor) or isinstance(tensor, Packed))):
+            return f"its {key} is a {type(tensor).__name__} that autograd does not track plainly"
     return ""
 
 
@@ -233,17 +240,12 @@ def square_norms(base: Base) -> Tensor:
     """‖W‖² by rows (out,), in float32 at least: computed once for each frozen weight and version of it."""
     weight = base.kind.tensor(base.layer)
     memo = memo_of(base.layer)
-    if memo.square is not None:
-        seen, version, address, square = memo.square
-        if (
-            seen() is weight
-            and (version, address) == (weight._version, _address(weight))
-            and square.device == weight.device
-        ):
-            return square
+    key = (weight._version, _address(weight), weight.device)
+    if memo.square is not None and memo.square[0]() is weight and memo.square[1] == key:
+        return memo.square[2]
     matrix = base.matrix()
     square = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square().sum(-1)
-    memo.square = (weakref.ref(weight), weight._version, _address(weight), square)
+    memo.square = (weakref.ref(weight), key, square)
     return square
 
 

@@ -1,7 +1,7 @@
 """Linear layers that read the same input, and their thin changes, as one autograd function.
 
-y_i = g_i ∘ (x W_iᵀ + s_i·d_i(x) A_iᵀ B_iᵀ) + b_i, with d_i the dropout of the change's input and g_i = m_i/‖W_i + s_i B_i A_i‖
-by rows for DoRA (the norm is a constant), else 1. One thin product for all A, sums in place, and nothing kept but
+y_i = g_i ∘ (x W_iᵀ + s_i·d_i(x) A_iᵀ B_iᵀ) + b_i, with d_i the dropout of the change's input, and for DoRA the gain
+g_i = m_i/‖W_i + s_i B_i A_i‖ by rows (the norm is a constant), else 1. One thin product for all A, sums in place, and nothing kept but
 h = d(x) Aᵀ, one bit of dropout an element, and x where an A is trained: rebuilt in backward where its origin is known.
 """
 
@@ -204,7 +204,8 @@ def _sum(
 
 def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor) -> Tensor:
     """Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 the output has forgotten it."""
-    assert row.magnitude is not None and row.y is not None and layer.norms is not None and flat is not None
+    assert row.magnitude is not None and row.y is not None
+    assert layer.norms is not None and flat is not None
     magnitude, wide = row.magnitude, layer.norms.dtype
     total = (dy * row.y.reshape(dy.shape)).sum(0, dtype=wide)
     if row.bias is not None:

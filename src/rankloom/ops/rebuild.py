@@ -61,7 +61,7 @@ def _product(node: Any, depth: int, shortcut: bool) -> Origin | None:
 
 
 def _factor(node: Any, index: int, saved: Tensor | None, depth: int, shortcut: bool) -> Origin | None:
-    """A factor of a product: kept, or rebuilt; and the output of an activation that nobody else holds, from its input."""
+    """A factor of a product: kept or rebuilt; the output of an activation that nobody else holds from its input."""
     before = node.next_functions[index][0]
     if saved is None:
         return _read(before, depth, shortcut)
