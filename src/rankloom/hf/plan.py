@@ -287,17 +287,18 @@ def _paths(bank: Bank, name: str, checkpointing: bool) -> list[str]:
     groups = Counter(
         f"({', '.join(leaf[id(f)] for f in m.fellows)})" for layer, m in zip(layers, memos) if m.fellows[:1] == (layer,)
     )
-    together = "each by itself, for gradient checkpointing" if checkpointing else _counted(groups, "together")
+    together = "none, for gradient checkpointing" if checkpointing else _counted(groups)
     fused = [m for m in memos if m.plain == ""]
     notes = [
-        f"fused in training: {len(fused)} of {len(layers)} layers" + (f"; {together}" if fused and together else "")
+        f"fused in training: {len(fused)} of {len(layers)} layers"
+        + (f", together {together}" if fused and together else "")
     ]
     plain = Counter(m.plain for m in memos if m.plain)
-    return notes + [f"not fused, so slower: {_counted(plain, 'layers')}"] * bool(plain)
+    return notes + [f"not fused, so slower: {_counted(plain)}"] * bool(plain)
 
 
-def _counted(found: Counter[str], what: str) -> str:
-    return ", ".join(f"{n} × {text}" for text, n in found.items()) + f" {what}" * bool(found)
+def _counted(found: Counter[str]) -> str:
+    return ", ".join(f"{n} × {text}" for text, n in found.items())
 
 
 def _bytes(tensors: Any) -> int:

@@ -1,8 +1,9 @@
 """Linear layers that read the same input, and their thin changes, as one autograd function.
 
 y_i = g_i ∘ (x W_iᵀ + s_i·d_i(x) A_iᵀ B_iᵀ) + b_i, with d_i the dropout of the change's input, and for DoRA the gain
-g_i = m_i/‖W_i + s_i B_i A_i‖ by rows (the norm is a constant), else 1. One thin product for all A, sums in place, and nothing kept but
-h = d(x) Aᵀ, one bit of dropout an element, and x where an A is trained: rebuilt in backward where its origin is known.
+g_i = m_i/‖W_i + s_i B_i A_i‖ by rows (the norm is a constant), else 1. One thin product for all A, sums in place, and
+nothing kept but h = d(x) Aᵀ, one bit of dropout an element, and x where an A is trained: rebuilt in backward where its
+origin is known.
 """
 
 from __future__ import annotations
