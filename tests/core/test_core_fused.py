@@ -290,6 +290,17 @@ def test_nothing_waits_after_a_pass():
     assert bank.names
 
 
+def test_a_model_that_is_gone_is_gone():
+    model = llama().train()
+    rl.attach(model, rl.LoRA(r=2), **ALL)
+    for _ in range(2):
+        causal(model).backward()
+    gone = [weakref.ref(layer) for layer in sites(model).values()]
+    del model
+    gc.collect()
+    assert all(ref() is None for ref in gone)
+
+
 def test_an_exception_between_two_members_leaves_the_next_pass_right():
     model = llama().train()
     bank = rl.attach(model, rl.LoRA(r=2), **ALL)

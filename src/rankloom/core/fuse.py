@@ -63,7 +63,7 @@ class _Reader:
     seen: Callable[[], Tensor | None] = lambda: None
     version: int = 0
     voices: Voices | None = None
-    row: list[nn.Module] = field(default_factory=list)
+    row: list[weakref.ref[nn.Module]] = field(default_factory=list)
     parked: dict[int, Tensor] = field(default_factory=dict)
     held: Tensor | None = None
 
@@ -84,9 +84,9 @@ def answer(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Tensor
     memo, reader = memo_of(layer), _here.reader
     if reader.parked and isinstance(x, Tensor) and reader.reads(x, voices):
         waiting = reader.parked.pop(id(layer), None)
-        if waiting is not None:
+        reader.held = reader.held if reader.parked else None
+        if waiting is not None and waiting.dtype == _product_dtype(x):
             memo.plain = ""
-            reader.held = reader.held if reader.parked else None
             return waiting
     part = _part(layer, x, voices, speaker)
     memo.plain = part if isinstance(part, str) else ""
@@ -111,7 +111,7 @@ def _members(
     if not reader.reads(x, voices):
         _close(reader)
         reader = _here.reader = _Reader(weakref.ref(x), x._version, voices)
-    reader.row.append(layer)
+    reader.row.append(weakref.ref(layer))
     if not memo.fellows or memo.fellows[0] is not layer:
         return [(layer, part)]
     parts = [(fellow, _part(fellow, x, voices, speaker)) for fellow in memo.fellows[1:]]
@@ -120,19 +120,18 @@ def _members(
 
 def _close(reader: _Reader) -> None:
     """The row is over: what it shows of groups."""
+    row = [layer for ref in reader.row if (layer := ref()) is not None and "_rankloom" in layer.__dict__]
+    memos = [memo_of(layer) for layer in row]
     if reader.parked:
-        for layer in reader.row:
-            _dissolve(layer)
-        return
-    row = tuple(dict.fromkeys(reader.row))
-    memos = [memo_of(layer) for layer in row if "_rankloom" in layer.__dict__]
-    if len(row) > 1 and len(row) == len(reader.row) == len(memos) and not any(m.settled or m.fellows for m in memos):
         for memo in memos:
-            memo.fellows = row
+            _dissolve(memo)
+    elif len(set(row)) == len(reader.row) > 1 and not any(memo.settled or memo.fellows for memo in memos):
+        for memo in memos:
+            memo.fellows = tuple(row)
 
 
-def _dissolve(layer: nn.Module) -> None:
-    for fellow in memo_of(layer).fellows if "_rankloom" in layer.__dict__ else ():
+def _dissolve(memo: Memo) -> None:
+    for fellow in memo.fellows:
         if "_rankloom" in fellow.__dict__:
             other = memo_of(fellow)
             other.settled, other.fellows = True, ()

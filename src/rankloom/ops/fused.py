@@ -205,8 +205,10 @@ def _sum(
 
 def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor) -> Tensor:
     """Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 the output has forgotten it."""
-    assert row.magnitude is not None and row.y is not None
-    assert layer.norms is not None and flat is not None
+    assert row.magnitude is not None
+    assert row.y is not None
+    assert layer.norms is not None
+    assert flat is not None
     magnitude, wide = row.magnitude, layer.norms.dtype
     total = (dy * row.y.reshape(dy.shape)).sum(0, dtype=wide)
     if row.bias is not None:
