@@ -173,12 +173,13 @@ def _part(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Layer |
 
 def thin_of(adapter: Adapter, base: Base) -> Thin | None:
     """`adapter.thin`, unless a subclass or the object itself has replaced what the class of `thin` says."""
-    replaced = not _thin_speaks(type(adapter)) or {"forward", "add"} & adapter.__dict__.keys()
+    cls: Any = type(adapter)
+    replaced = not _thin_speaks(cls) or {"forward", "add"} & adapter.__dict__.keys()
     return None if replaced else adapter.thin(base)
 
 
 @cache
-def _thin_speaks(cls: type[Adapter]) -> bool:
+def _thin_speaks(cls: Any) -> bool:
     owner = next(c for c in cls.__mro__ if "thin" in vars(c))
     said = {name for name, value in vars(owner).items() if callable(value)} | {"forward", "add"}
     below = cls.__mro__[: cls.__mro__.index(owner)]
@@ -207,7 +208,11 @@ def _unfit_layer(layer: Any) -> str:
 def _unfit_input(x: Any) -> str:
     if not (isinstance(x, Tensor) and _is_plain(x) and x.is_floating_point() and x.ndim > 1 and x.numel()):
         return "an input that is no plain tensor of floats, rows by columns"
-    if torch.is_inference(x) or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+    if (
+        torch.is_inference(x)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
         return "a transform of the forward pass"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"

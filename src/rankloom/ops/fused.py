@@ -170,7 +170,7 @@ def _sum(
     grads: list[Tensor | None] = [None] * len(trains)
     dx: Tensor | None = None
     parts: Sequence[Tensor | None] = [None] * len(rows) if h is None else _split(h, call.layers)
-    plain, dropped = [], []
+    thin: list[tuple[int, _Kept, Tensor]] = []
     for i, (layer, row, part, dy) in enumerate(zip(call.layers, rows, parts, dys)):
         if dy is None:
             continue
@@ -179,28 +179,40 @@ def _sum(
             grads[3 * i + 2] = _magnitude(layer, row, flat, dy)
         gain = _gain(row.magnitude, layer.norms, dy.dtype)
         dy = dy if gain is None else dy * gain
-        dh = dy @ _scaled(row.B, layer.scale, dy.dtype)
-        (dropped if layer.dropout else plain).append((i, row, dh))
+        thin.append((i, row, dy @ _scaled(row.B, layer.scale, dy.dtype)))
         if trains[3 * i + 1] and part is not None:
             grads[3 * i + 1] = (dy.T @ part).to(row.B.dtype).mul_(layer.scale)
         if any(needs):
             matrix = layer.read(row.weight).to(dy.dtype)
             dx = dy @ matrix if dx is None else _add_product(dx, dy, matrix)
-    if plain:
-        dh = torch.cat([dh for *_, dh in plain], dim=1)
-        if dx is not None:
-            _add_product(dx, dh, _stacked([row.A for _, row, _ in plain], dh.dtype))
-        if flat is not None and any(trains[3 * i] for i, *_ in plain):
-            pieces = (dh.T @ flat).split([row.A.shape[0] for _, row, _ in plain])
-            for (i, row, _), piece in zip(plain, pieces):
-                grads[3 * i] = piece.to(row.A.dtype) if trains[3 * i] else None
-    for i, row, dh in dropped:
-        mask = _mask(row, call.layers[i], dh)
-        if dx is not None:
-            dx.addcmul_(dh @ row.A.to(dh.dtype), mask)
-        if flat is not None and trains[3 * i]:
-            grads[3 * i] = (dh.T @ (flat * mask)).to(row.A.dtype)
+    _through_a(trains, flat, dx, [part for part in thin if not call.layers[part[0]].dropout], grads)
+    for i, row, dh in thin:
+        if call.layers[i].dropout:
+            mask = _mask(row, call.layers[i], dh)
+            if dx is not None:
+                dx.addcmul_(dh @ row.A.to(dh.dtype), mask)
+            if flat is not None and trains[3 * i]:
+                grads[3 * i] = (dh.T @ (flat * mask)).to(row.A.dtype)
     return dx, grads
+
+
+def _through_a(
+    trains: Sequence[bool],
+    flat: Tensor | None,
+    dx: Tensor | None,
+    thin: list[tuple[int, _Kept, Tensor]],
+    grads: list[Tensor | None],
+) -> None:
+    """What comes through the A of layers without dropout, all at once: added to dx, and put into `grads`."""
+    if not thin:
+        return
+    dh = torch.cat([dh for *_, dh in thin], dim=1)
+    if dx is not None:
+        _add_product(dx, dh, _stacked([row.A for _, row, _ in thin], dh.dtype))
+    if flat is not None and any(trains[3 * i] for i, *_ in thin):
+        pieces = torch.split_with_sizes(dh.T @ flat, [row.A.shape[0] for _, row, _ in thin])
+        for (i, row, _), piece in zip(thin, pieces):
+            grads[3 * i] = piece.to(row.A.dtype) if trains[3 * i] else None
 
 
 def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor) -> Tensor:
@@ -235,14 +247,14 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
         ys = [_plainly(x, layer, row) for layer, row in zip(call.layers, rows)]
         given = [(y, dy) for y, dy in zip(ys, dys) if dy is not None]
         asked = [*inputs, *(t for row in rows for t in (row.A, row.B, row.magnitude))]
-        wanted = [t for t, need in zip(asked, (*ctx.needs, *ctx.trains)) if need]
+        wanted = [t for t, need in zip(asked, (*ctx.needs, *ctx.trains)) if need and t is not None]
         found = iter(
             torch.autograd.grad(
                 [y for y, _ in given],
                 wanted,
                 [dy for _, dy in given],
                 create_graph=True,
-                allow_unused=True,  # type: ignore[arg-type]
+                allow_unused=True,
             )
         )
     return None, *[next(found) if need else None for need in (*ctx.needs, *ctx.trains)]
@@ -292,4 +304,4 @@ def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _split(h: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
-    return h.split([layer.A.shape[0] for layer in layers], dim=1)
+    return torch.split_with_sizes(h, [layer.A.shape[0] for layer in layers], dim=1)
