@@ -1,7 +1,7 @@
 """Where a tensor came from: rebuilt element by element from what autograd keeps anyway, it need not be kept itself.
 
 Read off the graph of the forward pass, by operation and not by the name of any layer: products (SwiGLU, RMSNorm), SiLU,
-GELU, LayerNorm, casts. A product keeps the output of its activation although the activation keeps its own input; a
+GELU, casts, all of them bit for bit (a LayerNorm's node does not tell its eps: its output is kept). A product keeps the output of its activation although the activation keeps its own input; a
 reader of the product that takes that input instead (`shortcut`) lets autograd drop the output.
 """
 
@@ -89,27 +89,9 @@ def _gelu(node: Any, depth: int, shortcut: bool) -> Origin:
     return Origin((node._saved_self,), lambda t: F.gelu(t[0], approximate=approximate))
 
 
-def _layer_norm(node: Any, depth: int, shortcut: bool) -> Origin:
-    scale, shift = node._saved_weight, node._saved_bias
-    dtype = node._input_metadata[0].dtype
-
-    def make(t: tuple[Tensor, ...]) -> Tensor:
-        x, mean, rstd, *affine = t
-        made = (x - mean) * rstd
-        if scale is not None:
-            made = made * affine[0]
-        if shift is not None:
-            made = made + affine[-1]
-        return made.to(dtype)
-
-    affine = tuple(t for t in (scale, shift) if t is not None)
-    return Origin((node._saved_input, node._saved_result1, node._saved_result2, *affine), make)
-
-
 _READERS: dict[str, Callable[[Any, int, bool], Origin | None]] = {
     "GeluBackward0": _gelu,
     "MulBackward0": _product,
-    "NativeLayerNormBackward0": _layer_norm,
     "SiluBackward0": _silu,
     "ToCopyBackward0": _cast,
 }
