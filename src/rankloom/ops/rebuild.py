@@ -1,8 +1,9 @@
 """Where a tensor came from: rebuilt element by element from what autograd keeps anyway, it need not be kept itself.
 
 Read off the graph of the forward pass, by operation and not by the name of any layer: products (SwiGLU, RMSNorm), SiLU,
-GELU, casts, all of them bit for bit (a LayerNorm's node does not tell its eps: its output is kept). A product keeps the output of its activation although the activation keeps its own input; a
-reader of the product that takes that input instead (`shortcut`) lets autograd drop the output.
+GELU, casts, all of them bit for bit (a LayerNorm's node does not tell its eps: its output is kept). A product keeps the
+output of its activation although the activation keeps its own input; a reader of the product that takes that input
+instead (`shortcut`) lets autograd drop the output.
 """
 
 from __future__ import annotations
