@@ -88,6 +88,22 @@ def test_planned_activations_are_those_of_the_real_model(model, method):
     assert planned.activations == saved_bytes(real.train(), {"input_ids": ids, "labels": ids})
 
 
+def test_plan_tells_what_is_fused_and_what_is_not(model):
+    def notes(*changes):
+        return plan_job(read_config(None, [f"model={model}", "data=unread", *changes]), length=8).notes
+
+    layers = AutoModelForCausalLM.from_pretrained(model).config.num_hidden_layers
+    fused = f"fused in training: {7 * layers} of {7 * layers} layers, together "
+    groups = f"{layers} × (q_proj, k_proj, v_proj), {layers} × (gate_proj, up_proj)"
+    assert fused + groups in notes("target_modules=all-linear")
+    assert fused + "none, for gradient checkpointing" in notes(
+        "target_modules=all-linear", "gradient_checkpointing=true"
+    )
+    found = notes("method=vera", "target_modules=[q_proj]")
+    assert f"fused in training: 0 of {layers} layers" in found
+    assert f"not fused, so slower: {layers} × VeRAAdapter is not, or not now, a pair of thin factors" in found
+
+
 def test_plan_tells_of_conflicts_and_of_what_cannot_merge(run, model):
     found = run("plan", f"model={model}", "method=adalora", "steps=5", "tinit=9", "--json")
     assert found.code == 2

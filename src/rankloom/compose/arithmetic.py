@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rankloom.core.adapter import Thin
+from rankloom.core.adapter import Thin, thin_of
 from rankloom.core.attach import attach, check_name
 from rankloom.core.bank import Bank, Fitted
 from rankloom.core.plan import Plan
@@ -83,7 +83,7 @@ def combine(bank: Bank, weights: Mapping[str, float], name: str, how: How = "svd
     views = {each: view(bank, each) for each in weights}
     parts = _by_place(views, weights)
     site = {key: at[0][0].site.name for key, at in parts.items()}
-    rank = r or max(thin.a.shape[-2] for at in parts.values() for _, thin, _ in at)
+    rank = r or max(thin.A.shape[-2] for at in parts.values() for _, thin, _ in at)
     made: dict[_Place, tuple[Tensor, Tensor, float, float]] = {}
     for keys in _alike(parts):
         stacked = _stacked([parts[key] for key in keys])
@@ -92,11 +92,11 @@ def combine(bank: Bank, weights: Mapping[str, float], name: str, how: How = "svd
     ranks = {site[key]: a.shape[-2] for key, (a, *_) in made.items()}
     _attach(bank, name, list(views.values()), ranks)
     for fitted in bank.fitted(name):
-        thin = fitted.adapter.thin()
+        thin = thin_of(fitted.adapter, fitted.base)
         assert thin is not None
         a, b, *_ = made[_place(fitted)]
-        thin.a.copy_(a)
-        thin.b.copy_(b)
+        thin.A.copy_(a)
+        thin.B.copy_(b)
     norms = {site[key]: (size, lost) for key, (_, _, size, lost) in made.items()}
     errors = {at: lost / size if size else 0.0 for at, (size, lost) in norms.items()}
     whole, lost = (math.hypot(*each) for each in zip(*norms.values()))
@@ -122,8 +122,8 @@ def _by_place(views: Mapping[str, View], weights: Mapping[str, float]) -> dict[_
     parts: dict[_Place, list[_Part]] = {}
     for name, found in views.items():
         for fitted in found.fitted:
-            thin = fitted.adapter.thin()
-            if thin is None:
+            thin = thin_of(fitted.adapter, fitted.base)
+            if thin is None or thin.magnitude is not None:
                 raise NotMergeable(
                     f"combine: adapter {name!r} at {fitted.site.name!r} is {type(fitted.adapter).__name__}, no plain "
                     "factor pair: merge it with weights, or export it as LoRA first"
@@ -140,15 +140,15 @@ def _alike(parts: Mapping[_Place, list[_Part]]) -> list[list[_Place]]:
     """Places whose factors have the same shapes, types and devices: they are computed together."""
     found: dict[object, list[_Place]] = {}
     for key, at in parts.items():
-        kind = tuple((t.shape, t.dtype, t.device) for _, thin, _ in at for t in (thin.a, thin.b))
+        kind = tuple((t.shape, t.dtype, t.device) for _, thin, _ in at for t in (thin.A, thin.B))
         found.setdefault(kind, []).append(key)
     return list(found.values())
 
 
 def _stacked(places: Sequence[Sequence[_Part]]) -> _Parts:
     columns = list(zip(*places))
-    a = [torch.stack([thin.a for _, thin, _ in column]) for column in columns]
-    b = [torch.stack([thin.b for _, thin, _ in column]) for column in columns]
+    a = [torch.stack([thin.A for _, thin, _ in column]) for column in columns]
+    b = [torch.stack([thin.B for _, thin, _ in column]) for column in columns]
     w = [t.new_tensor([w for *_, w in column]).reshape(-1, *(1,) * (t.ndim - 1)) for t, column in zip(a, columns)]
     return _Parts(a, b, w)
 

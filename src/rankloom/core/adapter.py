@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,15 +18,18 @@ from rankloom.errors import NotMergeable
 
 @dataclass(frozen=True, slots=True)
 class Thin:
-    """A change that is a product of two thin matrices and nothing more: Δy = scale·B A drop(x), ΔW = scale·B A.
+    """A change as thin factors: s·B A on the dropped input, and for DoRA the rows' lengths.
 
-    `a` (…, r, in) and `b` (…, out, r) are the adapter's own tensors; `dropout`: of x, in training.
+    A (r, in), B (out, r); `dropout` as it acts now; `magnitude` (out,) replaces the lengths `norms` (out,) of the rows
+    of W + s·B A, which are constants.
     """
 
-    a: Tensor
-    b: Tensor
+    A: Tensor
+    B: Tensor
     scale: float
-    dropout: float
+    dropout: float = 0.0
+    magnitude: Tensor | None = None
+    norms: Tensor | None = None
 
 
 class Adapter(nn.Module):
@@ -58,12 +62,12 @@ class Adapter(nn.Module):
             f"{type(self).__name__} at {self.site_name!r} depends on its input: there is no single matrix to merge"
         )
 
-    def delta_bias(self, base: Base) -> Tensor | None:
-        """Δb of shape (out,), or None."""
+    def thin(self, base: Base) -> Thin | None:
+        """What `forward` says, as thin factors, at a linear layer; None where it is more than that."""
         return None
 
-    def thin(self) -> Thin | None:
-        """The two factors of a change that is nothing but their product, for paths that never build ΔW; else None."""
+    def delta_bias(self, base: Base) -> Tensor | None:
+        """Δb of shape (out,), or None."""
         return None
 
     def repacked(self, base: Base, weight: float) -> Tensor | None:
@@ -93,6 +97,31 @@ class Adapter(nn.Module):
             shared, key = borrowed[name]
             return shared.tensor(key)
         return super().__getattr__(name)
+
+
+_SILENT = {"__init__", "reset", "extra_repr"}
+"""What a subclass may replace without saying something else."""
+
+
+def thin_of(adapter: Adapter, base: Base) -> Thin | None:
+    """`adapter.thin`, unless a subclass or the object itself has replaced what the class of `thin` says."""
+    cls: Any = type(adapter)
+    replaced = not _thin_speaks(cls) or {"forward", "add"} & adapter.__dict__.keys()
+    return None if replaced else adapter.thin(base)
+
+
+@cache
+def _thin_speaks(cls: Any) -> bool:
+    owner = next(c for c in cls.__mro__ if "thin" in vars(c))
+    said = {name for name, value in vars(owner).items() if callable(value)} | {"forward", "add"}
+    below = cls.__mro__[: cls.__mro__.index(owner)]
+    return owner is not Adapter and not any((said - _SILENT) & vars(c).keys() for c in below)
+
+
+def pair_of(adapter: Adapter, base: Base) -> Thin | None:
+    """The two factors of a change that is now nothing but their product; else None."""
+    thin = thin_of(adapter, base)
+    return None if thin is None or thin.magnitude is not None or thin.dropout else thin
 
 
 def take_dropout(adapter: Adapter) -> float:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter, tensors_by_role
+from rankloom.core.adapter import Adapter, pair_of, tensors_by_role
 from rankloom.core.fingerprint import Print
 from rankloom.core.graft import LAYER, bring_home, present, recast, slot_table
 from rankloom.core.kinds import Base
@@ -388,11 +388,11 @@ def _changed_matrix(parts: list[tuple[Fitted, float]]) -> Tensor:
     matrix = parts[0][0].base.matrix()
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     for fitted, weight in parts:
-        thin = fitted.adapter.thin()
+        thin = pair_of(fitted.adapter, fitted.base)
         if thin is None:
             matrix = torch.add(matrix, fitted.adapter.delta(fitted.base).to(matrix.dtype), alpha=weight)
         else:
-            matrix = torch.addmm(matrix, thin.b.to(matrix), thin.a.to(matrix), alpha=weight * thin.scale)
+            matrix = torch.addmm(matrix, thin.B.to(matrix), thin.A.to(matrix), alpha=weight * thin.scale)
     return matrix
 
 

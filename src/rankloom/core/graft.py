@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
+from rankloom.core.fuse import Memo, answer
 from rankloom.core.kinds import Bare, Base, Kind
 from rankloom.core.mixed import Stacks, in_segments
 from rankloom.core.switch import Switch, Voice, Voices, Weight
@@ -28,13 +29,16 @@ SHARED = "shared"
 
 
 class Anchor:
-    """What a grafted layer knows of its bank: the switch, its own name, and its kind (None: only parameter slots)."""
+    """What a grafted layer knows of its bank: the switch, its own name, its kind (None: only parameter slots); and what
+    it has learnt while running.
+    """
 
     def __init__(self, switch: Switch, name: str) -> None:
         self.switch = switch
         self.name = name
         self.kind: Kind | None = None
         self.stacks = Stacks()
+        self.memo = Memo()
 
 
 class _Values(threading.local):
@@ -55,6 +59,10 @@ class Grafted(nn.Module):
     _rankloom: Anchor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            fused = _fused(self, args[0])
+            if fused is not None:
+                return fused
         if self.rankloom_parameters and not torch.compiler.is_compiling():
             outer = _values.scopes.get(id(self))
             _values.scopes[id(self)] = {}
@@ -88,6 +96,23 @@ def _rebuild(original: type[nn.Module], parameters: tuple[str, ...], speaks: boo
     return cls.__new__(cls)
 
 
+def _fused(layer: Grafted, x: Any) -> Tensor | None:
+    """The output by the fused path, where the layer fits it and one adapter speaks."""
+    anchor = layer._rankloom
+    voices = anchor.switch.voices()
+    if anchor.kind is None or not voices.speakers:
+        return None
+    if anchor.switch.heard is not None:
+        anchor.switch.heard.add(anchor.name)
+    return answer(layer, x, voices, _only_speaker)
+
+
+def _only_speaker(layer: nn.Module, voices: Voices) -> tuple[Voice, Adapter] | str:
+    table = slot_table(layer, LAYER)
+    found = [(voice, table[voice.name]) for voice in voices.speakers if voice.name in table]
+    return found[0] if len(found) == 1 else f"{len(found)} adapters speak"
+
+
 def _speak(layer: nn.Module, kind: Kind, x: Any, y: Tensor, voices: Voices) -> Tensor:
     """The base output with every speaking adapter's change added; each sees the *base* output."""
     table = slot_table(layer, LAYER)
@@ -96,7 +121,7 @@ def _speak(layer: nn.Module, kind: Kind, x: Any, y: Tensor, voices: Voices) -> T
     out, speakers = y, voices.speakers
     if voices.segments is not None and kind.linear and not hooked and _plain(y):
         _times(layer, y, voices.batch)
-        out, speakers = in_segments(table, x, y, voices, layer.__dict__["_rankloom"].stacks)
+        out, speakers = in_segments(table, x, y, base, voices, layer.__dict__["_rankloom"].stacks)
     for voice in speakers:
         adapter = table.get(voice.name)
         if adapter is None:

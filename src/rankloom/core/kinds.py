@@ -104,6 +104,10 @@ class Dense(Kind):
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
+    def read(self, weight: Tensor) -> Tensor:
+        """The matrix (out, in) that the raw parameter holds, dense."""
+        return dense(weight)
+
     def matrix(self, layer: nn.Module) -> Tensor:
         return self.weight(layer)
 
@@ -165,6 +169,9 @@ class TransposedDense(Dense):
     def matrix(self, layer: nn.Module) -> Tensor:
         return self.weight(layer).T
 
+    def read(self, weight: Tensor) -> Tensor:
+        return dense(weight).T
+
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
 
@@ -180,6 +187,9 @@ class Lookup(Dense):
 
     def matrix(self, layer: nn.Module) -> Tensor:
         return self.weight(layer).T
+
+    def read(self, weight: Tensor) -> Tensor:
+        return dense(weight).T
 
     def to_weight(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -335,11 +345,17 @@ KINDS: dict[str, Kind] = {
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of `layer`, by class name along its bases (so no model library is imported); None if it has none."""
-    for cls in type(layer).__mro__:
-        kind = KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if kind is not None:
-            return kind
-    return None
+    return next((kind for cls in type(layer).__mro__ if (kind := _kind(cls)) is not None), None)
+
+
+def product(original: type[nn.Module]) -> Dense | None:
+    """The kind of a class whose forward is nothing but the product with its matrix, plus its bias; else None."""
+    kind = _kind(next(cls for cls in original.__mro__ if "forward" in vars(cls)))
+    return kind if isinstance(kind, Dense) and kind.linear else None
+
+
+def _kind(cls: type) -> Kind | None:
+    return KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 class Base:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloom.core.adapter import Adapter, Thin
+from rankloom.core.adapter import Adapter, Thin, pair_of
+from rankloom.core.kinds import Base
 from rankloom.core.switch import Voice, Voices
 from rankloom.ops.segments import Stack, added, stack, trained
 
@@ -32,35 +33,28 @@ class Stacks:
         """The stack of `factors` in `dtype`."""
         state: list[Any] = [dtype]
         for thin in factors:
-            a, b = thin.a, thin.b
+            a, b = thin.A, thin.B
             state += (id(a), a._version, a.data_ptr(), id(b), b._version, b.data_ptr(), thin.scale)
         if self._held is None or state != self._state:
-            self._held = stack([(thin.a, thin.b, thin.scale) for thin in factors], dtype)
+            self._held = stack([(thin.A, thin.B, thin.scale) for thin in factors], dtype)
             self._state, self._factors = state, list(factors)  # held, so that no id is given to another tensor
         return self._held
 
 
 def in_segments(
-    table: Mapping[str, Adapter], x: Tensor, y: Tensor, voices: Voices, stacks: Stacks
+    table: Mapping[str, Adapter], x: Tensor, y: Tensor, base: Base, voices: Voices, stacks: Stacks
 ) -> tuple[Tensor, tuple[Voice, ...]]:
     """The output with the thin changes of all rows, and the voices that must still speak one by one.
 
     Without gradients `y`, fresh from its layer, is written to; else the sum is a new tensor, differentiable by all.
     """
     assert voices.segments is not None
-    factors = {i: thin for i, v in enumerate(voices.speakers) if (thin := _silent(table.get(v.name))) is not None}
+    heard = {i: adapter for i, v in enumerate(voices.speakers) if (adapter := table.get(v.name)) is not None}
+    factors = {i: thin for i, adapter in heard.items() if (thin := pair_of(adapter, base)) is not None}
     if not factors:
         return y, voices.speakers
     rest = tuple(v for i, v in enumerate(voices.speakers) if i not in factors)
     found, pairs, x = voices.segments.only(tuple(factors)), list(factors.values()), x.to(y.dtype)
     if torch.is_grad_enabled():
-        return trained(y, x, found, [(t.a, t.b, t.scale) for t in pairs]), rest
+        return trained(y, x, found, [(t.A, t.B, t.scale) for t in pairs]), rest
     return added(y, x, found, stacks.of(pairs, y.dtype)), rest
-
-
-def _silent(adapter: Adapter | None) -> Thin | None:
-    """The factors of an adapter that is a pair of matrices and drops nothing now."""
-    thin = None if adapter is None else adapter.thin()
-    if thin is None or adapter is None or (thin.dropout and adapter.training):
-        return None
-    return thin

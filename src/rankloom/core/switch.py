@@ -75,11 +75,15 @@ def _selection() -> Selection:
 
 
 class Switch:
-    """Shared by all grafted layers of one model; changing who speaks is one assignment."""
+    """Shared by all grafted layers of one model; changing who speaks is one assignment.
+
+    `fused`: False lets every layer take the plain path in training, which is slower and keeps more.
+    """
 
     def __init__(self) -> None:
         self.default = Voices()
         self.muted = False
+        self.fused = True
         self.heard: set[str] | None = None
 
     def voices(self) -> Voices:

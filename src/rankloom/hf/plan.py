@@ -7,7 +7,7 @@ training forward is traced on tensors without values, and the tensors that autog
 from __future__ import annotations
 
 import re
-import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from rankloom.core.attach import attach
 from rankloom.core.bank import Bank
+from rankloom.core.fuse import memo_of
+from rankloom.core.graft import LAYER
 from rankloom.core.kinds import kind_of
 from rankloom.core.plan import Plan
 from rankloom.core.prepare import kept_layers
@@ -26,6 +28,7 @@ from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.hf.models import load_tokenizer, skeleton, with_heads
 from rankloom.hf.rundata import LENGTH, prepared, read_records
+from rankloom.ops.kept import kept_bytes
 from rankloom.registry import name_of
 from rankloom.store.base import Packed
 from rankloom.store.footprint import Kept, footprint
@@ -37,7 +40,7 @@ from rankloom.train.drive import Rules
 from rankloom.train.optim import build_groups, build_optimizer
 from rankloom.train.run import TrainRun, only_these_train
 
-FORMULA = "every distinct tensor that autograd keeps in one training forward, weights aside; traced without values"
+FORMULA = "every distinct tensor that autograd keeps after one training forward, weights aside; traced without values"
 CHECKPOINTED = "blocks · batch · length · width, plus one block recomputed at a time"
 
 
@@ -191,6 +194,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
     length = length or _length(model, config)
     activations, trouble = _activations(model, config, loaded.task, rows, length)
     notes += [f"the activations cannot be traced: {trouble}"] if trouble else []
+    notes += _paths(bank, config.name, config.train.gradient_checkpointing)
     return PlanReport(
         model=config.need_model().path,
         task=loaded.task,
@@ -303,27 +307,34 @@ def _activations(model: Any, config: RunConfig, task: str, rows: int, length: in
 
 
 def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps in one forward of `model`, its parameters not counted."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Kept:
-        one = _Kept(tensor)
-        kept.add(one)
-        return one
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
-        out = model(**batch)
-    storages = {s._cdata: s.nbytes() for s in (one.tensor.untyped_storage() for one in kept)}
-    del out
-    return sum(size for data, size in storages.items() if data not in own)
+    """Bytes of the tensors that autograd keeps after one forward of `model`, its parameters not counted."""
+    out = model(**batch)
+    values = out.values() if isinstance(out, dict) else (out,)
+    return kept_bytes([v for v in values if isinstance(v, Tensor)], model.parameters())
 
 
-class _Kept:
-    """A tensor for as long as autograd keeps it."""
+def _paths(bank: Bank, name: str, checkpointing: bool) -> list[str]:
+    """Which layers the traced forward computed fused and which together; which took the plain path, and why."""
+    layers = [f.place.layer for f in bank.fitted(name) if f.place.slot == LAYER]
+    memos = [memo_of(layer) for layer in layers]
+    if not any(memo.plain is not None for memo in memos):
+        return []
+    leaf = {id(f.place.layer): f.site.name.rsplit(".", 1)[-1] for f in bank.fitted(name)}
+    groups = Counter(
+        f"({', '.join(leaf[id(f)] for f in m.fellows)})" for layer, m in zip(layers, memos) if m.fellows[:1] == (layer,)
+    )
+    together = "none, for gradient checkpointing" if checkpointing else _counted(groups)
+    fused = [m for m in memos if m.plain == ""]
+    notes = [
+        f"fused in training: {len(fused)} of {len(layers)} layers"
+        + (f", together {together}" if fused and together else "")
+    ]
+    plain = Counter(m.plain for m in memos if m.plain)
+    return notes + [f"not fused, so slower: {_counted(plain)}"] * bool(plain)
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+
+def _counted(found: Counter[str]) -> str:
+    return ", ".join(f"{n} × {text}" for text, n in found.items())
 
 
 def _bytes(tensors: Any) -> int:

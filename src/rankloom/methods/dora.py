@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter, take_dropout
+from rankloom.core.adapter import Adapter, Thin, take_dropout, thin_of
+from rankloom.core.fuse import square_norms
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method
 from rankloom.core.rule import Rule
@@ -25,6 +26,7 @@ from rankloom.core.site import Site
 from rankloom.core.targets import matches
 from rankloom.errors import TargetError, suggest
 from rankloom.methods.lora import LoRA, drop
+from rankloom.ops.linalg import row_norms
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,14 @@ class DoRAAdapter(Adapter):
         plain = self._plain(dropped, y, base)
         change: Tensor = base.scale(plain, factor - 1) + base.scale(self.inner(dropped, y, base), factor)
         return change
+
+    def thin(self, base: Base) -> Thin | None:
+        inner = thin_of(self.inner, base)
+        if inner is None or not self.detach_norm or (self.dropout and self.training):
+            return None
+        with torch.no_grad():
+            norms = row_norms(base.matrix(), inner.A, inner.B, inner.scale, square_norms(base))
+        return replace(inner, magnitude=self.magnitude, norms=norms.to(self.magnitude.dtype))
 
     def _plain(self, dropped: Any, y: Tensor, base: Base) -> Tensor:
         """W x without bias: the output at hand, or computed again where dropout changed the input."""

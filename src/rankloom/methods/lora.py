@@ -86,14 +86,15 @@ class LoRAAdapter(Adapter):
         change = base.up(h, self.B.to(y.dtype) * self.scaling)
         return change if self.bias is None else change + base.shift(y, self.bias.to(y.dtype) * self.scaling)
 
+    def thin(self, base: Base) -> Thin | None:
+        p = self.dropout if self.training else 0.0
+        return Thin(self.A, self.B, self.scaling, p) if self.bias is None else None
+
     def delta(self, base: Base) -> Tensor:
         return (self.scaling * self.B) @ self.A
 
     def delta_bias(self, base: Base) -> Tensor | None:
         return None if self.bias is None else self.scaling * self.bias
-
-    def thin(self) -> Thin | None:
-        return Thin(self.A, self.B, self.scaling, self.dropout) if self.bias is None else None
 
     def row_norms(self, base: Base) -> Tensor:
         return row_norms(base.matrix(), self.A, self.B, self.scaling)

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 
-def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tensor | None = None) -> Tensor:
     """‖W + s·B A‖ by rows, shape (…, out), in float32 at least; W (…, out, in), A (…, r, in), B (…, out, r).
+
+    `square`: ‖W‖² by rows where it is known.
 
     ‖w + s·bA‖² = ‖w‖² + 2s·⟨wAᵀ, b⟩ + s²·⟨b(AAᵀ), b⟩: O(out·in·r) operations, O(out·r) memory; at least 0 against
     cancellation, with gradient 0 there.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
-    square = weight.square().sum(-1)
+    square = weight.square().sum(-1) if square is None else square
     cross = ((weight @ a.mT) * b).sum(-1)
     gram = ((b @ (a @ a.mT)) * b).sum(-1)
     total = square + 2 * scaling * cross + scaling**2 * gram

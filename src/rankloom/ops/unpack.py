@@ -1,4 +1,4 @@
-"""Small unsigned integers in bytes: 2, 3, 4 or 8 bits each."""
+"""Small unsigned integers in bytes: 1, 2, 3, 4 or 8 bits each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
+GROUPS = {1: (8, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
 """bits → (values, bytes) of the smallest whole group."""
 
 

@@ -1,0 +1,239 @@
+"""The fused path: one autograd function for the layers that read the same input, where they say thin changes.
+
+Which layers read the same input is seen while they run: sites that are called one after the other with the very same
+tensor are a group from the next pass on. The first of a group computes the outputs of all; the others take theirs from
+where it parked them, when they are called with that tensor in the same thread. A group that misses one dissolves. Where
+a site cannot be fused it takes the plain path, and `Memo.plain` says why.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rankloom.core.adapter import Adapter, thin_of
+from rankloom.core.kinds import Base, product
+from rankloom.core.switch import Voice, Voices
+from rankloom.ops.fused import Layer, fused
+from rankloom.ops.rebuild import origin
+from rankloom.store.base import Packed
+
+Speaker = Callable[[nn.Module, Voices], tuple[Voice, Adapter] | str]
+"""The one adapter that speaks at a layer, and how; or why there is no such."""
+
+
+class Memo:
+    """What a site has learnt while running; copies and pickles start anew.
+
+    `fellows`: the layers of its group, in order, itself among them; `settled`: it is not to be grouped any more;
+    `plain`: why its last training forward took the plain path, "" where it was fused, None before.
+    """
+
+    def __init__(self) -> None:
+        self.fellows: tuple[nn.Module, ...] = ()
+        self.settled = False
+        self.plain: str | None = None
+        self.square: tuple[weakref.ref[Tensor], tuple[int, int, torch.device], Tensor] | None = None
+
+    def __reduce__(self) -> Any:
+        return Memo, ()
+
+
+def memo_of(layer: nn.Module) -> Memo:
+    """What a grafted layer has learnt."""
+    memo: Memo = layer.__dict__["_rankloom"].memo
+    return memo
+
+
+@dataclass
+class _Reader:
+    """The sites of this thread that were called in a row with one tensor, and the outputs that wait for the next."""
+
+    seen: Callable[[], Tensor | None] = lambda: None
+    version: int = 0
+    voices: Voices | None = None
+    row: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    parked: dict[int, Tensor] = field(default_factory=dict)
+    held: Tensor | None = None
+
+    def reads(self, x: Tensor, voices: Voices) -> bool:
+        return self.seen() is x and self.version == x._version and self.voices is voices
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.reader = _Reader()
+
+
+_here = _Here()
+
+
+def answer(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Tensor | None:
+    """The layer's output with its one adapter's change, fused; None where it has to take the plain path."""
+    memo, reader = memo_of(layer), _here.reader
+    if reader.parked and isinstance(x, Tensor) and reader.reads(x, voices):
+        waiting = reader.parked.pop(id(layer), None)
+        reader.held = reader.held if reader.parked else None
+        if waiting is not None and waiting.dtype == _product_dtype(x):
+            memo.plain = ""
+            return waiting
+    part = _part(layer, x, voices, speaker)
+    memo.plain = part if isinstance(part, str) else ""
+    if isinstance(part, str):
+        return None
+    if _watched():
+        return _run(x, [layer], [part])[0]
+    members = _members(layer, x, voices, speaker, part)
+    outputs = _run(x, [member for member, _ in members], [p for _, p in members])
+    if len(members) > 1:
+        reader = _here.reader
+        reader.held = x
+        reader.parked = {id(member): y for (member, _), y in zip(members[1:], outputs[1:])}
+    return outputs[0]
+
+
+def _members(
+    layer: nn.Module, x: Tensor, voices: Voices, speaker: Speaker, part: Layer
+) -> list[tuple[nn.Module, Layer]]:
+    """The layer with those of its group that can be fused now; notes the call where there is no group yet."""
+    reader, memo = _here.reader, memo_of(layer)
+    if not reader.reads(x, voices):
+        _close(reader)
+        reader = _here.reader = _Reader(weakref.ref(x), x._version, voices)
+    reader.row.append(weakref.ref(layer))
+    if not memo.fellows or memo.fellows[0] is not layer:
+        return [(layer, part)]
+    parts = [(fellow, _part(fellow, x, voices, speaker)) for fellow in memo.fellows[1:]]
+    return [(layer, part), *((fellow, p) for fellow, p in parts if not isinstance(p, str))]
+
+
+def _close(reader: _Reader) -> None:
+    """The row is over: what it shows of groups."""
+    row = [layer for ref in reader.row if (layer := ref()) is not None and "_rankloom" in layer.__dict__]
+    memos = [memo_of(layer) for layer in row]
+    if reader.parked:
+        for memo in memos:
+            _dissolve(memo)
+    elif len(set(row)) == len(reader.row) > 1 and not any(memo.settled or memo.fellows for memo in memos):
+        for memo in memos:
+            memo.fellows = tuple(row)
+
+
+def _dissolve(memo: Memo) -> None:
+    for fellow in memo.fellows:
+        if "_rankloom" in fellow.__dict__:
+            other = memo_of(fellow)
+            other.settled, other.fellows = True, ()
+
+
+def _run(x: Tensor, layers: list[nn.Module], parts: list[Layer]) -> tuple[Tensor, ...]:
+    listened = any(m._forward_hooks or m._forward_pre_hooks for m in layers)
+    return fused(x, parts, origin(x, shortcut=len(parts) == 1 and not listened), _product_dtype(x))
+
+
+def _part(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Layer | str:
+    """The layer as the fused function takes it, or why it cannot."""
+    anchor = layer.__dict__.get("_rankloom")
+    if anchor is None or anchor.kind is None:
+        return "no adapter"
+    why = _unfit_layer(layer) or _unfit_input(x) or ("" if anchor.switch.fused else "switched off")
+    found = why or speaker(layer, voices)
+    if isinstance(found, str):
+        return found
+    voice, adapter = found
+    if voice.rows is not None or not isinstance(voice.weight, (int, float)):
+        return "weighted by rows or by a tensor"
+    weight = anchor.kind.tensor(layer)
+    if weight.dtype != x.dtype and not _autocast(x):
+        return f"an input of {x.dtype} on weights of {weight.dtype}"
+    if weight.device != x.device or x.shape[-1] != anchor.kind.shape(layer)[-1]:
+        return "an input that does not fit"
+    thin = thin_of(adapter, Base(anchor.kind, layer, voices.context))
+    if thin is None:
+        return f"{type(adapter).__name__} is not, or not now, a pair of thin factors"
+    if not any(t is not None and t.requires_grad for t in (thin.A, thin.B, thin.magnitude)):
+        return "nothing trains"
+    if thin.magnitude is not None and voice.weight != 1:
+        return "a weighted magnitude"
+    bias = layer._parameters.get("bias")
+    scale = thin.scale * voice.weight
+    return Layer(weight, anchor.kind.read, bias, thin.A, thin.B, scale, thin.dropout, thin.magnitude, thin.norms)
+
+
+_plain = cache(product)
+
+
+def _unfit_layer(layer: Any) -> str:
+    if _plain(layer.rankloom_original) is None:
+        return f"the forward of {layer.rankloom_original.__name__} is more than a linear product"
+    if layer.rankloom_parameters:
+        return f"{layer.rankloom_parameters[0]} is adapted too"
+    if "_hf_hook" in layer.__dict__:
+        return "an offload hook moves its weights"
+    for key in ("weight", "bias"):
+        tensor = layer._parameters.get(key)
+        if tensor is not None and tensor.requires_grad:
+            return f"its {key} is trained"
+        if tensor is not None and (tensor.is_inference() or not (_is_plain(tensor) or isinstance(tensor, Packed))):
+            return f"its {key} is a {type(tensor).__name__} that autograd does not track plainly"
+    return ""
+
+
+def _unfit_input(x: Any) -> str:
+    if not (isinstance(x, Tensor) and _is_plain(x) and x.is_floating_point() and x.ndim > 1 and x.numel()):
+        return "an input that is no plain tensor of floats, rows by columns"
+    if (
+        torch.is_inference(x)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return "a transform of the forward pass"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return ""
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the layer's product: autocast's, where that is on."""
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
+
+
+def _autocast(x: Tensor) -> bool:
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def _watched() -> bool:
+    """Whether saved-tensor hooks are on: a recomputation has to keep exactly what the first pass kept."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def square_norms(base: Base) -> Tensor:
+    """‖W‖² by rows (out,), in float32 at least: computed once for each frozen weight and version of it."""
+    weight = base.kind.tensor(base.layer)
+    memo = memo_of(base.layer)
+    key = (weight._version, _address(weight), weight.device)
+    if memo.square is not None and memo.square[0]() is weight and memo.square[1] == key:
+        return memo.square[2]
+    matrix = base.matrix()
+    square = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square().sum(-1)
+    memo.square = (weakref.ref(weight), key, square)
+    return square
+
+
+def _address(weight: Tensor) -> int:
+    return 0 if isinstance(weight, (Packed, FakeTensor)) else weight.data_ptr()

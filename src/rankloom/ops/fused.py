@@ -1,0 +1,307 @@
+"""Linear layers that read the same input, and their thin changes, as one autograd function.
+
+y_i = g_i ∘ (x W_iᵀ + s_i·d_i(x) A_iᵀ B_iᵀ) + b_i, with d_i the dropout of the change's input, and for DoRA the gain
+g_i = m_i/‖W_i + s_i B_i A_i‖ by rows (the norm is a constant), else 1. One thin product for all A, sums in place, and
+nothing kept but h = d(x) Aᵀ, one bit of dropout an element, and x where an A is trained: rebuilt in backward where its
+origin is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloom.ops.rebuild import Origin
+from rankloom.ops.unpack import pack, unpack
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer: `read(weight)` is its frozen matrix (out, in), unpacked only for the product; bias (out,); A (r, in),
+    B (out, r) of any dtype; `dropout` of the input of A; `magnitude` and `norms` (out,) for DoRA.
+    """
+
+    weight: Tensor
+    read: Callable[[Tensor], Tensor]
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: float = 0.0
+    magnitude: Tensor | None = None
+    norms: Tensor | None = None
+
+
+def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The outputs (…, out) of `layers` for x (…, in), computed in `dtype`; `origin` tells how backward rebuilds x."""
+    inputs = origin.kept if origin is not None and origin.shortcut else (x,)
+    factors = [t for layer in layers for t in (layer.A, layer.B, layer.magnitude)]
+    call = _Call(x.detach(), tuple(layers), origin, dtype, len(inputs))
+    with torch.autocast(x.device.type, enabled=False):
+        return _Fused.apply(call, *inputs, *factors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+@dataclass(slots=True)
+class _Call:
+    """What one call knows beside its tensors; `x` is taken out by its forward."""
+
+    x: Tensor | None
+    layers: tuple[Layer, ...]
+    origin: Origin | None
+    dtype: torch.dtype
+    inputs: int
+
+    def rebuilt(self, kept: Sequence[Tensor]) -> Tensor:
+        x = kept[0] if self.origin is None else self.origin.make(tuple(kept))
+        return x.to(self.dtype)
+
+
+class _Kept(NamedTuple):
+    """The tensors of one layer that backward needs."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None
+    mask: Tensor | None
+    y: Tensor | None
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        assert call.x is not None
+        x, call.x = call.x.to(call.dtype), None
+        flat = x.reshape(-1, x.shape[-1])
+        h, masks = _down(flat, call)
+        ys = tuple(_up(x, flat, part, layer) for part, layer in zip(_split(h, call.layers), call.layers))
+        needs, trains = ctx.needs_input_grad[1 : 1 + call.inputs], ctx.needs_input_grad[1 + call.inputs :]
+        linked = call.origin is not None and call.origin.shortcut and any(needs)
+        kept: tuple[Tensor, ...] = ()
+        if linked or any(trains[0::3]) or any(trains[2::3]):
+            whole = tensors[0] if tensors[0].dtype == call.dtype else x
+            kept = (whole,) if call.origin is None else call.origin.kept
+        ctx.call, ctx.count, ctx.needs, ctx.trains = call, len(kept), needs, trains
+        ctx.set_materialize_grads(False)
+        rows = [
+            (layer.weight, layer.bias, layer.A, layer.B, layer.magnitude, mask, y if layer.norms is not None else None)
+            for layer, mask, y in zip(call.layers, masks, ys)
+        ]
+        again = kept and any(layer.norms is not None for layer in call.layers) and all(mask is None for mask in masks)
+        ctx.save_for_backward(*kept, h if any(trains[1::3]) and not again else None, *(t for row in rows for t in row))
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> Any:
+        saved, width = ctx.saved_tensors, len(_Kept._fields)
+        kept, h, rest = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1 :]
+        rows = [_Kept(*rest[i : i + width]) for i in range(0, len(rest), width)]
+        if torch.is_grad_enabled():
+            return _twice(ctx, kept, rows, dys)
+        return _once(ctx, kept, h, rows, dys)
+
+
+def _down(flat: Tensor, call: _Call) -> tuple[Tensor, list[Tensor | None]]:
+    """h (T, Σr) of all layers, and the packed masks of those that drop."""
+    if not any(layer.dropout for layer in call.layers):
+        return flat @ _stacked([layer.A for layer in call.layers], call.dtype).T, [None] * len(call.layers)
+    parts, masks = [], []
+    for layer in call.layers:
+        dropped, mask = flat, None
+        if layer.dropout:
+            dropped, mask = torch.native_dropout(flat, layer.dropout, True)
+            mask = pack(mask.flatten(), 1)
+        parts.append(dropped @ layer.A.to(call.dtype).T)
+        masks.append(mask)
+    return torch.cat(parts, dim=1), masks
+
+
+def _up(x: Tensor, flat: Tensor, h: Tensor, layer: Layer) -> Tensor:
+    """The output (…, out) of one layer."""
+    gain = _gain(layer.magnitude, layer.norms, x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    y = F.linear(flat, layer.read(layer.weight).to(x.dtype), bias if gain is None else None)
+    _add_product(y, h, _scaled(layer.B, layer.scale, x.dtype).T)
+    if gain is not None:
+        y.mul_(gain)
+        if bias is not None:
+            y.add_(bias)
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # type: ignore[no-any-return]
+
+
+def _once(ctx: Any, kept: Sequence[Tensor], h: Tensor | None, rows: list[_Kept], dys: Sequence[Tensor | None]) -> Any:
+    """The gradients of all inputs of the function."""
+    call: _Call = ctx.call
+    linked = call.origin is not None and call.origin.shortcut
+    leaves = [t.detach().requires_grad_(n) for t, n in zip(kept, ctx.needs)] if linked else kept
+    with torch.set_grad_enabled(linked):
+        x = call.rebuilt(leaves) if kept else None
+    flat = None if x is None else x.detach().reshape(-1, x.shape[-1])
+    if h is None and flat is not None and any(ctx.trains[1::3]):
+        h, _ = _down(flat, call)
+    dx, grads = _sum(call, ctx.needs, ctx.trains, flat, h, rows, dys)
+    shape = next((dy.shape[:-1] for dy in dys if dy is not None), None)
+    if dx is None or shape is None:
+        return None, *[None] * call.inputs, *grads
+    dx = dx.view(*shape, dx.shape[-1])
+    if not linked:
+        return None, dx, *grads
+    wanted = [t for t in leaves if t.requires_grad]
+    found = iter(torch.autograd.grad(x, wanted, dx))  # type: ignore[arg-type]
+    return None, *[next(found) if t.requires_grad else None for t in leaves], *grads
+
+
+def _sum(
+    call: _Call,
+    needs: Sequence[bool],
+    trains: Sequence[bool],
+    flat: Tensor | None,
+    h: Tensor | None,
+    rows: list[_Kept],
+    dys: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx (T, in), where it is needed, and the gradients of A, B, magnitude of every layer."""
+    grads: list[Tensor | None] = [None] * len(trains)
+    dx: Tensor | None = None
+    parts: Sequence[Tensor | None] = [None] * len(rows) if h is None else _split(h, call.layers)
+    thin: list[tuple[int, _Kept, Tensor]] = []
+    for i, (layer, row, part, dy) in enumerate(zip(call.layers, rows, parts, dys)):
+        if dy is None:
+            continue
+        dy = dy.reshape(-1, dy.shape[-1])
+        if trains[3 * i + 2]:
+            grads[3 * i + 2] = _magnitude(layer, row, flat, dy)
+        gain = _gain(row.magnitude, layer.norms, dy.dtype)
+        dy = dy if gain is None else dy * gain
+        thin.append((i, row, dy @ _scaled(row.B, layer.scale, dy.dtype)))
+        if trains[3 * i + 1] and part is not None:
+            grads[3 * i + 1] = (dy.T @ part).to(row.B.dtype).mul_(layer.scale)
+        if any(needs):
+            matrix = layer.read(row.weight).to(dy.dtype)
+            dx = dy @ matrix if dx is None else _add_product(dx, dy, matrix)
+    _through_a(trains, flat, dx, [part for part in thin if not call.layers[part[0]].dropout], grads)
+    for i, row, dh in thin:
+        if call.layers[i].dropout:
+            mask = _mask(row, call.layers[i], dh)
+            if dx is not None:
+                dx.addcmul_(dh @ row.A.to(dh.dtype), mask)
+            if flat is not None and trains[3 * i]:
+                grads[3 * i] = (dh.T @ (flat * mask)).to(row.A.dtype)
+    return dx, grads
+
+
+def _through_a(
+    trains: Sequence[bool],
+    flat: Tensor | None,
+    dx: Tensor | None,
+    thin: list[tuple[int, _Kept, Tensor]],
+    grads: list[Tensor | None],
+) -> None:
+    """What comes through the A of layers without dropout, all at once: added to dx, and put into `grads`."""
+    if not thin:
+        return
+    dh = torch.cat([dh for *_, dh in thin], dim=1)
+    if dx is not None:
+        _add_product(dx, dh, _stacked([row.A for _, row, _ in thin], dh.dtype))
+    if flat is not None and any(trains[3 * i] for i, *_ in thin):
+        pieces = torch.split_with_sizes(dh.T @ flat, [row.A.shape[0] for _, row, _ in thin])
+        for (i, row, _), piece in zip(thin, pieces):
+            grads[3 * i] = piece.to(row.A.dtype) if trains[3 * i] else None
+
+
+def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor) -> Tensor:
+    """Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 the output has forgotten it."""
+    assert row.magnitude is not None
+    assert row.y is not None
+    assert layer.norms is not None
+    assert flat is not None
+    magnitude, wide = row.magnitude, layer.norms.dtype
+    total = (dy * row.y.reshape(dy.shape)).sum(0, dtype=wide)
+    if row.bias is not None:
+        total -= row.bias.to(wide) * dy.sum(0, dtype=wide)
+    gone = (magnitude == 0).nonzero().flatten()
+    found = total / torch.where(magnitude == 0, 1.0, magnitude.to(wide))
+    if gone.numel():
+        matrix = layer.read(row.weight)[gone].to(wide) + layer.scale * row.B[gone].to(wide) @ row.A.to(wide)
+        found[gone] = (dy[:, gone].to(wide) * (flat.to(wide) @ matrix.T)).sum(0) / layer.norms[gone]
+    return torch.where(layer.norms > 0, found, 0.0).to(magnitude.dtype)
+
+
+def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Tensor | None]) -> Any:
+    """The same gradients by differentiable operations, for derivatives of higher order."""
+    call: _Call = ctx.call
+    with torch.enable_grad():
+        x = call.rebuilt(kept) if kept else None
+        if x is None or (any(ctx.needs) and not x.requires_grad):
+            raise RuntimeError(
+                "derivatives of higher order need the layer's input, which a frozen A and autocast let go: "
+                "set `model.rankloom.switch.fused = False` for them"
+            )
+        inputs = kept if call.origin is not None and call.origin.shortcut else (x,)
+        ys = [_plainly(x, layer, row) for layer, row in zip(call.layers, rows)]
+        given = [(y, dy) for y, dy in zip(ys, dys) if dy is not None]
+        asked = [*inputs, *(t for row in rows for t in (row.A, row.B, row.magnitude))]
+        wanted = [t for t, need in zip(asked, (*ctx.needs, *ctx.trains)) if need and t is not None]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in given],
+                wanted,
+                [dy for _, dy in given],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    return None, *[next(found) if need else None for need in (*ctx.needs, *ctx.trains)]
+
+
+def _plainly(x: Tensor, layer: Layer, row: _Kept) -> Tensor:
+    """The output of one layer, without anything in place."""
+    dropped = x if row.mask is None else x * _mask(row, layer, x)
+    y = (
+        F.linear(x, layer.read(row.weight).to(x.dtype))
+        + dropped @ row.A.to(x.dtype).T @ _scaled(row.B, layer.scale, x.dtype).T
+    )
+    gain = _gain(row.magnitude, layer.norms, x.dtype)
+    y = y if gain is None else y * gain
+    return y if row.bias is None else y + row.bias.to(x.dtype)
+
+
+def _gain(magnitude: Tensor | None, norms: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """m/‖W'‖ (out,), 1 where the norm is zero; None without a magnitude."""
+    if magnitude is None or norms is None:
+        return None
+    return torch.where(norms > 0, magnitude / torch.where(norms > 0, norms, 1.0), 1.0).to(dtype)
+
+
+def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:
+    """What dropout multiplied the input with: 0 or 1/(1 − p), (T, in)."""
+    assert row.mask is not None
+    width = row.A.shape[-1]
+    count = like.numel() // like.shape[-1]
+    kept = unpack(row.mask, 1, count * width).view(*like.shape[:-1], width)
+    return kept.to(like.dtype).mul_(1 / (1 - layer.dropout))
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """into += a b (torch's counter of operations counts no `addmm_`)."""
+    return torch.addmm(into, a, b, out=into)
+
+
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All A (Σr, in) in the dtype of the products."""
+    return factors[0].to(dtype) if len(factors) == 1 else torch.cat([a.to(dtype) for a in factors])
+
+
+def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """s·B (out, r) in the dtype of the products."""
+    return (b * scale).to(dtype)
+
+
+def _split(h: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
+    return torch.split_with_sizes(h, [layer.A.shape[0] for layer in layers], dim=1)
