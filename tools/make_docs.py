@@ -178,6 +178,15 @@ def quantised(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gates(rows: list[dict[str, Any]]) -> str:
+    """The gates as last measured."""
+    lines = ["| gate | ours | PEFT | limit | bound | held |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        numbers = ("–" if row[key] is None else f"{row[key]:.4g}" for key in ("ours", "peft", "limit", "bound"))
+        lines.append(f"| {row['gate']} | {' | '.join(numbers)} | {'yes' if row['ok'] else '**no**'} |")
+    return "\n".join(lines)
+
+
 def filled(page: Path, name: str, body: str) -> str:
     """A page with the part between its two marks generated."""
     start = f"<!-- generated: {name} -->"
@@ -236,6 +245,8 @@ def pages() -> dict[Path, str]:
     rows = [f"| `{s.id}` | {s.name} | `{s.proof}` |" for s in works]
     working = "\n".join([summary, "| id | system | proven by |", "|---|---|---|", *rows])
     made[ROOT / "README.md"] = filled(ROOT / "README.md", "systems", working)
+    reached = json.loads((ROOT / "bench" / "results" / "gates.json").read_text(encoding="utf-8"))
+    made[docs / "performance.md"] = filled(docs / "performance.md", "gates", gates(reached))
     measured = json.loads((ROOT / "bench" / "results" / "quantised.json").read_text(encoding="utf-8"))
     made[docs / "quantised.md"] = filled(docs / "quantised.md", "quantised", quantised(measured))
     made[docs / "index.md"] = made[ROOT / "README.md"].replace("](docs/", "](")

@@ -32,6 +32,7 @@ _PUBLIC = {
     "VeRA": "rankloom.methods.vera",
     "asymmetric_lora": "rankloom.presets",
     "attach": "rankloom.core.attach",
+    "combine": "rankloom.compose.arithmetic",
     "detach": "rankloom.core.attach",
     "export": "rankloom.formats",
     "fit": "rankloom.train.fit",

@@ -7,6 +7,8 @@ import os
 import pytest
 from cli_tiny import llama
 
+from rankloom.files.disk import watched
+
 USAGE, RUNTIME = 2, 1
 
 
@@ -163,9 +165,15 @@ def test_a_full_disk_while_merging(run, fine_tuned, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_the_adapter_is_saved(run, model, chats, tmp_path, monkeypatch):
-    monkeypatch.setattr("rankloom.formats.folder._finish", full)
     out = tmp_path / "out"
-    found = run("train", f"model={model}", f"data={chats}", f"out={out}", "steps=2")
+
+    def no_room(operation, perform):
+        if ".adapter." in str(operation.path) and operation.kind == "write":
+            full()
+        perform()
+
+    with watched(no_room):
+        found = run("train", f"model={model}", f"data={chats}", f"out={out}", "steps=2")
     assert found.code == RUNTIME
     assert "No space left on device" in found.err
     assert not (out / "adapter").exists()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from contract_models import IMAGES, POINTS, WORDS, block_model, call, conv_net, pair
-from test_contract import COMPILER, CONVOLUTIONAL, METHODS, TARGETS
+from test_contract import COMPILER, CONVOLUTIONAL, TARGETS
+from test_contract import METHODS as EVERY
 from torch import nn
 
 from rankloom.core.kinds import kind_of
@@ -24,6 +25,8 @@ from rankloom.store.normalfloat import NormalFloat
 from rankloom.store.uniform import Uniform
 from rankloom.testing import Check, checks
 
+METHODS = {name: plan for name, plan in EVERY.items() if plan.store is None}
+"""Those that bring no store of their own."""
 STORES: dict[str, Store] = {
     "nf4": NormalFloat(),
     "int3": Uniform(3, 12),

@@ -120,8 +120,11 @@ def _cpu_seconds(*command: str) -> float:
 
 
 def test_help_takes_less_than_half_a_second() -> None:
-    seconds = min(_cpu_seconds(sys.executable, "-m", "rankloom.cli", "--help") for _ in range(3))
-    assert seconds < 0.5, f"rankloom --help takes {seconds:.2f} s of CPU time"
+    """On a slow machine, hardly more than the help of a typer program that does nothing."""
+    bare = "import typer\napp = typer.Typer()\n@app.command()\ndef nothing() -> None: ...\napp(['--help'])"
+    ours = min(_cpu_seconds(sys.executable, "-m", "rankloom.cli", "--help") for _ in range(3))
+    typer = min(_cpu_seconds(sys.executable, "-c", bare) for _ in range(3))
+    assert ours < max(0.5, 1.5 * typer), f"rankloom --help takes {ours:.2f} s of CPU time, typer's own {typer:.2f} s"
 
 
 def test_help_does_not_load_torch() -> None:

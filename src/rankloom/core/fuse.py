@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -132,6 +132,32 @@ def _dissolve(memo: Memo) -> None:
         if "_rankloom" in fellow.__dict__:
             other = memo_of(fellow)
             other.settled, other.fellows = True, ()
+
+
+def known_groups(model: nn.Module) -> dict[str, Any]:
+    """What the layers of a model have learnt of groups, as JSON values: inside a group sums round in another order."""
+    _close(_here.reader)
+    _here.reader = _Reader()
+    names = {id(layer): name for name, layer in _grafted(model).items()}
+    memos = {name: memo_of(layer) for name, layer in _grafted(model).items()}
+    firsts = [m.fellows for name, m in memos.items() if m.fellows and names.get(id(m.fellows[0])) == name]
+    together = [[names[id(f)] for f in fellows] for fellows in firsts if all(id(f) in names for f in fellows)]
+    return {"together": together, "settled": [name for name, memo in memos.items() if memo.settled]}
+
+
+def recall_groups(model: nn.Module, known: Mapping[str, Any]) -> None:
+    """Take back what `known_groups` gave, so that a resumed run rounds as the one that it goes on with."""
+    layers = _grafted(model)
+    for names in known["together"]:
+        fellows = tuple(layers[name] for name in names)
+        for fellow in fellows:
+            memo_of(fellow).fellows = fellows
+    for name in known["settled"]:
+        memo_of(layers[name]).settled = True
+
+
+def _grafted(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: layer for name, layer in model.named_modules() if "_rankloom" in layer.__dict__}
 
 
 def _run(x: Tensor, layers: list[nn.Module], parts: list[Layer]) -> tuple[Tensor, ...]:

@@ -268,7 +268,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_plain(weight: Tensor) -> bool:
     """Whether its elements are the numbers themselves, in 16 bits or more."""
-    return bridge_of(weight) is None and weight.is_floating_point() and weight.element_size() >= 2
+    ours = type(weight) in (Tensor, torch.nn.Parameter) or bridge_of(weight) is None
+    return ours and weight.is_floating_point() and weight.element_size() >= 2
 
 
 def stored_tensors(weight: Tensor) -> list[Tensor]:

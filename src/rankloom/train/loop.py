@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from rankloom.core.fuse import known_groups, recall_groups
 from rankloom.errors import StateError
 from rankloom.train import guard
 from rankloom.train.checkpoint import (
@@ -150,6 +151,7 @@ class Loop:
             self._saved_at = checkpoint.step
         self.stream.restore(state["stream"])
         set_rng_state(state["rng"])
+        recall_groups(self.run.model, state["groups"])
 
     def _step(self) -> None:
         run, rules, settings, scaler = self.run, self.rules, self.settings, self.engine.scaler
@@ -309,6 +311,7 @@ class Loop:
             "rules": self.rules.state(),
             "stream": self.stream.state(),
             "rng": rng_state(),
+            "groups": known_groups(self.run.model),
         }
 
     def _take_best(self) -> bool:
