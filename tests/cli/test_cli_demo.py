@@ -19,7 +19,7 @@ def test_demo_runs_every_arrow(run, monkeypatch, tmp_path):
     assert found.code == 0, found.err
     data = found.json
     assert data["reloaded"]["largest"] == 0.0
-    assert data["merged"]["relative"] < 1e-4
+    assert data["merged"]["relative"] < 1e-3  # the base lies in float16 files, and so does what is merged
     assert data["steps"] == 4
     assert data["after"]["loss"] != data["before"]["loss"]
     assert len(data["answers"]) == 3

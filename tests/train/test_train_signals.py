@@ -21,6 +21,7 @@ from rankloom.files.folders import write_folder
 from rankloom.train import checkpoint
 from rankloom.train.checkpoint import newest_checkpoint
 from rankloom.train.fit import fit
+from rankloom.train.processes import Processes
 from rankloom.train.signals import Asked
 
 PLAN = Plan(rl.LoRA(r=2, lora_dropout=0.1))
@@ -139,15 +140,13 @@ def test_without_a_folder_or_in_a_thread_handlers_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mine", "theirs", "agreed"), [(15, 0, 15), (0, 15, 15), (0, 0, None), (2, 15, 15)])
 def test_processes_agree(mine: int, theirs: int, agreed: int | None) -> None:
-    class Engine:
-        num_processes, device = 2, "cpu"
-
-        def gather(self, number: torch.Tensor) -> torch.Tensor:
-            return torch.cat([number, torch.tensor([theirs])])
+    class Two(Processes):
+        def sum(self, *numbers: float) -> list[float]:
+            return [a + b for a, b in zip(numbers, (theirs == signal.SIGTERM, theirs == signal.SIGINT))]
 
     asked = Asked()
     asked.number = mine or None
-    assert asked.agree(Engine()) == (agreed is not None)
+    assert asked.agree(Two()) == (agreed is not None)
     assert asked.number == agreed
 
 
