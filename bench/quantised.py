@@ -1,6 +1,8 @@
 """Quantised bases at 2, 3 and 4 bits: what the embedded world's texts suffer, and what a held-out skill still learns.
 
-OMP_NUM_THREADS=1 python bench/quantised.py [--quick | --only METHOD]        writes bench/results/quantised.json
+OMP_NUM_THREADS=1 python bench/quantised.py [--quick | --only METHOD | --only memory]
+
+writes bench/results/quantised.json.
 
 Each row starts from the embedded base, is fine-tuned on a skill that the base never saw, and is judged on held-out
 questions of it, and by the perplexity of held-out texts of the world. A full fine-tuning and a LoRA on the dense base
@@ -165,9 +167,11 @@ def _status(key: str) -> int:
 
 
 def memory() -> list[dict[str, Any]]:
-    found = []
+    """Each store in a process whose freed blocks go back to the system at once, so that the resident set tells."""
+    found, kept_small = [], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     for name in STORES:
-        done = subprocess.run([sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True)
+        command = [sys.executable, __file__, "--memory", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=kept_small)
         found.append({k: round(v, 1) if isinstance(v, float) else v for k, v in json.loads(done.stdout).items()})
         print(f"{name:28} weights {found[-1]['weights_mb']:8.1f} MB   peak of a step {found[-1]['peak_mb']:8.1f} MB")
     return found
@@ -197,9 +201,11 @@ def main() -> None:
 
 
 def only(method: str) -> None:
-    """Measure the rows of one method again, in their places."""
+    """Measure the rows of one method again, in their places; "memory": that table."""
     torch.set_num_threads(1)
     result = json.loads(RESULT.read_text())
+    if method == "memory":
+        result["memory"] = memory()
     for number, row in enumerate(result["rows"]):
         if row["method"] == method:
             plan = plans(row["width"])[method]
