@@ -60,8 +60,10 @@ class Asked:
     def agree(self, processes: Processes) -> bool:
         """Whether the run ends after this step: in all processes if any was asked."""
         heard = processes.sum(*(self.number == number for number in HEARD))
-        self.number = next((number for number, count in zip(HEARD, heard) if count), None)
-        return self.number is not None
+        found = next((number for number, count in zip(HEARD, heard) if count), None)
+        if found is not None:  # one that comes while the others are asked is told in the next step
+            self.number = found
+        return found is not None
 
     def ending(self, message: str) -> BaseException:
         """What to raise in the end."""
