@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -99,8 +99,12 @@ class Loop:
         """
         try:
             self._train()
+            return self._closed()
         except Leave:
             self._stop()
+
+    def _closed(self) -> dict[str, float] | None:
+        """The last checkpoint, the weights that the run is to end with, and their metrics."""
         if self._saved_at != self.run.step:
             self._save()
         restored = self._take_best()
@@ -122,7 +126,7 @@ class Loop:
         if self.evaluate is not None and self._latest[0] != self.run.step:
             self._judge()
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         """Save, and raise what the signal asks for."""
         if self._saved_at != self.run.step:
             self._save()
