@@ -24,7 +24,7 @@ def test_kernels_equal_their_references():
     done = subprocess.run([sys.executable, CASES], env=env, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 16
+    assert len(found) == 28
     for case in found:
         assert case["changed"] > 0.5, case
         assert case["off"] < (1e-6 if "float32" in case["case"] else 8e-3), case
@@ -51,19 +51,22 @@ def test_where_a_kernel_is_usable_it_is_used(monkeypatch):
     kernels.added = lambda y, x, found, held: y + 7
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr("rankloom.ops.triton.segments", kernels, raising=False)
-    monkeypatch.setattr(ops, "usable", lambda _: True)
+    monkeypatch.setattr(ops, "usable", lambda *_: True)
     y, x = torch.zeros(2, 3), torch.randn(2, 4)
     held = ops.stack([(torch.randn(1, 4), torch.randn(3, 1), 1.0)], torch.float32)
     assert torch.equal(ops.added(y, x, ops.segments([0, -1]), held), y + 7)
 
     product = types.ModuleType("rankloom.ops.triton.normalfloat")
-    product.product = lambda x, parts, shape, table, block, outer: x.new_full((*x.shape[:-1], shape[0]), 5.0)
+    product.Code = lambda *values: values
+    product.product = lambda x, parts, shape, code: x.new_full((*x.shape[:-1], shape[0]), 5.0)
     monkeypatch.setitem(sys.modules, product.__name__, product)
     monkeypatch.setattr("rankloom.ops.triton.normalfloat", product, raising=False)
-    monkeypatch.setattr(normalfloat, "usable", lambda _: True)
+    product.decoded = lambda parts, shape, code, dtype: torch.full(shape, 3.0, dtype=dtype)
+    monkeypatch.setattr(normalfloat, "usable", lambda *_: True)
     weight = NormalFloat(bits=4).pack(torch.randn(6, 64))
     few, many = torch.randn(2, 64), torch.randn(normalfloat.FEW + 1, 64)
     assert torch.equal(torch.nn.functional.linear(few, weight), torch.full((2, 6), 5.0))
+    assert torch.equal(weight.unpack(), torch.full((6, 64), 3.0))
     assert torch.equal(torch.nn.functional.linear(many, weight), many @ weight.unpack().mT)
     other = NormalFloat(bits=3).pack(torch.randn(6, 64))
     assert torch.equal(torch.nn.functional.linear(few, other), few @ other.unpack().mT)
@@ -72,5 +75,5 @@ def test_where_a_kernel_is_usable_it_is_used(monkeypatch):
 def test_kernels_are_for_cuda_tensors_only():
     from rankloom.ops.triton import usable
 
-    assert not usable(torch.randn(2))
-    assert not usable(torch.randn(2, device="meta"))
+    assert not usable(torch.randn(2), torch.float32)
+    assert not usable(torch.randn(2, device="meta"), torch.float32)

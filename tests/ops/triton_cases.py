@@ -1,18 +1,25 @@
-"""Run in a process of its own with TRITON_INTERPRET=1: the kernels on the CPU against the references, as JSON lines."""
+"""Run in a process of its own: the kernels against the references, as JSON lines; on the CPU with TRITON_INTERPRET=1,
+else on a GPU."""
 
 from __future__ import annotations
 
 import json
+import os
 
 import torch
 
 from rankloom.ops.segments import added, segments, stack
 from rankloom.ops.triton import normalfloat as nf
 from rankloom.ops.triton import segments as kernels
+from rankloom.ops.triton.normalfloat import Code
 from rankloom.store.normalfloat import NormalFloat, dynamic_code, table
 
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+torch.set_default_device("cpu" if INTERPRETED else "cuda")
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
 BATCHES = {"mixed": [1, 0, -1, 1, 2, 3], "skewed": [0, 0, 0, 1, -1]}
-HALF = torch.float16  # the interpreter multiplies the bits of bfloat16 as integers
+HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies the bits of bfloat16 as integers
 RANKS = (3, 16, 1, 20)
 
 
@@ -25,7 +32,7 @@ def say(case, made, wanted, reference):
 
 def mixed_batches():
     for name, which in BATCHES.items():
-        for tokens in (1, 19):
+        for tokens in (1, 19, 66):
             for dtype in (torch.float32, HALF):
                 torch.manual_seed(0)
                 k, d = 70, 66
@@ -35,31 +42,35 @@ def mixed_batches():
                 wide = stack([(a.double(), b.double(), s) for a, b, s in pairs], torch.float64)
                 if dtype != torch.float32:
                     wide = type(wide)(held.a.double(), held.b.double(), held.ranks, held.scales.double(), held.factors)
-                wanted = added(y.double(), x.double(), found, wide)
+                wanted = added(y.double(), x.double(), found, wide)  # no kernel computes in float64
                 made = kernels.added(y.clone(), x, found, held)
                 say(f"segments {name} {tokens} {dtype}", made, wanted, y)
                 silent = [i for i, a in enumerate(which) if a < 0]
                 assert torch.equal(made[silent], y[silent])
 
 
-def packed_products():
+def packed_weights():
     for shape, block, double in (
         ((40, 64), 64, False),
         ((33, 71), 16, True),
         ((64, 128), 64, True),
-        ((5, 300), 64, True),
+        ((5, 320), 64, True),
     ):
         for dtype in (torch.float32, HALF):
             torch.manual_seed(0)
             store = NormalFloat(bits=4, block=block, double=double, double_block=8)
             weight = store.pack(torch.randn(shape))
-            x = torch.randn(3, 7, shape[1]).to(dtype)
-            outer = (torch.tensor(dynamic_code()), store.double_block)
-            made = nf.product(x, weight.parts, shape, table(4, x.device), block, outer)
-            wanted = x.double() @ weight.unpack().to(dtype).double().mT
-            say(f"normalfloat {shape} {block} {double} {dtype}", made, wanted, None)
+            code = Code(table(4, weight.device), block, torch.tensor(dynamic_code()), store.double_block)
+            parts = {name: part.cpu() for name, part in weight.parts.items()}
+            plain = store.decode(parts, weight.shape, dtype)
+            assert torch.equal(nf.decoded(weight.parts, weight.shape, code, dtype).cpu(), plain)
+            for rows in ((3, 7), (2,)):
+                x = torch.randn(*rows, shape[1]).to(dtype)
+                made = nf.product(x, weight.parts, weight.shape, code)
+                wanted = x.double().cpu() @ plain.double().mT
+                say(f"normalfloat {shape} {block} {double} {rows} {dtype}", made.cpu(), wanted, None)
 
 
 if __name__ == "__main__":
     mixed_batches()
-    packed_products()
+    packed_weights()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rankloom.core.adapter import Adapter, thin_of
 from rankloom.core.kinds import Base, product
@@ -250,16 +251,19 @@ def _watched() -> bool:
 
 def square_norms(base: Base) -> Tensor:
     """‖W‖² by rows (out,), in float32 at least: computed once for each frozen weight and version of it."""
-    weight = base.kind.tensor(base.layer)
+    held = _held(base.kind.tensor(base.layer))
     memo = memo_of(base.layer)
-    key = (weight._version, _address(weight), weight.device)
-    if memo.square is not None and memo.square[0]() is weight and memo.square[1] == key:
+    key = (held._version, 0 if isinstance(held, FakeTensor) else held.data_ptr(), held.device)
+    if memo.square is not None and memo.square[0]() is held and memo.square[1] == key:
         return memo.square[2]
     matrix = base.matrix()
     square = matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square().sum(-1)
-    memo.square = (weakref.ref(weight), key, square)
+    memo.square = (weakref.ref(held), key, square)
     return square
 
 
-def _address(weight: Tensor) -> int:
-    return 0 if isinstance(weight, (Packed, FakeTensor)) else weight.data_ptr()
+def _held(weight: Tensor) -> Tensor:
+    """The first tensor inside a wrapper, else the weight: torch moves no wrapper that somebody refers to weakly."""
+    while is_traceable_wrapper_subclass(weight):
+        weight = getattr(weight, weight.__tensor_flatten__()[0][0])
+    return weight

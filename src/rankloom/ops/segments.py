@@ -118,7 +118,7 @@ def added(y: Tensor, x: Tensor, found: Segments, held: Stack) -> Tensor:
 
     The batch of `found` may stand for several rows of `y` each (beams): batch row i is rows i·m to (i+1)·m.
     """
-    if usable(y):
+    if usable(y, y.dtype):
         from rankloom.ops.triton import segments as kernels
 
         return kernels.added(y, x, found, held)

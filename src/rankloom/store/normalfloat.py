@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch.nn.functional import pad
 from rankloom.ops.triton import usable
 from rankloom.ops.unpack import GROUPS, pack, unpack
 from rankloom.store.base import Parts, Store, check_bits, check_blocks
+
+if TYPE_CHECKING:
+    from rankloom.ops.triton.normalfloat import Code
 
 FEW = 64
 """Rows of an input up to which a product reads packed weights by a kernel; beyond it, unpacking once costs little."""
@@ -59,16 +63,25 @@ class NormalFloat(Store):
 
     def decode(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """table[code] · absmax, in float32, cast to `dtype`."""
+        if self.bits == 4 and usable(parts["codes"], dtype):
+            from rankloom.ops.triton import normalfloat as kernels
+
+            return kernels.decoded(parts, shape, self._code(parts["codes"].device), dtype)
         return looked_up(parts["codes"], self.scales(parts), self.bits, self.block, shape).to(dtype)
 
     def product(self, x: Tensor, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
         """By a kernel for 4 bits and few rows on a GPU, where reading W is what takes the time."""
-        if self.bits != 4 or x.numel() > FEW * x.shape[-1] or not usable(x):
+        if self.bits != 4 or x.numel() > FEW * x.shape[-1] or not usable(x, x.dtype):
             return None
         from rankloom.ops.triton import normalfloat as kernels
 
-        outer = torch.tensor(dynamic_code(), device=x.device), self.double_block
-        return kernels.product(x, parts, (shape[0], shape[1]), table(4, x.device), self.block, outer)
+        return kernels.product(x, parts, shape, self._code(x.device))
+
+    def _code(self, device: torch.device) -> Code:
+        from rankloom.ops.triton.normalfloat import Code
+
+        values, outer = _tables(device)
+        return Code(values, self.block, outer, self.double_block)
 
     def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
         """absmax (blocks,) in float32."""
@@ -104,6 +117,12 @@ def quantiles(bits: int) -> tuple[float, ...]:
 def table(bits: int, device: torch.device) -> Tensor:
     """`quantiles` as a float32 tensor."""
     return torch.tensor(quantiles(bits), dtype=torch.float32, device=device)
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 4-bit values and those of the 8-bit scales; only for kernels, so that no tracer's tensor is ever kept."""
+    return table(4, device), torch.tensor(dynamic_code(), device=device)
 
 
 def midpoints(bits: int, device: torch.device) -> Tensor:

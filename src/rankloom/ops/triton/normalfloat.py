@@ -1,46 +1,126 @@
-"""y = x Wᵀ with W in 4-bit codes: a tile of W is looked up in registers, and the dense matrix is never in memory.
+"""4-bit codes read by kernels: `decoded` looks a weight up in one pass, `product` is y = x Wᵀ without W in memory.
 
 The codes of two neighbouring weights share a byte, the first one in the high bits; every `block` weights (row-major)
-share a scale, which is itself an 8-bit code where `double` (NF4, QLoRA: Dettmers et al., NeurIPS 2023, arXiv 2305.14314
-§3). Sums are float32. The reference is `NormalFloat.decode` and a plain product.
+share a scale, which is itself an 8-bit code where it is doubly quantised (NF4, QLoRA: Dettmers et al., NeurIPS 2023,
+arXiv 2305.14314 §3). Sums are float32. The references are `NormalFloat.decode` and a plain product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+FEW = 4
+"""Rows of x up to which each is a matrix-vector product of its own; beyond it, 16 rows at a time on tensor cores."""
 
-def product(
-    x: Tensor, parts: Mapping[str, Tensor], shape: tuple[int, int], table: Tensor, block: int, outer: tuple[Tensor, int]
-) -> Tensor:
-    """x (…, in) times the transposed weight of `shape` (out, in), in x's dtype.
 
-    `parts` as NormalFloat keeps them: codes, and absmax or absmax8, absmax_scale and absmax_offset; `table` (16,) the
-    code values; `outer`: the table (256,) of the 8-bit scales and their block.
+class Code(NamedTuple):
+    """What the numbers in a store stand for: `table` (16,) the 4-bit values; `block` weights share a scale, which is
+    looked up in `outer` (256,), in blocks of `outer_block`, where it is an 8-bit code.
     """
+
+    table: Tensor
+    block: int
+    outer: Tensor
+    outer_block: int
+
+
+def decoded(parts: Mapping[str, Tensor], shape: torch.Size, code: Code, dtype: torch.dtype) -> Tensor:
+    """table[code] · scale of `shape` in `dtype`, bit for bit what the reference gives."""
+    made = torch.empty(shape, dtype=dtype, device=parts["codes"].device)
+    count, size = made.numel(), 2048
+    grid = (triton.cdiv(count, size),)
+    look_up[grid](parts["codes"], *_scales(parts, code), made, count, **_sizes(parts, code), K=size,
+                  enable_fp_fusion=False)  # fmt: skip
+    return made
+
+
+def product(x: Tensor, parts: Mapping[str, Tensor], shape: torch.Size, code: Code) -> Tensor:
+    """x (…, in) times the transposed weight of `shape` (out, in), in x's dtype."""
     rows, width = shape
     flat = x.reshape(-1, width).contiguous()
-    y = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
-    double = "absmax8" in parts
-    scales = parts["absmax8"] if double else parts["absmax"]
-    extra = (parts["absmax_scale"], parts["absmax_offset"]) if double else (scales, scales)
-    grid = (triton.cdiv(flat.shape[0], 16), triton.cdiv(rows, 32))
-    unpacked_product[grid](
-        flat, parts["codes"], scales, *extra, table, outer[0], y, flat.shape[0], rows, width,
-        BLOCK=block, OUTER=outer[1], DOUBLE=double, M=16, N=32, K=64,
-    )  # fmt: skip
+    tokens = flat.shape[0]
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    given = (flat, parts["codes"], *_scales(parts, code), y)
+    sizes = _sizes(parts, code)
+    if tokens <= FEW and width % code.block == 0 and code.block in (16, 32, 64, 128, 256):
+        row_product[(tokens, triton.cdiv(rows, 4))](*given, rows, width, **sizes, N=4, S=1024 // code.block)
+    else:
+        grid = (triton.cdiv(tokens, 16), triton.cdiv(rows, 16))
+        tile_product[grid](*given, tokens, rows, width, **sizes, M=16, N=16, K=128)
     return y.reshape(*x.shape[:-1], rows)
 
 
+def _scales(parts: Mapping[str, Tensor], code: Code) -> tuple[Tensor, ...]:
+    """The scales, what they are looked up by, and the table of the values."""
+    if "absmax8" in parts:
+        return parts["absmax8"], parts["absmax_scale"], parts["absmax_offset"], code.outer, code.table
+    return (*[parts["absmax"]] * 3, code.outer, code.table)
+
+
+def _sizes(parts: Mapping[str, Tensor], code: Code) -> dict[str, Any]:
+    return {"BLOCK": code.block, "OUTER": code.outer_block, "DOUBLE": "absmax8" in parts}
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def unpacked_product(
-    x: Any, codes: Any, scales: Any, outer_scale: Any, offset: Any, table: Any, outer_table: Any, y: Any,
+def scale_of(
+    scales: Any, outer_scale: Any, offset: Any, outer_table: Any, number: Any, here: Any,
+    OUTER: tl.constexpr, DOUBLE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """The float32 scales of the blocks `number`."""
+    if not DOUBLE:
+        return tl.load(scales + number, here, 0.0)
+    inner = tl.load(outer_table + tl.load(scales + number, here, 0).to(tl.int32))
+    return inner * tl.load(outer_scale + number // OUTER, here, 0.0) + tl.load(offset)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def look_up(
+    codes: Any, scales: Any, outer_scale: Any, offset: Any, outer_table: Any, table: Any, y: Any, count: Any,
+    BLOCK: tl.constexpr, OUTER: tl.constexpr, DOUBLE: tl.constexpr, K: tl.constexpr,
+) -> None:  # fmt: skip
+    """K neighbouring weights."""
+    place = tl.program_id(0).to(tl.int64) * K + tl.arange(0, K)
+    byte = tl.load(codes + place // 2, place < count, 0).to(tl.int32)
+    code = tl.where(place % 2 == 0, byte >> 4, byte & 15)
+    scale = scale_of(scales, outer_scale, offset, outer_table, place // BLOCK, place < count, OUTER, DOUBLE)
+    tl.store(y + place, (tl.load(table + code) * scale).to(y.dtype.element_ty), place < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def row_product(
+    x: Any, codes: Any, scales: Any, outer_scale: Any, offset: Any, outer_table: Any, table: Any, y: Any,
+    rows: Any, width: Any,
+    BLOCK: tl.constexpr, OUTER: tl.constexpr, DOUBLE: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
+) -> None:  # fmt: skip
+    """N outputs of one row of x; S whole blocks of every weight row at a time, their scales applied to their sums."""
+    token, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
+    total = tl.zeros((N,), dtype=tl.float32)
+    pair = tl.arange(0, BLOCK // 2)
+    for start in range(0, width // BLOCK, S):
+        block = start + tl.arange(0, S)
+        inside = block < width // BLOCK
+        here = (row < rows)[:, None] & inside[None, :]
+        number = row[:, None].to(tl.int64) * (width // BLOCK) + block[None, :]
+        byte = tl.load(codes + (number * (BLOCK // 2))[:, :, None] + pair[None, None, :], here[:, :, None], 0).to(
+            tl.int32
+        )
+        at = x + token * width + (block * BLOCK)[:, None] + 2 * pair[None, :]
+        first, second = tl.load(at, inside[:, None], 0.0), tl.load(at + 1, inside[:, None], 0.0)
+        values = tl.load(table + (byte >> 4)) * first[None, :, :] + tl.load(table + (byte & 15)) * second[None, :, :]
+        scale = scale_of(scales, outer_scale, offset, outer_table, number, here, OUTER, DOUBLE)
+        total += tl.sum(tl.sum(values, axis=2) * tl.where(here, scale, 0.0), axis=1)
+    tl.store(y + token * rows + row, total.to(y.dtype.element_ty), row < rows)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_product(
+    x: Any, codes: Any, scales: Any, outer_scale: Any, offset: Any, outer_table: Any, table: Any, y: Any,
     tokens: Any, rows: Any, width: Any,
     BLOCK: tl.constexpr, OUTER: tl.constexpr, DOUBLE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
@@ -54,10 +134,7 @@ def unpacked_product(
         place = row[:, None].to(tl.int64) * width + column[None, :]
         byte = tl.load(codes + place // 2, here, 0).to(tl.int32)
         code = tl.where(place % 2 == 0, byte >> 4, byte & 15)
-        scale = tl.load(scales + place // BLOCK, here, 0)
-        if DOUBLE:
-            inner = tl.load(outer_table + scale.to(tl.int32))
-            scale = inner * tl.load(outer_scale + place // BLOCK // OUTER, here, 0.0) + tl.load(offset)
+        scale = scale_of(scales, outer_scale, offset, outer_table, place // BLOCK, here, OUTER, DOUBLE)
         weight = tl.where(here, tl.load(table + code) * scale, 0.0)
         seen = (token[:, None] < tokens) & (column[None, :] < width)
         xs = tl.load(x + token[:, None].to(tl.int64) * width + column[None, :], seen, 0.0)

@@ -1,8 +1,8 @@
 """SGMV and BGMV: the thin products of a mixed batch, y_t ← y_t + s_i·x_t A_iᵀ B_iᵀ, in two kernels for all adapters.
 
-A program takes a block of neighbouring tokens of one adapter: 16 at a time on tensor cores (segments: Punica, Chen et
-al., MLSys 2024, arXiv 2310.18547), or a single one as a matrix-vector product where rows have few tokens (decoding).
-Sums are float32. The reference is `ops.segments.added`.
+A program takes a block of neighbouring tokens of one adapter: 16 or 64 at a time on tensor cores (segments: Punica,
+Chen et al., MLSys 2024, arXiv 2310.18547), or a single one as a matrix-vector product where rows have few tokens
+(decoding). Sums are float32. The reference is `ops.segments.added`.
 """
 
 from __future__ import annotations
@@ -16,35 +16,37 @@ from torch import Tensor
 
 from rankloom.ops.segments import FEW, Segments, Stack
 
-TILE = 16
-
 
 def added(y: Tensor, x: Tensor, found: Segments, held: Stack) -> Tensor:
     """`y` (rows, …, out) with the changes for `x` (rows, …, in) written into it, as `ops.segments.added`."""
     flat, inputs = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous()
     tokens = inputs.shape[0] // found.batch
-    tile = 1 if tokens <= FEW else TILE
+    few = tokens <= FEW
+    tile = 1 if few else 64 if tokens >= 64 else 16
     blocks = found.blocks(tokens, tile, x.device)
     _, r, width = held.a.shape
-    rank = max(TILE, triton.next_power_of_2(r))
-    thin = torch.empty(inputs.shape[0], rank, dtype=torch.float32, device=x.device)
-    count, out = blocks.shape[0], flat.shape[1]
-    shrink[(count,)](inputs, held.a, held.scales, thin, blocks, width, r, M=tile, R=rank, K=64)
-    expand[(count, triton.cdiv(out, 64))](thin, held.b, flat, blocks, out, r, M=tile, R=rank, N=64)
+    rank = max(16, triton.next_power_of_2(r))
+    thin = torch.empty(inputs.shape[0], rank, dtype=torch.float32 if few else x.dtype, device=x.device)
+    count, out, piece = blocks.shape[0], flat.shape[1], 4 if few else rank
+    shrink[(count, rank // piece)](
+        inputs, held.a, held.scales, thin, blocks, width, r, M=tile, R=rank, P=piece, K=1024 if few else 64
+    )
+    columns = 256 if few else 128
+    expand[(count, triton.cdiv(out, columns))](thin, held.b, flat, blocks, out, r, M=tile, R=rank, N=columns)
     return flat.reshape(y.shape)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def shrink(
     x: Any, a: Any, scales: Any, h: Any, blocks: Any, width: Any, r: Any,
-    M: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
 ) -> None:  # fmt: skip
-    """h (tokens, R) = s·x Aᵀ for one block of tokens; columns beyond the rank are zero."""
+    """P columns of h (tokens, R) = s·x Aᵀ for one block of tokens; columns beyond the rank are zero."""
     adapter = tl.load(blocks + 3 * tl.program_id(0)).to(tl.int64)
     first = tl.load(blocks + 3 * tl.program_id(0) + 1)
     end = tl.load(blocks + 3 * tl.program_id(0) + 2)
-    token, row, at = first + tl.arange(0, M), tl.arange(0, R), tl.arange(0, K)
-    total = tl.zeros((M, R), dtype=tl.float32)
+    token, row, at = first + tl.arange(0, M), tl.program_id(1) * P + tl.arange(0, P), tl.arange(0, K)
+    total = tl.zeros((M, P), dtype=tl.float32)
     for start in range(0, width, K):
         column = start + at
         inside = column[None, :] < width
@@ -55,7 +57,8 @@ def shrink(
         else:
             total += tl.dot(xs, tl.trans(rows), input_precision="ieee")
     total *= tl.load(scales + adapter).to(tl.float32)
-    tl.store(h + token[:, None].to(tl.int64) * R + row[None, :], total, token[:, None] < end)
+    place = h + token[:, None].to(tl.int64) * R + row[None, :]
+    tl.store(place, total.to(h.dtype.element_ty), token[:, None] < end)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -76,5 +79,5 @@ def expand(
     if M == 1:
         change = tl.sum(tl.trans(hs) * columns.to(tl.float32), axis=0)[None, :]
     else:
-        change = tl.dot(hs, columns.to(tl.float32), input_precision="ieee")
+        change = tl.dot(hs, columns, input_precision="ieee")
     tl.store(place, (tl.load(place, here, 0.0).to(tl.float32) + change).to(y.dtype.element_ty), here)
