@@ -29,17 +29,21 @@ class Gate:
         return self.ours <= self.bound
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Process CPU seconds of every variant in every round, in random order within a round, after one warm-up."""
+def interleaved(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
+    """Seconds of `clock` of every variant in every round, in random order within a round, after one warm-up."""
     order, shuffle = list(variants), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         shuffle(order)
         for name in order:
-            began = time.process_time()
+            began = clock()
             variants[name]()
             if number:
-                times[name].append(time.process_time() - began)
+                times[name].append(clock() - began)
     return times
 
 
@@ -48,9 +52,9 @@ def ratios(times: Mapping[str, Sequence[float]], to: str) -> dict[str, float]:
     return {name: statistics.median(t / u for t, u in zip(found, times[to])) for name, found in times.items()}
 
 
-def record(gates: Sequence[Gate]) -> None:
-    """Print the rows and put them in the place of those of the same names in gates.json."""
-    path = RESULTS / "gates.json"
+def record(gates: Sequence[Gate], name: str = "gates.json") -> None:
+    """Print the rows and put them in the place of those of the same names in a file of results."""
+    path = RESULTS / name
     rows = {row["gate"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     for gate in gates:
         rows[gate.gate] = {**{k: _short(v) for k, v in asdict(gate).items()}, "ok": gate.ok}

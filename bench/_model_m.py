@@ -60,7 +60,8 @@ def lora(**settings: object) -> rl.Method:
 
 
 def batch(rows: int = 4, tokens: int = 256, words: int = 8192) -> Tensor:
-    return torch.randint(0, words, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, words, (rows, tokens), generator=torch.Generator().manual_seed(0), device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def step(model: nn.Module, ids: Tensor) -> Callable[[], None]:

@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: time, and the part of the memory roofline that they reach. Without a GPU it says so.
 
-python bench/kernels.py        writes bench/results/kernels.json; set RANKLOOM_BANDWIDTH (GB/s) to the card's own
+python bench/gpu_kernels.py     writes bench/results/gpu_kernels.json. RANKLOOM_BANDWIDTH (GB/s) is the card's own
 figure, else the bandwidth that a copy of 1 GB reaches here is the roofline.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from _measure import RESULTS
 
 from rankloom.ops.segments import segments, stack
-from rankloom.store.normalfloat import NormalFloat, dynamic_code, table
+from rankloom.store.normalfloat import NormalFloat, looked_up
 
 WIDTH, OUT, RANK = 4096, 4096, 16
 
@@ -72,31 +72,53 @@ def mixed_batches() -> Iterator[tuple[str, Callable[[], object], Callable[[], ob
 
 
 def packed_products() -> Iterator[tuple[str, Callable[[], object], Callable[[], object], int]]:
-    from rankloom.ops.triton import normalfloat as kernels
+    """The same for 4-bit weights: read into bf16, and products without reading them into memory."""
+    store, shape = NormalFloat(bits=4), torch.Size((OUT, WIDTH))
+    weight = store.pack(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
 
-    store = NormalFloat(bits=4)
-    weight = store.pack(torch.randn(OUT, WIDTH, device="cuda", dtype=torch.bfloat16))
-    values, outer = table(4, weight.device), (torch.tensor(dynamic_code(), device="cuda"), store.double_block)
+    def plainly() -> torch.Tensor:
+        found = looked_up(weight.parts["codes"], store.scales(weight.parts), 4, store.block, shape)
+        return found.to(torch.bfloat16)
+
+    yield "4-bit weight read", weight.unpack, plainly, weight.stored_bytes + 2 * shape.numel()
     for rows in (1, 16, 64):
         x = torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
         moved = weight.stored_bytes + 2 * (x.numel() + rows * OUT)
-        kernel = lambda x=x: kernels.product(x, weight.parts, (OUT, WIDTH), values, store.block, outer)  # noqa: E731
-        yield f"4-bit product {rows} rows", kernel, lambda x=x: F.linear(x, weight.unpack()), moved
+        kernel = lambda x=x: store.product(x, weight.parts, shape)  # noqa: E731
+        yield f"4-bit product {rows} rows", kernel, lambda x=x: F.linear(x, plainly()), moved
+
+
+def bitsandbytes_products() -> dict[str, float]:
+    """Seconds of bitsandbytes for the same, by name; empty where it is not installed."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return {}
+    made = bnb.nn.Linear4bit(WIDTH, OUT, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").cuda()
+    found = {
+        "4-bit weight read": seconds(lambda: bnb.functional.dequantize_4bit(made.weight.data, made.weight.quant_state))
+    }
+    with torch.no_grad():
+        for rows in (1, 16, 64):
+            x = torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
+            found[f"4-bit product {rows} rows"] = seconds(lambda x=x: made(x))
+    return found
 
 
 def main() -> None:
     if not torch.cuda.is_available():
-        print("no CUDA device here: nothing is timed. On a machine with one: python bench/kernels.py")
+        print("no CUDA device here: nothing is timed. On a machine with one: python bench/gpu_kernels.py")
         return
-    limit, rows = bandwidth(), []
+    limit, peers, rows = bandwidth(), bitsandbytes_products(), []
     for name, kernel, reference, moved in (*mixed_batches(), *packed_products()):
-        mine, torchs = seconds(kernel), seconds(reference)
-        rows.append({"what": name, "us": 1e6 * mine, "torch_us": 1e6 * torchs, "roofline": moved / limit / mine})
-        print(
-            f"{name:44} {1e6 * mine:9.1f} us   torch {1e6 * torchs:9.1f} us   {moved / limit / mine:6.1%} of roofline"
-        )
+        mine, torchs, peer = seconds(kernel), seconds(reference), peers.get(name)
+        part = moved / limit / mine
+        us = {"us": 1e6 * mine, "torch_us": 1e6 * torchs, "bitsandbytes_us": peer and 1e6 * peer}
+        rows.append({"what": name, **us, "roofline": part})
+        beside = "" if peer is None else f"   bitsandbytes {1e6 * peer:7.1f} us"
+        print(f"{name:44} {1e6 * mine:8.1f} us   torch {1e6 * torchs:8.1f} us{beside}   {part:6.1%} of roofline")
     found = {"device": torch.cuda.get_device_name(), "bytes_per_second": limit, "rows": rows, "python": sys.version}
-    (RESULTS / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "gpu_kernels.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""The gates on a GPU: a Llama of 1.1 B parameters in bf16, r=16 on its linear layers, beside PEFT's and the limit.
+
+python bench/gpu.py [rows] [tokens]     8 × 1024 tokens by default; writes bench/results/gpu.json. Seconds are those of
+a whole step with the device awaited, as ratios to the limit; medians of interleaved rounds. Without a GPU it says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import mixed
+import torch
+from _measure import RESULTS, ROUNDS, Gate, interleaved, ratios, record
+from _model_m import TARGETS, base, batch, limit, lora, ours, peft, step
+from torch import nn
+
+import rankloom as rl
+from rankloom.ops.kept import kept_bytes
+from rankloom.store.model import keep
+from rankloom.store.normalfloat import NormalFloat
+
+SHAPE = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 22,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+}
+FILE = "gpu.json"
+
+
+def clock() -> float:
+    """Wall seconds, once the device has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_nf4(model: nn.Module) -> nn.Module:
+    """The adapted layers' weights in our NF4, doubly quantised."""
+    names = [f"{name}.weight" for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in TARGETS]
+    keep(model, dict.fromkeys(names, NormalFloat()))
+    return model
+
+
+def in_bitsandbytes(model: nn.Module) -> nn.Module | None:
+    """The same in bitsandbytes' NF4; None where it is not installed."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return None
+    for name, layer in list(model.named_modules()):
+        if name.rsplit(".", 1)[-1] in TARGETS:
+            new = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            new.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4", module=new)
+            model.set_submodule(name, new.to(layer.weight.device))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def in_bf16(model: nn.Module) -> nn.Module:
+    """Everything in bf16, the trained tensors too: faster, and small updates of theirs are lost."""
+    return model.to(torch.bfloat16)
+
+
+def variants(model: nn.Module) -> Mapping[str, Callable[[], nn.Module | None]]:
+    def full() -> nn.Module:
+        return base(torch.bfloat16, **SHAPE)
+
+    def qlora_of_peft() -> nn.Module | None:
+        made = in_bitsandbytes(full())
+        return None if made is None else peft(made)
+
+    return {
+        "limit": lambda: limit(model),
+        "LoRA ours": lambda: ours(model, lora()),
+        "LoRA PEFT": lambda: peft(model),
+        "LoRA PEFT, adapters in bf16": lambda: in_bf16(peft(model)),
+        "DoRA ours": lambda: ours(model, rl.DoRA(lora())),
+        "DoRA PEFT": lambda: peft(model, use_dora=True),
+        "DoRA PEFT, adapters in bf16": lambda: in_bf16(peft(model, use_dora=True)),
+        "QLoRA ours": lambda: ours(in_nf4(full()), lora()),
+        "QLoRA PEFT": qlora_of_peft,
+        "full fine-tuning": full,
+    }
+
+
+def steps(rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    """For each variant: its time as a ratio, MB that autograd keeps, MB of the peak of a step."""
+    model, ids = base(torch.bfloat16, **SHAPE), batch(rows, tokens, SHAPE["vocab_size"])
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters, {rows} × {tokens} tokens", flush=True)
+    runs: dict[str, Callable[[], object]] = {}
+    found: dict[str, dict[str, float]] = {}
+    for name, make in variants(model).items():
+        variant = make()
+        if variant is None:
+            print(f"{name}: left out, bitsandbytes is not installed")
+            continue
+        try:
+            run = step(variant, ids)
+            run()  # shows which layers read the same input
+            loss = variant(input_ids=ids, labels=ids, use_cache=False).loss
+            kept = kept_bytes([loss], variant.parameters())
+            del loss
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            peak = torch.cuda.max_memory_allocated() - before
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name}: out of memory")
+            del variant, run
+            gc.collect()
+            torch.cuda.empty_cache()
+            continue
+        runs[name], found[name] = run, {"kept_MB": kept / 1e6, "peak_MB": peak / 1e6}
+    times = interleaved(runs, rounds, clock)
+    for name, ratio in ratios(times, to="limit").items():
+        found[name] |= {"ratio": ratio, "ms": 1e3 * sorted(times[name])[len(times[name]) // 2]}
+        told = found[name]
+        print(
+            f"  {name:30} {ratio:6.3f} of the limit   {told['ms']:8.1f} ms   kept {told['kept_MB']:9.1f} MB"
+            f"   peak {told['peak_MB']:9.1f} MB",
+            flush=True,
+        )
+    return found
+
+
+def gates(found: Mapping[str, Mapping[str, float]]) -> list[Gate]:
+    def of(name: str, key: str, to: str | None = None) -> float | None:
+        if name not in found:
+            return None
+        return found[name][key] / (found[to][key] if to else 1)
+
+    rows = []
+    for name, method, bound in (("G2", "LoRA", 1.25), ("G3", "DoRA", 1.5)):
+        rows.append(
+            Gate(f"{name} {method} bf16 step", of(f"{method} ours", "ratio"), of(f"{method} PEFT", "ratio"), 1.0, bound)
+        )
+    for method, bound in (("LoRA", 0.65), ("DoRA", 0.8)):
+        mine, theirs = (of(f"{method} {who}", "kept_MB", "full fine-tuning") for who in ("ours", "PEFT"))
+        rows.append(
+            Gate(f"G5 kept bytes, {method} to full", mine, theirs, of("limit", "kept_MB", "full fine-tuning"), bound)
+        )
+    return rows
+
+
+def batches() -> list[Gate]:
+    """G9 with eight of the layers."""
+    made, rows = mixed.models(64, {**SHAPE, "num_hidden_layers": 8}, torch.bfloat16), []
+    for tokens, what in ((1, "decode"), (32, "prefill")):
+        found = mixed.measure(made, tokens, clock)
+        rows.append(Gate(f"G9 {what}, 64 adapters in 64 rows", found["ours"], found["peft"], 1.0, mixed.BOUNDS[tokens]))
+    return rows
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing is measured. On a machine with one: python bench/gpu.py")
+        return
+    rows, tokens = (int(n) for n in sys.argv[1:3]) if len(sys.argv) > 2 else (8, 1024)
+    torch.set_default_device("cuda")
+    found = steps(rows, tokens, ROUNDS)
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows, "tokens": tokens}
+    (RESULTS / "gpu_steps.json").write_text(json.dumps({**about, "variants": found}, indent=1) + "\n")
+    gc.collect()
+    torch.cuda.empty_cache()
+    record([*gates(found), *batches()], FILE)
+
+
+if __name__ == "__main__":
+    main()
