@@ -30,6 +30,17 @@ def test_kernels_equal_their_references():
         assert case["off"] < (1e-6 if "float32" in case["case"] else 8e-3), case
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install 'rankloom[kernels]')")
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = CASES.with_name("triton_compiled.py")
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {case["kernel"] for case in found} == {"shrink", "expand", "look_up", "row_product", "tile_product"}
+    assert len(found) == 24
+
+
 def test_without_a_gpu_nothing_imports_triton():
     code = (
         "import sys, torch, rankloom as rl\n"

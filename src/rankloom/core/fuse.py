@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from rankloom.core.adapter import Adapter, thin_of
 from rankloom.core.kinds import Base, product
 from rankloom.core.switch import Voice, Voices
+from rankloom.ops.autocast import autocasts
 from rankloom.ops.fused import Layer, fused
 from rankloom.ops.rebuild import origin
 from rankloom.store.base import Packed
@@ -238,10 +239,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _autocast(x: Tensor) -> bool:
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return False
-    return torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return autocasts(x) and x.dtype != torch.float64
 
 
 def _watched() -> bool:

@@ -21,6 +21,7 @@ from rankloom.core.kinds import Bare, Base, Kind
 from rankloom.core.mixed import Stacks, in_segments
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.errors import StateError, TargetError
+from rankloom.ops.autocast import autocasts
 
 LAYER = "layer"
 """Slot of a change to the layer's output; every other slot but `SHARED` is a parameter's name."""
@@ -178,7 +179,7 @@ def _expand(layer: nn.Module, y: Tensor, rows: Tensor, batch: int | None) -> Ten
 
 def _plain(y: Tensor) -> bool:
     """True where nothing traces or recasts what runs now."""
-    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(y.device.type))
+    return not (torch.compiler.is_compiling() or autocasts(y))
 
 
 def _effective(owner: Grafted, key: str) -> Tensor | None:

@@ -20,6 +20,7 @@ from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.errors import SettingsError, TargetError
 from rankloom.methods.residual import ResidualAdapter
+from rankloom.ops.autocast import autocasts
 from rankloom.ops.linalg import row_norms
 from rankloom.starts.plain import NONZERO, check_start, fill
 
@@ -109,8 +110,7 @@ def drop(x: Any, y: Tensor, p: float, training: bool) -> Any:
     """The input of the change: in the output's dtype, dropped out in training. Token ids and no input pass through."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return x
-    device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocasts(x):
         x = x.to(y.dtype)
     return F.dropout(x, p, training) if p and training else x
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloom.errors import SettingsError, StateError
+from rankloom.ops.autocast import autocasts
 from rankloom.store.bridges import bridge_of
 
 aten = torch.ops.aten
@@ -105,7 +106,7 @@ class Packed(torch.Tensor):
     """A weight held as the parts of a store; every other operation than those below unpacks it first."""
 
     store: Store
-    names: tuple[str, ...]
+    part_names: tuple[str, ...]
 
     @staticmethod
     def __new__(cls, parts: Parts, store: Store, shape: torch.Size, dtype: torch.dtype) -> Packed:
@@ -115,14 +116,14 @@ class Packed(torch.Tensor):
 
     def __init__(self, parts: Parts, store: Store, shape: torch.Size, dtype: torch.dtype) -> None:
         self.store = store
-        self.names = tuple(parts)
+        self.part_names = tuple(parts)
         for name, part in parts.items():
             setattr(self, f"part_{name}", part)
 
     @property
     def parts(self) -> Parts:
         """The stored tensors by name."""
-        return {name: getattr(self, f"part_{name}") for name in self.names}
+        return {name: getattr(self, f"part_{name}") for name in self.part_names}
 
     def unpack(self) -> Tensor:
         """The dense weight."""
@@ -145,7 +146,7 @@ class Packed(torch.Tensor):
         return f"Packed({self.store}, shape={tuple(self.shape)}, dtype={self.dtype}, bytes={self.stored_bytes})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Store, tuple[str, ...], torch.dtype]]:
-        return [f"part_{n}" for n in self.names], (self.store, self.names, self.dtype)
+        return [f"part_{n}" for n in self.part_names], (self.store, self.part_names, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: Mapping[str, Tensor], meta: Any, size: torch.Size, stride: Any) -> Packed:
@@ -260,7 +261,7 @@ class _Product(torch.autograd.Function):
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, Packed):
         return F.linear(_unpacked(x), weight, _unpacked(bias))
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias.to(y.dtype)

@@ -67,11 +67,11 @@ def _sizes(parts: Mapping[str, Tensor], code: Code) -> dict[str, Any]:
     return {"BLOCK": code.block, "OUTER": code.outer_block, "DOUBLE": "absmax8" in parts}
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def scale_of(
-    scales: Any, outer_scale: Any, offset: Any, outer_table: Any, number: Any, here: Any,
+    scales, outer_scale, offset, outer_table, number, here,
     OUTER: tl.constexpr, DOUBLE: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """The float32 scales of the blocks `number`."""
     if not DOUBLE:
         return tl.load(scales + number, here, 0.0)
@@ -79,11 +79,11 @@ def scale_of(
     return inner * tl.load(outer_scale + number // OUTER, here, 0.0) + tl.load(offset)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def look_up(
-    codes: Any, scales: Any, outer_scale: Any, offset: Any, outer_table: Any, table: Any, y: Any, count: Any,
+    codes, scales, outer_scale, offset, outer_table, table, y, count,
     BLOCK: tl.constexpr, OUTER: tl.constexpr, DOUBLE: tl.constexpr, K: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """K neighbouring weights."""
     place = tl.program_id(0).to(tl.int64) * K + tl.arange(0, K)
     byte = tl.load(codes + place // 2, place < count, 0).to(tl.int32)
@@ -92,12 +92,12 @@ def look_up(
     tl.store(y + place, (tl.load(table + code) * scale).to(y.dtype.element_ty), place < count)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def row_product(
-    x: Any, codes: Any, scales: Any, outer_scale: Any, offset: Any, outer_table: Any, table: Any, y: Any,
-    rows: Any, width: Any,
+    x, codes, scales, outer_scale, offset, outer_table, table, y,
+    rows, width,
     BLOCK: tl.constexpr, OUTER: tl.constexpr, DOUBLE: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """N outputs of one row of x; S whole blocks of every weight row at a time, their scales applied to their sums."""
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
     total = tl.zeros((N,), dtype=tl.float32)
@@ -118,13 +118,13 @@ def row_product(
     tl.store(y + token * rows + row, total.to(y.dtype.element_ty), row < rows)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def tile_product(
-    x: Any, codes: Any, scales: Any, outer_scale: Any, offset: Any, outer_table: Any, table: Any, y: Any,
-    tokens: Any, rows: Any, width: Any,
+    x, codes, scales, outer_scale, offset, outer_table, table, y,
+    tokens, rows, width,
     BLOCK: tl.constexpr, OUTER: tl.constexpr, DOUBLE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One (M, N) tile of y."""
     token, row = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
     total = tl.zeros((M, N), dtype=tl.float32)

@@ -7,8 +7,6 @@ Chen et al., MLSys 2024, arXiv 2310.18547), or a single one as a matrix-vector p
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -36,11 +34,11 @@ def added(y: Tensor, x: Tensor, found: Segments, held: Stack) -> Tensor:
     return flat.reshape(y.shape)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def shrink(
-    x: Any, a: Any, scales: Any, h: Any, blocks: Any, width: Any, r: Any,
+    x, a, scales, h, blocks, width, r,
     M: tl.constexpr, R: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """P columns of h (tokens, R) = s·x Aᵀ for one block of tokens; columns beyond the rank are zero."""
     adapter = tl.load(blocks + 3 * tl.program_id(0)).to(tl.int64)
     first = tl.load(blocks + 3 * tl.program_id(0) + 1)
@@ -61,10 +59,8 @@ def shrink(
     tl.store(place, total.to(h.dtype.element_ty), token[:, None] < end)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def expand(
-    h: Any, b: Any, y: Any, blocks: Any, out: Any, r: Any, M: tl.constexpr, R: tl.constexpr, N: tl.constexpr
-) -> None:
+@triton.jit
+def expand(h, b, y, blocks, out, r, M: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """y (tokens, out) += h Bᵀ for one block of tokens and N channels; `b` holds Bᵀ."""
     adapter = tl.load(blocks + 3 * tl.program_id(0)).to(tl.int64)
     first = tl.load(blocks + 3 * tl.program_id(0) + 1)

@@ -1,0 +1,41 @@
+"""Run in a process of its own, without TRITON_INTERPRET: every kernel compiled for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rankloom.ops.triton import normalfloat, segments
+
+SIZES = {"BLOCK": 64, "OUTER": 256}
+
+
+def build(kernel, types, sizes, target):
+    given = iter(types)
+    signature = {name: "constexpr" if name in sizes else next(given) for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
+    found = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=target)
+    print(json.dumps({"kernel": kernel.__name__, "arch": target.arch, "bytes": len(found.asm["ptx"])}))
+
+
+def main():
+    for arch, x in ((80, "*fp32"), (90, "*bf16")):
+        target = GPUTarget("cuda", arch, 32)
+        for tile, piece, k, n, thin in ((1, 4, 1024, 256, "*fp32"), (16, 16, 64, 128, x), (64, 16, 64, 128, x)):
+            sizes = {"M": tile, "R": 16, "P": piece, "K": k}
+            build(segments.shrink, [x, x, x, thin, "*i32", "i32", "i32"], sizes, target)
+            build(segments.expand, [thin, x, x, "*i32", "i32", "i32"], {"M": tile, "R": 16, "N": n}, target)
+        for double in (False, True):
+            parts = ["*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", "*fp32", "*fp32"]
+            sizes = {**SIZES, "DOUBLE": double}
+            build(normalfloat.look_up, [*parts, x, "i32"], {**sizes, "K": 2048}, target)
+            build(normalfloat.row_product, [x, *parts, x, "i32", "i32"], {**sizes, "N": 4, "S": 16}, target)
+            tiles = {**sizes, "M": 16, "N": 16, "K": 128}
+            build(normalfloat.tile_product, [x, *parts, x, "i32", "i32", "i32"], tiles, target)
+
+
+if __name__ == "__main__":
+    main()
