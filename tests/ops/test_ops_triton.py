@@ -24,7 +24,7 @@ def test_kernels_equal_their_references():
     done = subprocess.run([sys.executable, CASES], env=env, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 28
+    assert len(found) == 24
     for case in found:
         assert case["changed"] > 0.5, case
         assert case["off"] < (1e-6 if "float32" in case["case"] else 8e-3), case
@@ -37,8 +37,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {case["kernel"] for case in found} == {"shrink", "expand", "look_up", "row_product", "tile_product"}
-    assert len(found) == 24
+    assert {case["kernel"] for case in found} == {"shrink", "expand", "look_up", "row_product"}
+    assert len(found) == 18
 
 
 def test_without_a_gpu_nothing_imports_triton():
@@ -69,13 +69,13 @@ def test_where_a_kernel_is_usable_it_is_used(monkeypatch):
 
     product = types.ModuleType("rankloom.ops.triton.normalfloat")
     product.Code = lambda *values: values
-    product.product = lambda x, parts, shape, code: x.new_full((*x.shape[:-1], shape[0]), 5.0)
+    product.product = lambda x, parts, shape, code: None if len(x) > 2 else x.new_full((len(x), shape[0]), 5.0)
     monkeypatch.setitem(sys.modules, product.__name__, product)
     monkeypatch.setattr("rankloom.ops.triton.normalfloat", product, raising=False)
     product.decoded = lambda parts, shape, code, dtype: torch.full(shape, 3.0, dtype=dtype)
     monkeypatch.setattr(normalfloat, "usable", lambda *_: True)
     weight = NormalFloat(bits=4).pack(torch.randn(6, 64))
-    few, many = torch.randn(2, 64), torch.randn(normalfloat.FEW + 1, 64)
+    few, many = torch.randn(2, 64), torch.randn(3, 64)
     assert torch.equal(torch.nn.functional.linear(few, weight), torch.full((2, 6), 5.0))
     assert torch.equal(weight.unpack(), torch.full((6, 64), 3.0))
     assert torch.equal(torch.nn.functional.linear(many, weight), many @ weight.unpack().mT)

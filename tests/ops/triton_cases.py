@@ -64,9 +64,12 @@ def packed_weights():
             parts = {name: part.cpu() for name, part in weight.parts.items()}
             plain = store.decode(parts, weight.shape, dtype)
             assert torch.equal(nf.decoded(weight.parts, weight.shape, code, dtype).cpu(), plain)
-            for rows in ((3, 7), (2,)):
+            for rows in ((1, 2), (1,), (3,)):
                 x = torch.randn(*rows, shape[1]).to(dtype)
                 made = nf.product(x, weight.parts, weight.shape, code)
+                if rows == (3,) or shape[1] % block:
+                    assert made is None
+                    continue
                 wanted = x.double().cpu() @ plain.double().mT
                 say(f"normalfloat {shape} {block} {double} {rows} {dtype}", made.cpu(), wanted, None)
 

@@ -24,17 +24,16 @@ def build(kernel, types, sizes, target):
 def main():
     for arch, x in ((80, "*fp32"), (90, "*bf16")):
         target = GPUTarget("cuda", arch, 32)
-        for tile, piece, k, n, thin in ((1, 4, 1024, 256, "*fp32"), (16, 16, 64, 128, x), (64, 16, 64, 128, x)):
+        for tile, piece, k in ((1, 2, 2048), (16, 16, 128), (64, 16, 128)):
             sizes = {"M": tile, "R": 16, "P": piece, "K": k}
-            build(segments.shrink, [x, x, x, thin, "*i32", "i32", "i32"], sizes, target)
-            build(segments.expand, [thin, x, x, "*i32", "i32", "i32"], {"M": tile, "R": 16, "N": n}, target)
+            build(segments.shrink, [x, x, x, x, "*i32", "i32", "i32"], sizes, target)
+        for tile in (16, 64):
+            build(segments.expand, [x, x, x, "*i32", "i32", "i32"], {"M": tile, "R": 16, "N": 128}, target)
         for double in (False, True):
             parts = ["*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", "*fp32", "*fp32"]
             sizes = {**SIZES, "DOUBLE": double}
             build(normalfloat.look_up, [*parts, x, "i32"], {**sizes, "K": 2048}, target)
-            build(normalfloat.row_product, [x, *parts, x, "i32", "i32"], {**sizes, "N": 4, "S": 16}, target)
-            tiles = {**sizes, "M": 16, "N": 16, "K": 128}
-            build(normalfloat.tile_product, [x, *parts, x, "i32", "i32", "i32"], tiles, target)
+            build(normalfloat.row_product, [x, *parts, x, "i32", "i32"], {**sizes, "N": 16, "S": 16}, target)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,10 @@ class Adapter(nn.Module):
         )
 
     def thin(self, base: Base) -> Thin | None:
-        """What `forward` says, as thin factors, at a linear layer; None where it is more than that."""
+        """What `forward` says, as thin factors, at a linear layer; None where it is more than that.
+
+        Two factors without a magnitude depend on own tensors, `training`, `dropout`, `scaling` and the layer alone.
+        """
         return None
 
     def delta_bias(self, base: Base) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,30 +16,38 @@ from rankloom.ops.segments import Stack, added, stack, trained
 
 
 class Stacks:
-    """The factors that a layer's last mixed batch used, side by side in one tensor each.
+    """The thin changes that a layer's last mixed batch used, and their factors side by side in one tensor each.
 
-    Made again when a factor is another tensor or was written to, or a scale changed. A write past autograd's version
-    counter (through `.data`) is not seen: write to the parameter itself, under `torch.no_grad()`.
+    Made again when an adapter, one of its tensors or numbers is another, or a tensor was written to. A write past
+    autograd's version counter (through `.data`) is not seen: write to the parameter itself, under `torch.no_grad()`.
     """
 
     def __init__(self) -> None:
-        self._held: Stack | None = None
-        self._state: list[Any] = []
-        self._factors: list[Thin] = []
+        self._state: tuple[Any, ...] = ()
+        self._tensors: Sequence[Tensor] = ()
+        self._factors: dict[int, Thin] = {}
+        self._held: dict[torch.dtype, Stack] = {}
 
     def __reduce__(self) -> Any:
         return Stacks, ()
 
-    def of(self, factors: Sequence[Thin], dtype: torch.dtype) -> Stack:
-        """The stack of `factors` in `dtype`."""
-        state: list[Any] = [dtype]
-        for thin in factors:
-            a, b = thin.A, thin.B
-            state += (id(a), a._version, a.data_ptr(), id(b), b._version, b.data_ptr(), thin.scale)
-        if self._held is None or state != self._state:
-            self._held = stack([(thin.A, thin.B, thin.scale) for thin in factors], dtype)
-            self._state, self._factors = state, list(factors)  # held, so that no id is given to another tensor
-        return self._held
+    def factors(self, heard: Sequence[Adapter | None], base: Base) -> Mapping[int, Thin]:
+        """The changes that are nothing but two factors, by their place in `heard`."""
+        adapters = [a for a in heard if a is not None]
+        tensors = [p for a in adapters for p in a._parameters.values() if p is not None]
+        numbers = [(a.training, a.dropout, a.__dict__.get("scaling"), len(a.__dict__)) for a in adapters]
+        state = (heard, numbers, [t._version for t in tensors], [t.data_ptr() for t in tensors])
+        if state != self._state or len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+            pairs = {i: pair_of(adapter, base) for i, adapter in enumerate(heard) if adapter is not None}
+            self._factors = {i: thin for i, thin in pairs.items() if thin is not None}
+            self._state, self._tensors, self._held = state, tensors, {}
+        return self._factors
+
+    def stacked(self, dtype: torch.dtype) -> Stack:
+        """The factors last asked for, in `dtype`."""
+        if dtype not in self._held:
+            self._held = {dtype: stack([(t.A, t.B, t.scale) for t in self._factors.values()], dtype)}
+        return self._held[dtype]
 
 
 def in_segments(
@@ -49,12 +58,11 @@ def in_segments(
     Without gradients `y`, fresh from its layer, is written to; else the sum is a new tensor, differentiable by all.
     """
     assert voices.segments is not None
-    heard = {i: adapter for i, v in enumerate(voices.speakers) if (adapter := table.get(v.name)) is not None}
-    factors = {i: thin for i, adapter in heard.items() if (thin := pair_of(adapter, base)) is not None}
+    factors = stacks.factors([table.get(v.name) for v in voices.speakers], base)
     if not factors:
         return y, voices.speakers
     rest = tuple(v for i, v in enumerate(voices.speakers) if i not in factors)
-    found, pairs, x = voices.segments.only(tuple(factors)), list(factors.values()), x.to(y.dtype)
+    found, x = voices.segments.only(tuple(factors)), x.to(y.dtype)
     if torch.is_grad_enabled():
-        return trained(y, x, found, [(t.A, t.B, t.scale) for t in pairs]), rest
-    return added(y, x, found, stacks.of(pairs, y.dtype)), rest
+        return trained(y, x, found, [(t.A, t.B, t.scale) for t in factors.values()]), rest
+    return added(y, x, found, stacks.stacked(y.dtype)), rest

@@ -48,17 +48,33 @@ def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torc
 
 @dataclass(slots=True)
 class _Call:
-    """What one call knows beside its tensors; `x` is taken out by its forward."""
+    """What one call knows beside its tensors; `x` is taken out by its forward, which asks which magnitudes have zeros."""
 
     x: Tensor | None
     layers: tuple[Layer, ...]
     origin: Origin | None
     dtype: torch.dtype
     inputs: int
+    zeros: tuple[_Told | None, ...] = ()
 
     def rebuilt(self, kept: Sequence[Tensor]) -> Tensor:
         x = kept[0] if self.origin is None else self.origin.make(tuple(kept))
         return x.to(self.dtype)
+
+
+class _Told:
+    """Whether a tensor of one element is true: asked where it is made, read once the device has come so far."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self.flag = flag.to("cpu", non_blocking=True)
+        self.ready = torch.cuda.Event() if flag.is_cuda else None
+        if self.ready is not None:
+            self.ready.record()
+
+    def __bool__(self) -> bool:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return bool(self.flag)
 
 
 class _Kept(NamedTuple):
@@ -87,6 +103,10 @@ class _Fused(torch.autograd.Function):
         if linked or any(trains[0::3]) or any(trains[2::3]):
             whole = tensors[0] if tensors[0].dtype == call.dtype else x
             kept = (whole,) if call.origin is None else call.origin.kept
+        call.zeros = tuple(
+            _Told((layer.magnitude == 0).any()) if layer.magnitude is not None and trained else None
+            for layer, trained in zip(call.layers, trains[2::3])
+        )
         ctx.call, ctx.count, ctx.needs, ctx.trains = call, len(kept), needs, trains
         ctx.set_materialize_grads(False)
         rows = [
@@ -176,7 +196,7 @@ def _sum(
             continue
         dy = dy.reshape(-1, dy.shape[-1])
         if trains[3 * i + 2]:
-            grads[3 * i + 2] = _magnitude(layer, row, flat, dy)
+            grads[3 * i + 2] = _magnitude(layer, row, flat, dy, call.zeros[i])
         gain = _gain(row.magnitude, layer.norms, dy.dtype)
         dy = dy if gain is None else dy * gain
         thin.append((i, row, dy @ _scaled(row.B, layer.scale, dy.dtype)))
@@ -215,7 +235,7 @@ def _through_a(
             grads[3 * i] = piece.to(row.A.dtype) if trains[3 * i] else None
 
 
-def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor) -> Tensor:
+def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor, zeros: _Told | None) -> Tensor:
     """Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 the output has forgotten it."""
     assert row.magnitude is not None
     assert row.y is not None
@@ -225,9 +245,9 @@ def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor) -> Ten
     total = (dy * row.y.reshape(dy.shape)).sum(0, dtype=wide)
     if row.bias is not None:
         total -= row.bias.to(wide) * dy.sum(0, dtype=wide)
-    gone = (magnitude == 0).nonzero().flatten()
     found = total / torch.where(magnitude == 0, 1.0, magnitude.to(wide))
-    if gone.numel():
+    if zeros:
+        gone = (magnitude == 0).nonzero().flatten()
         matrix = layer.read(row.weight)[gone].to(wide) + layer.scale * row.B[gone].to(wide) @ row.A.to(wide)
         found[gone] = (dy[:, gone].to(wide) * (flat.to(wide) @ matrix.T)).sum(0) / layer.norms[gone]
     return torch.where(layer.norms > 0, found, 0.0).to(magnitude.dtype)

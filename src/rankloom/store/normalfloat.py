@@ -23,8 +23,6 @@ from rankloom.store.base import Parts, Store, check_bits, check_blocks
 if TYPE_CHECKING:
     from rankloom.ops.triton.normalfloat import Code
 
-FEW = 64
-"""Rows of an input up to which a product reads packed weights by a kernel; beyond it, unpacking once costs little."""
 OFFSET = 0.9677083
 """Outermost quantile: the mean of 1 − 1/32 and 1 − 1/30."""
 
@@ -71,7 +69,7 @@ class NormalFloat(Store):
 
     def product(self, x: Tensor, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
         """By a kernel for 4 bits and few rows on a GPU, where reading W is what takes the time."""
-        if self.bits != 4 or x.numel() > FEW * x.shape[-1] or not usable(x, x.dtype):
+        if self.bits != 4 or not usable(x, x.dtype):
             return None
         from rankloom.ops.triton import normalfloat as kernels
 

@@ -15,8 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW = 4
-"""Rows of x up to which each is a matrix-vector product of its own; beyond it, 16 rows at a time on tensor cores."""
+FEW = 2
+"""Rows of x up to which each is a matrix-vector product of its own; beyond it, `decoded` and a dense product take less
+time.
+"""
+BLOCKS = (16, 32, 64, 128, 256)
+"""Weights with one scale that `product` can read."""
 
 
 class Code(NamedTuple):
@@ -40,19 +44,19 @@ def decoded(parts: Mapping[str, Tensor], shape: torch.Size, code: Code, dtype: t
     return made
 
 
-def product(x: Tensor, parts: Mapping[str, Tensor], shape: torch.Size, code: Code) -> Tensor:
-    """x (…, in) times the transposed weight of `shape` (out, in), in x's dtype."""
+def product(x: Tensor, parts: Mapping[str, Tensor], shape: torch.Size, code: Code) -> Tensor | None:
+    """x (…, in) times the transposed weight of `shape` (out, in), in x's dtype; None for more than `FEW` rows of x, or
+    where a row of the weight is not made of whole blocks.
+    """
     rows, width = shape
-    flat = x.reshape(-1, width).contiguous()
-    tokens = flat.shape[0]
+    tokens = x.numel() // width
+    if tokens > FEW or width % code.block or code.block not in BLOCKS:
+        return None
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    given = (flat, parts["codes"], *_scales(parts, code), y)
-    sizes = _sizes(parts, code)
-    if tokens <= FEW and width % code.block == 0 and code.block in (16, 32, 64, 128, 256):
-        row_product[(tokens, triton.cdiv(rows, 4))](*given, rows, width, **sizes, N=4, S=1024 // code.block)
-    else:
-        grid = (triton.cdiv(tokens, 16), triton.cdiv(rows, 16))
-        tile_product[grid](*given, tokens, rows, width, **sizes, M=16, N=16, K=128)
+    row_product[(tokens, triton.cdiv(rows, 16))](
+        x.contiguous(), parts["codes"], *_scales(parts, code), y, rows, width,
+        **_sizes(parts, code), N=16, S=1024 // code.block,
+    )  # fmt: skip
     return y.reshape(*x.shape[:-1], rows)
 
 
@@ -116,28 +120,3 @@ def row_product(
         scale = scale_of(scales, outer_scale, offset, outer_table, number, here, OUTER, DOUBLE)
         total += tl.sum(tl.sum(values, axis=2) * tl.where(here, scale, 0.0), axis=1)
     tl.store(y + token * rows + row, total.to(y.dtype.element_ty), row < rows)
-
-
-@triton.jit
-def tile_product(
-    x, codes, scales, outer_scale, offset, outer_table, table, y,
-    tokens, rows, width,
-    BLOCK: tl.constexpr, OUTER: tl.constexpr, DOUBLE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    """One (M, N) tile of y."""
-    token, row = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
-    total = tl.zeros((M, N), dtype=tl.float32)
-    for start in range(0, width, K):
-        column = start + tl.arange(0, K)
-        here = (row[:, None] < rows) & (column[None, :] < width)
-        place = row[:, None].to(tl.int64) * width + column[None, :]
-        byte = tl.load(codes + place // 2, here, 0).to(tl.int32)
-        code = tl.where(place % 2 == 0, byte >> 4, byte & 15)
-        scale = scale_of(scales, outer_scale, offset, outer_table, place // BLOCK, here, OUTER, DOUBLE)
-        weight = tl.where(here, tl.load(table + code) * scale, 0.0)
-        seen = (token[:, None] < tokens) & (column[None, :] < width)
-        xs = tl.load(x + token[:, None].to(tl.int64) * width + column[None, :], seen, 0.0)
-        total += tl.dot(xs, tl.trans(weight.to(xs.dtype)), input_precision="ieee")
-    out = y + token[:, None].to(tl.int64) * rows + row[None, :]
-    tl.store(out, total.to(y.dtype.element_ty), (token[:, None] < tokens) & (row[None, :] < rows))

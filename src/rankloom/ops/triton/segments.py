@@ -1,8 +1,8 @@
 """SGMV and BGMV: the thin products of a mixed batch, y_t ← y_t + s_i·x_t A_iᵀ B_iᵀ, in two kernels for all adapters.
 
 A program takes a block of neighbouring tokens of one adapter: 16 or 64 at a time on tensor cores (segments: Punica,
-Chen et al., MLSys 2024, arXiv 2310.18547), or a single one as a matrix-vector product where rows have few tokens
-(decoding). Sums are float32. The reference is `ops.segments.added`.
+Chen et al., MLSys 2024, arXiv 2310.18547); where rows have few tokens (decoding), the first product takes a single one
+and two rows of A. Sums are float32. The reference is `ops.segments.added`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def added(y: Tensor, x: Tensor, found: Segments, held: Stack) -> Tensor:
     flat, inputs = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous()
     tokens = inputs.shape[0] // found.batch
     few = tokens <= FEW
-    tile = 1 if few else 64 if tokens >= 64 else 16
-    blocks = found.blocks(tokens, tile, x.device)
+    tile = 16 if tokens < 64 else 64
     _, r, width = held.a.shape
-    rank = max(16, triton.next_power_of_2(r))
-    thin = torch.empty(inputs.shape[0], rank, dtype=torch.float32 if few else x.dtype, device=x.device)
-    count, out, piece = blocks.shape[0], flat.shape[1], 4 if few else rank
-    shrink[(count, rank // piece)](
-        inputs, held.a, held.scales, thin, blocks, width, r, M=tile, R=rank, P=piece, K=1024 if few else 64
+    rank, out = max(16, triton.next_power_of_2(r)), flat.shape[1]
+    thin = torch.empty(inputs.shape[0], rank, dtype=x.dtype, device=x.device)
+    rows = found.blocks(tokens, 1 if few else tile, x.device)
+    columns, step = (2, 2048) if few else (rank, 128)
+    shrink[(rows.shape[0], rank // columns)](
+        inputs, held.a, held.scales, thin, rows, width, r, M=1 if few else tile, R=rank, P=columns, K=step
     )
-    columns = 256 if few else 128
-    expand[(count, triton.cdiv(out, columns))](thin, held.b, flat, blocks, out, r, M=tile, R=rank, N=columns)
+    rows = found.blocks(tokens, tile, x.device)
+    expand[(rows.shape[0], triton.cdiv(out, 128))](thin, held.b, flat, rows, out, r, M=tile, R=rank, N=128)
     return flat.reshape(y.shape)
 
 
@@ -72,8 +72,5 @@ def expand(h, b, y, blocks, out, r, M: tl.constexpr, R: tl.constexpr, N: tl.cons
     hs = tl.load(h + token[:, None].to(tl.int64) * R + row[None, :], token[:, None] < end, 0.0)
     place = y + token[:, None].to(tl.int64) * out + column[None, :]
     here = (token[:, None] < end) & inside
-    if M == 1:
-        change = tl.sum(tl.trans(hs) * columns.to(tl.float32), axis=0)[None, :]
-    else:
-        change = tl.dot(hs, columns, input_precision="ieee")
+    change = tl.dot(hs, columns, input_precision="ieee")
     tl.store(place, (tl.load(place, here, 0.0).to(tl.float32) + change).to(y.dtype.element_ty), here)
