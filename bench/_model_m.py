@@ -60,8 +60,7 @@ def lora(**settings: object) -> rl.Method:
 
 
 def batch(rows: int = 4, tokens: int = 256, words: int = 8192) -> Tensor:
-    ids = torch.randint(0, words, (rows, tokens), generator=torch.Generator().manual_seed(0), device="cpu")
-    return ids.to(torch.get_default_device())
+    return torch.randint(0, words, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def step(model: nn.Module, ids: Tensor) -> Callable[[], None]:

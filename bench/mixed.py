@@ -58,7 +58,7 @@ def measure(made: Made, tokens: int, clock: Callable[[], float] = time.process_t
     """Ratios of ours and PEFT's to the base forward."""
     base, bank, theirs, names = made
     count = len(names)
-    ids = batch(ROWS, tokens, base.config.vocab_size)
+    ids = batch(ROWS, tokens, base.config.vocab_size).to(base.device)
     rows = [names[i * count // ROWS] for i in range(ROWS)]
     bank.use(rows=rows)
     variants: dict[str, Callable[[], torch.Tensor]] = {

@@ -24,7 +24,7 @@ def test_kernels_equal_their_references():
     done = subprocess.run([sys.executable, CASES], env=env, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 24
+    assert len(found) == 30
     for case in found:
         assert case["changed"] > 0.5, case
         assert case["off"] < (1e-6 if "float32" in case["case"] else 8e-3), case
@@ -37,8 +37,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {case["kernel"] for case in found} == {"shrink", "expand", "look_up", "row_product"}
-    assert len(found) == 18
+    assert {case["kernel"] for case in found} == {"shrink", "expand", "look_up", "row_product", "scaled", "summed"}
+    assert len(found) == 22
 
 
 def test_without_a_gpu_nothing_imports_triton():

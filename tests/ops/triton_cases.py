@@ -9,6 +9,7 @@ import os
 import torch
 
 from rankloom.ops.segments import added, segments, stack
+from rankloom.ops.triton import gain
 from rankloom.ops.triton import normalfloat as nf
 from rankloom.ops.triton import segments as kernels
 from rankloom.ops.triton.normalfloat import Code
@@ -49,6 +50,16 @@ def mixed_batches():
                 assert torch.equal(made[silent], y[silent])
 
 
+def gains():
+    for dtype in (torch.float32, HALF):
+        torch.manual_seed(0)
+        y, dy, g = torch.randn(300, 130).to(dtype), torch.randn(300, 130).to(dtype), torch.randn(130).to(dtype)
+        say(f"gain {dtype}", gain.scale_(y.clone(), g), y.double() * g.double(), y)
+        made, total = gain.scaled_and_summed(dy, y, g)
+        say(f"gain backward {dtype}", made, dy.double() * g.double(), dy)
+        say(f"gain sum {dtype} float32", total, (dy.double() * y.double()).sum(0), None)
+
+
 def packed_weights():
     for shape, block, double in (
         ((40, 64), 64, False),
@@ -76,4 +87,5 @@ def packed_weights():
 
 if __name__ == "__main__":
     mixed_batches()
+    gains()
     packed_weights()

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankloom.ops.triton import normalfloat, segments
+from rankloom.ops.triton import gain, normalfloat, segments
 
 SIZES = {"BLOCK": 64, "OUTER": 256}
 
@@ -29,6 +29,9 @@ def main():
             build(segments.shrink, [x, x, x, x, "*i32", "i32", "i32"], sizes, target)
         for tile in (16, 64):
             build(segments.expand, [x, x, x, "*i32", "i32", "i32"], {"M": tile, "R": 16, "N": 128}, target)
+        tiles = {"M": gain.ROWS, "N": gain.COLUMNS}
+        build(gain.scaled, [x, x, "i32", "i32"], tiles, target)
+        build(gain.summed, [x, x, x, x, "*fp32", "i32", "i32"], {**tiles, "STEPS": gain.STEPS}, target)
         for double in (False, True):
             parts = ["*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", "*fp32", "*fp32"]
             sizes = {**SIZES, "DOUBLE": double}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloom.ops.gain import scale_, scaled_and_summed
 from rankloom.ops.rebuild import Origin
 from rankloom.ops.unpack import pack, unpack
 
@@ -48,7 +49,7 @@ def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torc
 
 @dataclass(slots=True)
 class _Call:
-    """What one call knows beside its tensors; `x` is taken out by its forward, which asks which magnitudes have zeros."""
+    """What one call knows beside its tensors; forward takes `x` out and asks which magnitudes have `zeros`."""
 
     x: Tensor | None
     layers: tuple[Layer, ...]
@@ -67,7 +68,7 @@ class _Told:
 
     def __init__(self, flag: Tensor) -> None:
         self.flag = flag.to("cpu", non_blocking=True)
-        self.ready = torch.cuda.Event() if flag.is_cuda else None
+        self.ready: Any = torch.cuda.Event() if flag.is_cuda else None  # type: ignore[no-untyped-call]
         if self.ready is not None:
             self.ready.record()
 
@@ -78,13 +79,15 @@ class _Told:
 
 
 class _Kept(NamedTuple):
-    """The tensors of one layer that backward needs."""
+    """The tensors of one layer that backward needs; `b` is B in the dtype of the products."""
 
     weight: Tensor
     bias: Tensor | None
     A: Tensor
     B: Tensor
+    b: Tensor
     magnitude: Tensor | None
+    gain: Tensor | None
     mask: Tensor | None
     y: Tensor | None
 
@@ -95,8 +98,14 @@ class _Fused(torch.autograd.Function):
         assert call.x is not None
         x, call.x = call.x.to(call.dtype), None
         flat = x.reshape(-1, x.shape[-1])
-        h, masks = _down(flat, call)
-        ys = tuple(_up(x, flat, part, layer) for part, layer in zip(_split(h, call.layers), call.layers))
+        a = _stacked([layer.A.to(call.dtype) for layer in call.layers])
+        bs = [layer.B.to(call.dtype) for layer in call.layers]
+        gains = [_gain(layer.magnitude, layer.norms, call.dtype) for layer in call.layers]
+        h, masks = _down(flat, a, call.layers)
+        ys = tuple(
+            _up(x, flat, part, b, gain, layer)
+            for part, b, gain, layer in zip(_split(h, call.layers), bs, gains, call.layers)
+        )
         needs, trains = ctx.needs_input_grad[1 : 1 + call.inputs], ctx.needs_input_grad[1 + call.inputs :]
         linked = call.origin is not None and call.origin.shortcut and any(needs)
         kept: tuple[Tensor, ...] = ()
@@ -110,52 +119,64 @@ class _Fused(torch.autograd.Function):
         ctx.call, ctx.count, ctx.needs, ctx.trains = call, len(kept), needs, trains
         ctx.set_materialize_grads(False)
         rows = [
-            (layer.weight, layer.bias, layer.A, layer.B, layer.magnitude, mask, y if layer.norms is not None else None)
-            for layer, mask, y in zip(call.layers, masks, ys)
+            _Kept(
+                layer.weight,
+                layer.bias,
+                layer.A,
+                layer.B,
+                b,
+                layer.magnitude,
+                gain,
+                mask,
+                None if gain is None else y,
+            )
+            for layer, b, gain, mask, y in zip(call.layers, bs, gains, masks, ys)
         ]
         again = kept and any(layer.norms is not None for layer in call.layers) and all(mask is None for mask in masks)
-        ctx.save_for_backward(*kept, h if any(trains[1::3]) and not again else None, *(t for row in rows for t in row))
+        thin = h if any(trains[1::3]) and not again else None
+        ctx.save_for_backward(*kept, thin, a, *(t for row in rows for t in row))
         return ys
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         saved, width = ctx.saved_tensors, len(_Kept._fields)
-        kept, h, rest = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1 :]
+        kept, (h, a), rest = saved[: ctx.count], saved[ctx.count : ctx.count + 2], saved[ctx.count + 2 :]
         rows = [_Kept(*rest[i : i + width]) for i in range(0, len(rest), width)]
         if torch.is_grad_enabled():
             return _twice(ctx, kept, rows, dys)
-        return _once(ctx, kept, h, rows, dys)
+        return _once(ctx, kept, h, a, rows, dys)
 
 
-def _down(flat: Tensor, call: _Call) -> tuple[Tensor, list[Tensor | None]]:
-    """h (T, Σr) of all layers, and the packed masks of those that drop."""
-    if not any(layer.dropout for layer in call.layers):
-        return flat @ _stacked([layer.A for layer in call.layers], call.dtype).T, [None] * len(call.layers)
+def _down(flat: Tensor, a: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, list[Tensor | None]]:
+    """h (T, Σr) of all layers, whose A are stacked in `a` (Σr, in), and the packed masks of those that drop."""
+    if not any(layer.dropout for layer in layers):
+        return flat @ a.T, [None] * len(layers)
     parts, masks = [], []
-    for layer in call.layers:
+    for layer, own in zip(layers, _split(a, layers, dim=0)):
         dropped, mask = flat, None
         if layer.dropout:
             dropped, mask = torch.native_dropout(flat, layer.dropout, True)
             mask = pack(mask.flatten(), 1)
-        parts.append(dropped @ layer.A.to(call.dtype).T)
+        parts.append(dropped @ own.T)
         masks.append(mask)
     return torch.cat(parts, dim=1), masks
 
 
-def _up(x: Tensor, flat: Tensor, h: Tensor, layer: Layer) -> Tensor:
+def _up(x: Tensor, flat: Tensor, h: Tensor, b: Tensor, gain: Tensor | None, layer: Layer) -> Tensor:
     """The output (…, out) of one layer."""
-    gain = _gain(layer.magnitude, layer.norms, x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     y = F.linear(flat, layer.read(layer.weight).to(x.dtype), bias if gain is None else None)
-    _add_product(y, h, _scaled(layer.B, layer.scale, x.dtype).T)
+    _add_product(y, h, b.T, layer.scale)
     if gain is not None:
-        y.mul_(gain)
+        scale_(y, gain)
         if bias is not None:
             y.add_(bias)
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # type: ignore[no-any-return]
 
 
-def _once(ctx: Any, kept: Sequence[Tensor], h: Tensor | None, rows: list[_Kept], dys: Sequence[Tensor | None]) -> Any:
+def _once(
+    ctx: Any, kept: Sequence[Tensor], h: Tensor | None, a: Tensor, rows: list[_Kept], dys: Sequence[Tensor | None]
+) -> Any:
     """The gradients of all inputs of the function."""
     call: _Call = ctx.call
     linked = call.origin is not None and call.origin.shortcut
@@ -164,8 +185,8 @@ def _once(ctx: Any, kept: Sequence[Tensor], h: Tensor | None, rows: list[_Kept],
         x = call.rebuilt(leaves) if kept else None
     flat = None if x is None else x.detach().reshape(-1, x.shape[-1])
     if h is None and flat is not None and any(ctx.trains[1::3]):
-        h, _ = _down(flat, call)
-    dx, grads = _sum(call, ctx.needs, ctx.trains, flat, h, rows, dys)
+        h, _ = _down(flat, a, call.layers)
+    dx, grads = _sum(call, ctx.needs, ctx.trains, flat, h, a, rows, dys)
     shape = next((dy.shape[:-1] for dy in dys if dy is not None), None)
     if dx is None or shape is None:
         return None, *[None] * call.inputs, *grads
@@ -183,6 +204,7 @@ def _sum(
     trains: Sequence[bool],
     flat: Tensor | None,
     h: Tensor | None,
+    a: Tensor,
     rows: list[_Kept],
     dys: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -196,21 +218,22 @@ def _sum(
             continue
         dy = dy.reshape(-1, dy.shape[-1])
         if trains[3 * i + 2]:
-            grads[3 * i + 2] = _magnitude(layer, row, flat, dy, call.zeros[i])
-        gain = _gain(row.magnitude, layer.norms, dy.dtype)
-        dy = dy if gain is None else dy * gain
-        thin.append((i, row, dy @ _scaled(row.B, layer.scale, dy.dtype)))
+            dy, grads[3 * i + 2] = _magnitude(layer, row, flat, dy, call.zeros[i])
+        elif row.gain is not None:
+            dy = dy * row.gain
+        thin.append((i, row, _product(dy, row.b, layer.scale)))
         if trains[3 * i + 1] and part is not None:
-            grads[3 * i + 1] = (dy.T @ part).to(row.B.dtype).mul_(layer.scale)
+            grads[3 * i + 1] = _product(dy.T, part, layer.scale).to(row.B.dtype)
         if any(needs):
             matrix = layer.read(row.weight).to(dy.dtype)
             dx = dy @ matrix if dx is None else _add_product(dx, dy, matrix)
-    _through_a(trains, flat, dx, [part for part in thin if not call.layers[part[0]].dropout], grads)
+    own = _split(a, call.layers, dim=0)
+    _through_a(trains, flat, dx, a, own, [part for part in thin if not call.layers[part[0]].dropout], grads)
     for i, row, dh in thin:
         if call.layers[i].dropout:
             mask = _mask(row, call.layers[i], dh)
             if dx is not None:
-                dx.addcmul_(dh @ row.A.to(dh.dtype), mask)
+                dx.addcmul_(dh @ own[i], mask)
             if flat is not None and trains[3 * i]:
                 grads[3 * i] = (dh.T @ (flat * mask)).to(row.A.dtype)
     return dx, grads
@@ -220,29 +243,34 @@ def _through_a(
     trains: Sequence[bool],
     flat: Tensor | None,
     dx: Tensor | None,
+    a: Tensor,
+    own: Sequence[Tensor],
     thin: list[tuple[int, _Kept, Tensor]],
     grads: list[Tensor | None],
 ) -> None:
-    """What comes through the A of layers without dropout, all at once: added to dx, and put into `grads`."""
+    """What comes through A (`own`, all of them in `a`) of layers without dropout, at once: to dx, and into `grads`."""
     if not thin:
         return
-    dh = torch.cat([dh for *_, dh in thin], dim=1)
+    dh = thin[0][2] if len(thin) == 1 else torch.cat([dh for *_, dh in thin], dim=1)
     if dx is not None:
-        _add_product(dx, dh, _stacked([row.A for _, row, _ in thin], dh.dtype))
+        _add_product(dx, dh, a if len(thin) == len(own) else _stacked([own[i] for i, *_ in thin]))
     if flat is not None and any(trains[3 * i] for i, *_ in thin):
         pieces = torch.split_with_sizes(dh.T @ flat, [row.A.shape[0] for _, row, _ in thin])
         for (i, row, _), piece in zip(thin, pieces):
             grads[3 * i] = piece.to(row.A.dtype) if trains[3 * i] else None
 
 
-def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor, zeros: _Told | None) -> Tensor:
-    """Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 the output has forgotten it."""
+def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor, zeros: _Told | None) -> tuple[Tensor, Tensor]:
+    """g∘dy, and the magnitude's gradient Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 the
+    output has forgotten it.
+    """
     assert row.magnitude is not None
+    assert row.gain is not None
     assert row.y is not None
     assert layer.norms is not None
     assert flat is not None
     magnitude, wide = row.magnitude, layer.norms.dtype
-    total = (dy * row.y.reshape(dy.shape)).sum(0, dtype=wide)
+    gained, total = scaled_and_summed(dy, row.y.reshape(dy.shape), row.gain, wide)
     if row.bias is not None:
         total -= row.bias.to(wide) * dy.sum(0, dtype=wide)
     found = total / torch.where(magnitude == 0, 1.0, magnitude.to(wide))
@@ -250,7 +278,7 @@ def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor, zeros:
         gone = (magnitude == 0).nonzero().flatten()
         matrix = layer.read(row.weight)[gone].to(wide) + layer.scale * row.B[gone].to(wide) @ row.A.to(wide)
         found[gone] = (dy[:, gone].to(wide) * (flat.to(wide) @ matrix.T)).sum(0) / layer.norms[gone]
-    return torch.where(layer.norms > 0, found, 0.0).to(magnitude.dtype)
+    return gained, torch.where(layer.norms > 0, found, 0.0).to(magnitude.dtype)
 
 
 def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Tensor | None]) -> Any:
@@ -283,9 +311,8 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
 def _plainly(x: Tensor, layer: Layer, row: _Kept) -> Tensor:
     """The output of one layer, without anything in place."""
     dropped = x if row.mask is None else x * _mask(row, layer, x)
-    y = (
-        F.linear(x, layer.read(row.weight).to(x.dtype))
-        + dropped @ row.A.to(x.dtype).T @ _scaled(row.B, layer.scale, x.dtype).T
+    y = F.linear(x, layer.read(row.weight).to(x.dtype)) + layer.scale * (
+        dropped @ row.A.to(x.dtype).T @ row.B.to(x.dtype).T
     )
     gain = _gain(row.magnitude, layer.norms, x.dtype)
     y = y if gain is None else y * gain
@@ -308,20 +335,23 @@ def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:
     return kept.to(like.dtype).mul_(1 / (1 - layer.dropout))
 
 
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """into += a b (torch's counter of operations counts no `addmm_`)."""
-    return torch.addmm(into, a, b, out=into)
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale·a b."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
-def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All A (Σr, in) in the dtype of the products."""
-    return factors[0].to(dtype) if len(factors) == 1 else torch.cat([a.to(dtype) for a in factors])
+def _add_product(into: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """into += scale·a b (torch's counter of operations counts no `addmm_`)."""
+    return torch.addmm(into, a, b, alpha=scale, out=into)
 
 
-def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """s·B (out, r) in the dtype of the products."""
-    return (b * scale).to(dtype)
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    """All A, (Σr, in)."""
+    return factors[0] if len(factors) == 1 else torch.cat(list(factors))
 
 
-def _split(h: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
-    return torch.split_with_sizes(h, [layer.A.shape[0] for layer in layers], dim=1)
+def _split(stacked: Tensor, layers: Sequence[Layer], dim: int = 1) -> Sequence[Tensor]:
+    """The parts of what is stacked by rank."""
+    if len(layers) == 1:
+        return (stacked,)
+    return torch.split_with_sizes(stacked, [layer.A.shape[0] for layer in layers], dim=dim)
