@@ -68,7 +68,7 @@ def measure(made: Made, tokens: int, clock: Callable[[], float] = time.process_t
     }
     with torch.no_grad():
         said, wanted = variants["ours"]().float(), variants["peft"]().float()
-        assert (said - wanted).norm() < (1e-4 if base.dtype == torch.float32 else 2e-2) * wanted.norm()
+        assert (said - wanted).norm() < (1e-4 if base.dtype == torch.float32 else 5e-2) * wanted.norm()
         found = ratios(interleaved(variants, clock=clock), to="base")
     return {name: found[name] for name in ("ours", "peft")}
 

@@ -119,7 +119,7 @@ def loads(table: Table, what: str, ours: torch.nn.Module, peft: PeftModel, folde
 
 @torch.no_grad()
 def switch_and_merge(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
-    thin = [(f.base.matrix().clone(), f.adapter.thin()) for f in bank.fitted("a3")]
+    thin = [(f.base.matrix().clone(), f.adapter) for f in bank.fitted("a3")]
     for i in range(ROUNDS):
         table.note("select one of 17", "ours", lambda i=i: bank.use(f"a{i}"))
         table.note("select one of 17", "peft", lambda i=i: peft.set_adapter(f"a{i}"))
@@ -129,7 +129,7 @@ def switch_and_merge(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
         bank.unmerge()
         table.note("merge one", "peft", lambda: peft.merge_adapter(["a3"]))
         peft.unmerge_adapter()
-        table.note("merge one", "limit", lambda: [w.addmm_(t.b, t.a, alpha=t.scale) for w, t in thin])
+        table.note("merge one", "limit", lambda: [w.addmm_(t.B, t.A, alpha=t.scaling) for w, t in thin])
         table.note("svd of a weighted sum", "ours", lambda: combine(bank, SUM, "sum"))
         rl.detach(bank.model, "sum")
     table.note("svd of a weighted sum", "peft", lambda: peft.add_weighted_adapter([*SUM], [*SUM.values()], "sum"))

@@ -50,10 +50,10 @@ def _blank(module: nn.Module) -> nn.Module:
 def _hollow(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
     """The attributes of a module for its twin: what `memo` knows in place of what it is for, all else copied."""
     left_out = {*OURS, *((HOOK, "_old_forward", "forward") if HOOK in vars(module) else ())}
-    kept = {key: _copied(value, memo) for key, value in vars(module).items() if key not in left_out}
+    said = {key: value for key, value in vars(module).items() if key not in left_out}
     if isinstance(module, Grafted):
-        kept["_modules"].pop("adapters")
-    return kept
+        said["_modules"] = {key: child for key, child in module._modules.items() if key != "adapters"}
+    return {key: _copied(value, memo) for key, value in said.items()}
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
