@@ -207,3 +207,8 @@ def test_constant_and_huge_weights():
 def test_refuses_settings(make):
     with pytest.raises(SettingsError):
         make()
+
+
+def test_the_table_of_scales_is_made_of_numbers_wherever_it_is_first_asked_for():
+    with torch.device("meta"):
+        assert dynamic_code.__wrapped__() == dynamic_code()

@@ -244,5 +244,5 @@ def _check(found: Difference, spoken: _Spoken, written: _Written, tolerance: flo
     if not found.relative <= most:
         raise StateError(
             f"the merged model, read back from its files, differs from the unmerged by {found.relative:.2e} relative "
-            f"(at most {most:.0e}, {what}); {remedy}, or accept it with --tolerance. Nothing was written"
+            f"(at most {most:.2g}, {what}); {remedy}, or accept it with --tolerance. Nothing was written"
         )

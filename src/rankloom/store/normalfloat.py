@@ -168,7 +168,7 @@ def dynamic_code() -> tuple[float, ...]:
     """The signed 8-bit dynamic-exponent table (Dettmers et al., arXiv 2110.02861): 256 values from about −1 to 1."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         means = (10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
         values += means + [-v for v in means]
     return tuple(sorted(values))

@@ -179,6 +179,8 @@ def _apply(data: dict[str, Any], origins: Origins, change: str) -> None:
         value = method_data(value)
         if isinstance(current, Mapping) and isinstance(value, Mapping) and value == {"name": current.get("name")}:
             value = current
+    elif path in PARTS and isinstance(value, str) and value not in PARTS[path]:
+        raise SettingsError(f"argument {change!r}: no {key} {value!r}{suggest(value, PARTS[path])}")
     elif path in SHORT and isinstance(value, str):
         path = f"{path}.{SHORT[path]}"
     _put(data, path, value, methods)
