@@ -151,7 +151,8 @@ def _targets(plain: Files) -> Iterator[Case]:
         {"exclude_modules": ["v_proj"]},
         {"exclude_modules": ["layers.0.self_attn.q_proj"]}, {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["norm"]},
-        {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}, {"use_dora": True}, {"lora_bias": True}, {"target_parameters": ["q_proj.weight"]}, {"layer_replication": [[0, 2], [1, 2]]},
+        {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}, {"use_dora": True},
+        {"lora_bias": True}, {"target_parameters": ["q_proj.weight"]}, {"layer_replication": [[0, 2], [1, 2]]},
         {"trainable_token_indices": {"embed_tokens": [10**9]}}, {"r": 4}, {"r": 16}, {"r": 0}, {"r": -8}, {"r": 4097},
         {"r": 10**9},
     ]  # fmt: skip

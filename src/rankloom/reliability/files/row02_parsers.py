@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -40,6 +41,11 @@ WORDS = (
     b'"rank_pattern"', b'"target_modules"', b"(a+)+", b"plan:", b"method: ", b"? ", b"| ", b"#", b"'", b"\xe2\x80\xae",
 )  # fmt: skip
 
+VALUE = re.compile(rb'\[[^][{}]*\]|\{[^][{}]*\}|"[^"]*"|-?\d[\d.e]*|null|true|false')
+VALUES = (
+    b"null", b"true", b"0", b"-1", b"0.5", b"1e9", b'""', b'"r"', b"[]", b"[0,null]", b"[[1]]", b"{}", b'{"a":[1]}',
+)  # fmt: skip
+
 
 def config(raw: bytes) -> object:
     """adapter_config.json, up to the values of its fields."""
@@ -49,10 +55,15 @@ def config(raw: bytes) -> object:
     return read_fields(data, reader.fields, "config")
 
 
-def header(raw: bytes) -> object:
-    """The header of a weights file."""
+def weights(raw: bytes) -> object:
+    """A weights file, up to its tensors."""
     length = header_size(raw[:LENGTH], len(raw), "weights", Limits())
     return read_header(raw[LENGTH : LENGTH + length], len(raw) - LENGTH - length, "weights", Limits())
+
+
+def header(raw: bytes) -> object:
+    """The header of a weights file whose length is right."""
+    return read_header(raw, 64, "weights", Limits())
 
 
 def manifest(raw: bytes) -> object:
@@ -66,7 +77,9 @@ def recipe(raw: bytes) -> object:
 
 
 MODULES = (strict, manifests, headers, numbers, fields, configfile)
-PARSERS: dict[str, Parser] = {"config": config, "header": header, "manifest": manifest, "recipe": recipe}
+PARSERS: dict[str, Parser] = {
+    "config": config, "weights": weights, "header": header, "manifest": manifest, "recipe": recipe
+}  # fmt: skip
 
 
 def measure(budget: Budget) -> Finding:
@@ -133,11 +146,11 @@ def crash(parser: Parser, raw: bytes) -> str | None:
 
 
 def damaged(raw: bytes, draw: random.Random) -> bytes:
-    """A few edits: bytes flipped, cut, doubled, or words of the formats put in."""
+    """A few edits: bytes flipped, cut, doubled, words of the formats put in, or a value in place of another."""
     data = bytearray(raw)
     for _ in range(draw.randint(1, 5)):
         at = draw.randrange(len(data) + 1)
-        match draw.randrange(5):
+        match draw.randrange(6):
             case 0 if at < len(data):
                 data[at] ^= 1 << draw.randrange(8)
             case 1:
@@ -146,6 +159,9 @@ def damaged(raw: bytes, draw: random.Random) -> bytes:
                 data[at:at] = data[at : at + draw.randint(1, 40)] * draw.randint(1, 3)
             case 3:
                 data[at:at] = draw.randbytes(draw.randint(1, 6))
+            case 4 if there := list(VALUE.finditer(data)):
+                found = draw.choice(there)
+                data[found.start() : found.end()] = draw.choice(VALUES)
             case _:
                 data[at:at] = draw.choice(WORDS)
     return bytes(data[:4096])
@@ -163,6 +179,11 @@ def _seeds(name: str) -> list[bytes]:
         every = {key: field.default for key, field in TRANSLATORS["LORA"].fields.items()} | {"peft_type": "LORA"}
         return [files["adapter_config.json"], json.dumps(every).encode(), b'{"peft_type":"ADALORA","total_step":9}']
     if name == "header":
+        return [
+            b'{"a":{"dtype":"F32","shape":[2,4],"data_offsets":[0,32]},'
+            b'"b":{"dtype":"BF16","shape":[16],"data_offsets":[32,64]}}'
+        ]
+    if name == "weights":
         return [files["adapter_model.safetensors"][:4096], (2).to_bytes(8, "little") + b"{}"]
     if name == "manifest":
         return [sealed({"a": b"1"}, {"kind": "k", "plan": {}})["manifest.json"], b'{"name":"web app"}']

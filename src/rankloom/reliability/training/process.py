@@ -70,17 +70,25 @@ def together(
 ) -> list[int | None]:
     """Exit codes of `count` forked processes that do `job`, joined as a launcher joins them.
 
-    `then` is called with them once they run. A process that loses the others must end by itself: None if it did not.
+    `then` is called with them once they have joined. One that loses the others must end by itself: None if it did not.
     """
-    with tempfile.NamedTemporaryFile() as meeting:
-        each = [start(partial(_joined, job, rank, count, meeting.name)) for rank in range(count)]
+    joined, into = os.pipe()
+    with tempfile.NamedTemporaryFile() as meeting, os.fdopen(joined, "rb") as arrivals:
+        each = [start(partial(_joined, job, rank, count, meeting.name, into)) for rank in range(count)]
+        os.close(into)
+        arrivals.read(count)
         then(each)
         return [process.end(SECONDS) for process in each]
 
 
-def _joined(job: Callable[[], object], rank: int, count: int, meeting: str) -> None:
+def _joined(job: Callable[[], object], rank: int, count: int, meeting: str, into: int) -> None:
     if count > 1:
         ranks, sizes = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        os.environ |= {**dict.fromkeys(ranks, str(rank)), **dict.fromkeys(sizes, str(count)), "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ |= {
+            **dict.fromkeys(ranks, str(rank)),
+            **dict.fromkeys(sizes, str(count)),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    os.write(into, b".")
     job()

@@ -6,7 +6,8 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from rankloom.files import disk
 from rankloom.files.disk import Operation
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.child import forked
-from rankloom.reliability.training.crash import logged
-from rankloom.reliability.training.world import ENOUGH, World, ended, ending, scratch, warm, worlds
+from rankloom.reliability.training.process import Process, together
+from rankloom.reliability.training.world import ENOUGH, World, ended, scratch, warm, worlds
 from rankloom.train import loop, stream
 
 SECONDS = 120.0
@@ -24,7 +25,7 @@ SECONDS = 120.0
 
 def measure(budget: Budget) -> Finding:
     """Each world in one go, and killed and taken up, in processes of their own: at random instants, and within an
-    operation of the disk.
+    operation of the disk. Of two processes one is killed, and the other must end by itself.
     """
     draw, kills = random.Random(budget.seed), budget.of(20, 1)
     runs = inside = equal = 0
@@ -52,29 +53,42 @@ def _broken(world: World, folder: Path, kills: int, draw: random.Random) -> Iter
             continue
         out, (whole, count) = folder / str(number), straight.value
         if draw.random() < 0.5:
-            instant = draw.uniform(0.2, 1.0) * straight.seconds
-            when = f"after {instant:.3f} s"
-            forked(partial(ended, world, out), instant)
+            instant, rank = draw.uniform(0.2, 1.0) * straight.seconds, draw.randrange(world.processes)
+            when = f"in process {rank} after {instant:.3f} s"
+            codes = together(world.processes, partial(world.run, out), partial(_kill, rank, instant))
         else:
             operation = draw.randrange(count)
             when = f"in operation {operation} of {count} of the disk"
-            forked(partial(_dying, world, out, operation), SECONDS)
+            codes = together(world.processes, partial(_dying, world, out, operation))
         half = any(out.rglob(".*.part"))
         again = forked(partial(ended, world, out), SECONDS)
         how = again.died or ("equal" if again.value == whole else "another ending")
+        how = "a process that lost the other went on" if None in codes else how
         left = sorted(p.name for p in out.rglob(".*.part"))
         words = f"killed {when}: {how}" + (f"; left behind: {left}" if left else "")
         yield how == "equal" and not left, half, words
 
 
 def _counted(world: World, out: Path) -> tuple[str, int]:
-    """(the ending, how many operations of the disk the run takes)."""
-    log = logged(partial(ended, world, out))
-    return ending(out), len(log)
+    """(the ending, how many operations of the disk the run takes, in whichever process)."""
+    tally = out.with_name("operations")
+
+    def watch(operation: Operation, perform: Callable[[], None]) -> None:
+        perform()
+        with tally.open("ab") as file:
+            file.write(b".")
+
+    with disk.watched(watch):
+        return ended(world, out), tally.stat().st_size
+
+
+def _kill(rank: int, instant: float, each: Sequence[Process]) -> None:
+    time.sleep(instant)
+    each[rank].send(signal.SIGKILL)
 
 
 def _dying(world: World, out: Path, at: int) -> None:
-    """Run, and be killed within an operation of the disk: half of the bytes are written."""
+    """Be one process of the run, killed within an operation of the disk: half of the bytes are written."""
     count = itertools.count()
 
     def watch(operation: Operation, perform: Callable[[], None]) -> None:
@@ -86,7 +100,7 @@ def _dying(world: World, out: Path, at: int) -> None:
         perform()
 
     with disk.watched(watch):
-        ended(world, out)
+        world.run(out)
 
 
 def _nothing(*args: Any) -> None:
@@ -100,5 +114,6 @@ ROW = Row(
     (
         Sabotage("the random state is not restored", lambda: swapped(loop, "set_rng_state", _nothing)),
         Sabotage("the place in the data is not restored", lambda: swapped(stream._Ordered, "restore", _nothing)),
+        Sabotage("where processes take turns, it is not", lambda: swapped(stream._Turns, "restore", _nothing)),
     ),
 )
