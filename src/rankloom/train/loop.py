@@ -276,7 +276,7 @@ class Loop:
         return evaluate_run(self.evaluate, self.run, self.loss, self.counted, self.engine, self.processes)
 
     def _judge(self) -> bool:
-        """Evaluate and compare; True if this is the lowest loss so far. A checkpoint made before knows nothing of it."""
+        """Evaluate and compare; True if this is the lowest loss so far. A checkpoint made before does not know it."""
         metrics = self._metrics()
         self._saved_at = -1
         self._latest = (self.run.step, metrics)
