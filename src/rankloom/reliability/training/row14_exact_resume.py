@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,13 @@ from typing import Any
 from rankloom.files import disk
 from rankloom.files.disk import Operation
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
-from rankloom.reliability.child import forked
+from rankloom.reliability.child import Outcome, forked
 from rankloom.reliability.training.process import Process, together
 from rankloom.reliability.training.world import ENOUGH, World, ended, scratch, warm, worlds
 from rankloom.train import loop, stream
 
 SECONDS = 120.0
+KILLED, EQUAL = 128 + signal.SIGKILL, "equal"
 
 
 def measure(budget: Budget) -> Finding:
@@ -40,7 +42,9 @@ def measure(budget: Budget) -> Finding:
                 runs, equal, inside = runs + 1, equal + same, inside + in_save
                 if not same:
                     faults.append(f"{world.name}: {words}")
-    figure = f"{equal} of {runs} equal bit for bit over {runs // kills} kinds of run; {inside} killed inside a save"
+    figure = (
+        f"{equal} of {runs} kills equal bit for bit over {runs // kills} kinds of run; {inside} of them inside a save"
+    )
     return Finding(equal == runs, figure, tuple(faults))
 
 
@@ -52,21 +56,39 @@ def _broken(world: World, folder: Path, kills: int, draw: random.Random) -> Iter
             yield False, False, f"the run that nobody killed: {straight.died}"
             continue
         out, (whole, count) = folder / str(number), straight.value
-        if draw.random() < 0.5:
-            instant, rank = draw.uniform(0.2, 1.0) * straight.seconds, draw.randrange(world.processes)
-            when = f"in process {rank} after {instant:.3f} s"
-            codes = together(world.processes, partial(world.run, out), partial(_kill, rank, instant))
-        else:
-            operation = draw.randrange(count)
-            when = f"in operation {operation} of {count} of the disk"
-            codes = together(world.processes, partial(_dying, world, out, operation))
+        when, codes = _cut_off(world, out, straight.seconds, count, draw)
         half = any(out.rglob(".*.part"))
-        again = forked(partial(ended, world, out), SECONDS)
-        how = again.died or ("equal" if again.value == whole else "another ending")
-        how = "a process that lost the other went on" if None in codes else how
+        how = _fault(codes) or _compared(forked(partial(ended, world, out), SECONDS), whole)
         left = sorted(p.name for p in out.rglob(".*.part"))
         words = f"killed {when}: {how}" + (f"; left behind: {left}" if left else "")
-        yield how == "equal" and not left, half, words
+        yield how == EQUAL and not left, half, words
+
+
+def _cut_off(
+    world: World, out: Path, seconds: float, count: int, draw: random.Random
+) -> tuple[str, Sequence[int | None]]:
+    """Kill one process of a run before it ends; (when, the exit codes)."""
+    if draw.random() < 0.5:
+        operation = draw.randrange(count)
+        when = f"in operation {operation} of {count} of the disk"
+        return when, together(world.processes, partial(_dying, world, out, operation))
+    rank = draw.randrange(world.processes)
+    while True:
+        instant = draw.uniform(0, seconds)
+        codes = together(world.processes, partial(world.run, out), partial(_kill, rank, instant))
+        if any(code != 0 for code in codes):
+            return f"in process {rank} after {instant:.3f} s", codes
+        shutil.rmtree(out)
+
+
+def _fault(codes: Sequence[int | None]) -> str | None:
+    if None in codes:
+        return "a process that lost the other went on"
+    return None if KILLED in codes else f"it had ended with {codes}"
+
+
+def _compared(again: Outcome, whole: str) -> str:
+    return again.died or (EQUAL if again.value == whole else "another ending")
 
 
 def _counted(world: World, out: Path) -> tuple[str, int]:
