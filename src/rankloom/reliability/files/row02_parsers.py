@@ -89,7 +89,9 @@ def measure(budget: Budget) -> Finding:
     done: dict[str, int] = {}
     with silent():
         for name, parser in PARSERS.items():
-            found: Outcome = forked(partial(_fuzz, name, parser, inputs, budget.seed), 60 * MINUTES)
+            found: Outcome = forked(
+                partial(_fuzz, parser, _seeds(name), corpus(name), inputs, budget.seed), 60 * MINUTES
+            )
             if found.died:
                 faults.append(f"{name}: {found.died.strip().splitlines()[-1]}")
             else:
@@ -117,9 +119,8 @@ def _led(seed: int, faults: list[str]) -> dict[str, int]:
     return done
 
 
-def _fuzz(name: str, parser: Parser, inputs: int, seed: int) -> dict[str, Any]:
-    draw, faults, seeds = random.Random(seed), [], _seeds(name)
-    pool = corpus(name)
+def _fuzz(parser: Parser, seeds: list[bytes], pool: list[bytes], inputs: int, seed: int) -> dict[str, Any]:
+    draw, faults = random.Random(seed), []
     start, tried = time.monotonic(), 0
     for turn in range(inputs):
         raw = pool[turn] if turn < len(pool) else damaged(draw.choice(seeds if turn % RARE else pool), draw)
