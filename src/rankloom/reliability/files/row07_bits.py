@@ -80,7 +80,7 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(taken)
 
 
-def _unsealed(raw: bytes, where: str, kind: str) -> Any:
+def _unsealed(raw: bytes, where: str, *kinds: str) -> Any:
     data = parse(raw, where)
     fields = {"schema", "kind", "versions", "plan", "base", "files", "seal"}
     if set(data) != fields or not manifests._lists_files(data["files"]):
