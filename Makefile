@@ -48,7 +48,8 @@ bench: setup
 reliability: setup
 	$(BIN)/uv pip install -q --python $(BIN)/python $(CONSTRAINTS) atheris
 	OMP_NUM_THREADS=1 $(BIN)/rankloom reliability --sabotage --json > bench/results/.reliability.json
-	mv bench/results/.reliability.json bench/results/reliability.json
+	$(BIN)/python -m json.tool --indent 1 --no-ensure-ascii bench/results/.reliability.json bench/results/reliability.json
+	rm bench/results/.reliability.json
 
 docs: setup
 	$(BIN)/python tools/make_docs.py

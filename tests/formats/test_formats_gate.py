@@ -44,6 +44,10 @@ CONFIGS = [
     ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path=.*expected text or null"),
     ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
     ({"target_modules": ["q"]}, r"has tensors for 'layers\.0\.v', which target_modules=\['q'\]"),
+    (
+        {"layers_to_transform": [7]},
+        r"has tensors for 'layers\.0\.q', which target_modules=.*, layers_to_transform=\[7\] of",
+    ),
     ({"target_modules": ["q", "v", "score"]}, "no tensor for 'score', which target_modules"),
     ({"target_modules": 5}, "target_modules=5: expected a list of names"),
     ({"layers_to_transform": 0, "layers_pattern": "layers"}, r"has tensors for 'layers\.1\.q'"),

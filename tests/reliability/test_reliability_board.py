@@ -47,6 +47,9 @@ def test_every_row_is_what_its_file_says():
         assert row.promise
         assert row.sabotages, f"row {number} has no sabotage: nothing shows that it can fail"
         assert len({s.name for s in row.sabotages}) == len(row.sabotages)
+        for sabotage in row.sabotages:
+            with sabotage.apply():
+                """What it breaks is there to be broken."""
 
 
 def test_a_row_that_is_not_there():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from rankloom import registry
 from rankloom.files.disk import Operation
 from rankloom.reliability.training.crash import Disk, File, Folder
-from rankloom.reliability.training.process import start
+from rankloom.reliability.training.process import start, together
 from rankloom.reliability.training.world import SETTINGS, World, plan_of, worlds
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the board forks")
@@ -26,12 +29,13 @@ def test_every_registered_method_and_rule_has_a_run():
     assert heard >= {registry.load(target) for target in registry.RULES.values()}
 
 
-def test_a_method_joins_by_registering():
-    registry.register("mine", "rankloom.presets:rslora")
-    try:
-        assert "mine" in [world.name for world in worlds()]
-    finally:
-        registry._METHODS.pop("mine")
+@pytest.mark.parametrize(
+    ("target", "runs"),
+    [("rankloom.presets:rslora", {"mine"}), ("rankloom.methods.adalora:AdaLoRA", {"mine", "mine in two processes"})],
+)
+def test_a_method_joins_by_registering_and_one_with_a_memory_in_two_processes_too(target, runs, monkeypatch):
+    monkeypatch.setitem(registry._METHODS, "mine", target)
+    assert {world.name for world in worlds() if "mine" in world.name} == runs
 
 
 def test_a_world_leaves_no_setting_at_rest(tmp_path):
@@ -90,3 +94,14 @@ def test_exit_codes_are_as_a_shell_shows_them():
     assert start(lambda: os.kill(os.getpid(), 15)).end(20) == 143
     assert start(lambda: os.kill(os.getpid(), 2)).end(20) == 130
     assert start(lambda: exec("while True: pass")).end(0.2) is None
+
+
+def test_processes_are_joined_and_one_that_loses_the_other_ends():
+    def add():
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        os._exit(int(total))
+
+    assert together(2, add) == [2, 2]
+    assert together(1, lambda: os._exit(5)) == [5]
+    assert together(2, lambda: add() if dist.get_rank() else time.sleep(60), lambda each: each[0].send(9)) == [137, 1]

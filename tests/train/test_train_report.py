@@ -51,6 +51,12 @@ def test_metrics_are_always_written(tmp_path: Path) -> None:
     assert end["best"] == {"step": result.best.step, "loss": result.best.loss}
 
 
+def test_what_a_killed_writer_left_is_swept_at_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / ".metrics.jsonl.abc.part").write_text("half")
+    report.MetricsFile(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_penalties_are_told_apart(tmp_path: Path) -> None:
     model = attached(llama, {"default": Plan(rl.AdaLoRA(init_r=3, target_r=2), target_modules=("o_proj",))}, 1)
     plain = fit(attached(llama, {"default": LORA}, 1), texts(), settings=settings(steps=1))

@@ -93,6 +93,24 @@ def test_an_evaluation_is_left_and_made_good(at: int, tmp_path: Path) -> None:
     assert (again.losses, again.metrics, again.best.step) == (straight.losses, straight.metrics, straight.best.step)
 
 
+def test_the_evaluation_after_the_last_step_is_in_its_checkpoint(tmp_path: Path) -> None:
+    chosen = settings(accumulate=1, steps=11, eval_every=4)
+
+    def standing(out: Path) -> dict[str, Any]:
+        found = newest_checkpoint(out / "checkpoints")
+        assert found is not None
+        return {**found.state(torch.device("cpu"))["standing"], "seconds": 0}
+
+    go(tmp_path / "straight", settings=chosen)
+    with pytest.raises(Terminated):
+        go(tmp_path / "broken", settings=chosen, report=sending(signal.SIGTERM, "train", 11))
+    assert standing(tmp_path / "broken")["judged"] == 8
+    for _ in range(2):
+        result = go(tmp_path / "broken", settings=chosen)
+        assert "loss" in result.metrics["after"]
+        assert standing(tmp_path / "broken") == standing(tmp_path / "straight")
+
+
 def test_a_second_signal_finds_the_handlers_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(Exception):
         pass

@@ -58,7 +58,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     adapter: tuple[Mapping[str, bytes], Mapping[str, Any]] = ({}, {}),
 ) -> Path:
-    """Write one checkpoint below `root`; returns its folder, which then never changes.
+    """Write one checkpoint below `root`; returns its folder, which changes only as a whole.
 
     `adapter`: files that make it an adapter folder, and what the manifest says of them.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +102,7 @@ def _load(text: str, where: str) -> tuple[Any, dict[str, int]]:
             loader.dispose()
 
 
+@functools.cache
 def _loader() -> Any:
     """PyYAML's safe loader with YAML 1.2 scalars: `no` and `1:30` are strings, `1e-3` is a number."""
     import yaml

@@ -124,7 +124,7 @@ class Loop:
                 self._stop()
             self._between()
         if self.evaluate is not None and self._latest[0] != self.run.step:
-            self._judge()
+            self._latest = (self.run.step, self._metrics())
 
     def _stop(self) -> NoReturn:
         """Save, and raise what the signal asks for."""
@@ -258,9 +258,10 @@ class Loop:
             self.report.row(row)
 
     def _between(self) -> None:
-        """Evaluate and save what is due at this step; after a resume, what was still due."""
-        step, settings = self.run.step, self.settings
-        improved = _due(settings.eval_every, step) and self.standing.judged != step and self._judge()
+        """Evaluate and save what is due at this step, the last one included; after a resume, what was still due."""
+        step, settings, judged = self.run.step, self.settings, self.standing.judged
+        due = self.evaluate is not None and (_due(settings.eval_every, step) or step == settings.steps)
+        improved = due and judged != step and self._judge()
         if (improved or _due(settings.save_every, step)) and self._saved_at != step:
             self._save()
 
@@ -275,8 +276,9 @@ class Loop:
         return evaluate_run(self.evaluate, self.run, self.loss, self.counted, self.engine, self.processes)
 
     def _judge(self) -> bool:
-        """Evaluate and compare; True if this is the lowest loss so far."""
+        """Evaluate and compare; True if this is the lowest loss so far. A checkpoint made before does not know it."""
         metrics = self._metrics()
+        self._saved_at = -1
         self._latest = (self.run.step, metrics)
         self.standing.judged = self.run.step
         if "loss" not in metrics and self.settings.patience is None and self.settings.end_with == "last":

@@ -15,7 +15,7 @@ import torch
 
 from rankloom.errors import MissingExtra, SettingsError
 from rankloom.files import disk
-from rankloom.files.folders import replace_file
+from rankloom.files.folders import replace_file, sweep
 from rankloom.train.settings import TRACKERS, one_of
 
 Row = Mapping[str, Any]
@@ -75,6 +75,7 @@ class MetricsFile(Report):
         self.path = out / METRICS
         kept = [] if resumed_at is None else [r for r in read_metrics(out) if int(r.get("step", 0)) <= resumed_at]
         kept = [r for r in kept if r.get("event") != "end"]
+        sweep(out, METRICS)
         replace_file(self.path, "".join(_line(r) for r in kept).encode())
 
     def row(self, row: Row) -> None:

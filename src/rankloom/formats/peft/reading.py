@@ -22,6 +22,9 @@ Modules = Mapping[str, nn.Module]
 AUTOMATIC = {"classifier", "score", "qa_outputs"}
 """Heads that PEFT lists in modules_to_save by itself, whether the model has them or not."""
 
+TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields that choose modules."""
+
 
 def places(source: Source, values: Values, modules: Modules, suffixes: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of the layers and bare parameters that the file's tensors belong to.
@@ -121,13 +124,14 @@ def _agree(source: Source, values: Values, modules: Modules, layers: set[str]) -
     if target is None or target == "all-linear" or not all(map(simple, wordings)):
         return
     meant = selected(values, modules)
+    said = ", ".join(f"{field}={values[field]!r}" for field in TARGETING if values.get(field) is not None)
     for name in sorted(meant - layers):
         raise FileError(
-            f"{source.weights_file}: no tensor for {name!r}, which target_modules={target!r} of "
-            f"{source.config_file} names; the file is incomplete"
+            f"{source.weights_file}: no tensor for {name!r}, which {said} of {source.config_file} names; "
+            "the file is incomplete"
         )
     for name in sorted(layers - meant):
         raise FileError(
-            f"{source.weights_file}: has tensors for {name!r}, which target_modules={target!r} of "
-            f"{source.config_file} does not name; config and weights do not belong together"
+            f"{source.weights_file}: has tensors for {name!r}, which {said} of {source.config_file} does not name; "
+            "config and weights do not belong together"
         )

@@ -60,7 +60,8 @@ VALID = {
     ("bias", "text"), ("fan_in_fan_out", "true"), ("lora_bias", "true"), ("use_dora", "true"),
     ("inference_mode", "true"), ("init_lora_weights", "true"),
     ("lora_alpha", "fraction"), ("lora_alpha", "negative"), ("unsloth_fixed", "true"), ("use_rslora", "true"),
-    ("qalora_group_size", "negative"), ("qalora_group_size", "large"),
+    ("qalora_group_size", "negative"), ("qalora_group_size", "large"), ("exclude_modules", "text"),
+    ("layers_pattern", "text"),
 }  # fmt: skip
 """Pairs that are no fault of type: other families have them."""
 
@@ -150,7 +151,7 @@ def _targets(plain: Files) -> Iterator[Case]:
         {"exclude_modules": ["v_proj"]},
         {"exclude_modules": ["layers.0.self_attn.q_proj"]}, {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["norm"]},
-        {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}, {"bias": "all"}, {"use_dora": True},
+        {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}, {"use_dora": True},
         {"lora_bias": True}, {"target_parameters": ["q_proj.weight"]}, {"layer_replication": [[0, 2], [1, 2]]},
         {"trainable_token_indices": {"embed_tokens": [10**9]}}, {"r": 4}, {"r": 16}, {"r": 0}, {"r": -8}, {"r": 4097},
         {"r": 10**9},
@@ -351,6 +352,9 @@ def _harmless(plain: Files) -> Iterator[Case]:
         "fields switched off": with_config(plain, bias="none", use_dora=False, corda_config=None),
         "another manifest.json": {**plain, MANIFEST: b'{"name": "web app"}'},
         "inference_mode": with_config(plain, inference_mode=True),
+        "nothing excluded": with_config(plain, exclude_modules="zz"),
+        "the name of no blocks": with_config(plain, layers_pattern="zz"),
+        "biases of a model without": with_config(plain, bias="all"),
     }  # fmt: skip
     for name, files in folders.items():
         yield Case(f"harmless: {name}", files, (), harmless=True)

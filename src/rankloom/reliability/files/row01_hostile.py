@@ -93,13 +93,19 @@ def _fault(case: Case, found: dict[str, Any], expected: str) -> str | None:
     if strange and not all(m.partition(".")[0] in sys.stdlib_module_names for m in strange):
         return f"imported {strange}"
     if found["kind"] == "loaded":
-        return None if found["answer"] == expected else "loaded with another result"
+        return _loaded(case, found["answer"] == expected)
     if case.harmless:
         return f"an honest folder is refused: {found['message']}"
     missing = [name for name in case.names if name not in found["message"]]
     if missing:
         return f"the refusal does not name {missing}: {found['message'][:200]}"
     return None if found["base"] else "refused, and the base has changed"
+
+
+def _loaded(case: Case, same: bool) -> str | None:
+    if not same:
+        return "loaded with another result"
+    return None if case.harmless else "loaded, and nobody said what is wrong with it"
 
 
 def _mutations(model: nn.Module, plain: dict[str, bytes], tries: int, seed: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -30,12 +31,19 @@ from rankloom.train import configfile
 Parser = Callable[[bytes], object]
 CORPUS = Path(__file__).parent / "corpus"
 FULL, QUICK, MINUTES, LED_SECONDS = 500_000, 1_500, 9.0, 60
+RARE = 50
+"""One input in so many is made of what was once a finding: some of these take long."""
 WORDS = (
     b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\", b"\\u", b"null", b"true", b"NaN", b"1e999", b"-", b"0",
     b"9" * 30, b"\xff",
     b"\0", b"&a", b"*a", b"<<: ", b"!!python/name:os.system", b"- ", b"\n", b"\t", b'"shape"', b'"dtype"',
     b'"data_offsets"', b'"r"',
     b'"rank_pattern"', b'"target_modules"', b"(a+)+", b"plan:", b"method: ", b"? ", b"| ", b"#", b"'", b"\xe2\x80\xae",
+)  # fmt: skip
+
+VALUE = re.compile(rb'\[[^][{}]*\]|\{[^][{}]*\}|"[^"]*"|-?\d[\d.e]*|null|true|false')
+VALUES = (
+    b"null", b"true", b"0", b"-1", b"0.5", b"1e9", b'""', b'"r"', b"[]", b"[0,null]", b"[[1]]", b"{}", b'{"a":[1]}',
 )  # fmt: skip
 
 
@@ -47,10 +55,15 @@ def config(raw: bytes) -> object:
     return read_fields(data, reader.fields, "config")
 
 
-def header(raw: bytes) -> object:
-    """The header of a weights file."""
+def weights(raw: bytes) -> object:
+    """A weights file, up to its tensors."""
     length = header_size(raw[:LENGTH], len(raw), "weights", Limits())
     return read_header(raw[LENGTH : LENGTH + length], len(raw) - LENGTH - length, "weights", Limits())
+
+
+def header(raw: bytes) -> object:
+    """The header of a weights file whose length is right."""
+    return read_header(raw, 64, "weights", Limits())
 
 
 def manifest(raw: bytes) -> object:
@@ -64,7 +77,9 @@ def recipe(raw: bytes) -> object:
 
 
 MODULES = (strict, manifests, headers, numbers, fields, configfile)
-PARSERS: dict[str, Parser] = {"config": config, "header": header, "manifest": manifest, "recipe": recipe}
+PARSERS: dict[str, Parser] = {
+    "config": config, "weights": weights, "header": header, "manifest": manifest, "recipe": recipe
+}  # fmt: skip
 
 
 def measure(budget: Budget) -> Finding:
@@ -74,7 +89,9 @@ def measure(budget: Budget) -> Finding:
     done: dict[str, int] = {}
     with silent():
         for name, parser in PARSERS.items():
-            found: Outcome = forked(partial(_fuzz, name, parser, inputs, budget.seed), 60 * MINUTES)
+            found: Outcome = forked(
+                partial(_fuzz, parser, _seeds(name), corpus(name), inputs, budget.seed), 60 * MINUTES
+            )
             if found.died:
                 faults.append(f"{name}: {found.died.strip().splitlines()[-1]}")
             else:
@@ -102,11 +119,11 @@ def _led(seed: int, faults: list[str]) -> dict[str, int]:
     return done
 
 
-def _fuzz(name: str, parser: Parser, inputs: int, seed: int) -> dict[str, Any]:
-    draw, faults, pool = random.Random(seed), [], corpus(name)
+def _fuzz(parser: Parser, seeds: list[bytes], pool: list[bytes], inputs: int, seed: int) -> dict[str, Any]:
+    draw, faults = random.Random(seed), []
     start, tried = time.monotonic(), 0
     for turn in range(inputs):
-        raw = pool[turn] if turn < len(pool) else damaged(draw.choice(pool), draw)
+        raw = pool[turn] if turn < len(pool) else damaged(draw.choice(seeds if turn % RARE else pool), draw)
         fault = crash(parser, raw)
         tried += 1
         if fault:
@@ -130,11 +147,11 @@ def crash(parser: Parser, raw: bytes) -> str | None:
 
 
 def damaged(raw: bytes, draw: random.Random) -> bytes:
-    """A few edits: bytes flipped, cut, doubled, or words of the formats put in."""
+    """A few edits: bytes flipped, cut, doubled, words of the formats put in, or a value in place of another."""
     data = bytearray(raw)
     for _ in range(draw.randint(1, 5)):
         at = draw.randrange(len(data) + 1)
-        match draw.randrange(5):
+        match draw.randrange(6):
             case 0 if at < len(data):
                 data[at] ^= 1 << draw.randrange(8)
             case 1:
@@ -143,6 +160,9 @@ def damaged(raw: bytes, draw: random.Random) -> bytes:
                 data[at:at] = data[at : at + draw.randint(1, 40)] * draw.randint(1, 3)
             case 3:
                 data[at:at] = draw.randbytes(draw.randint(1, 6))
+            case 4 if there := list(VALUE.finditer(data)):
+                found = draw.choice(there)
+                data[found.start() : found.end()] = draw.choice(VALUES)
             case _:
                 data[at:at] = draw.choice(WORDS)
     return bytes(data[:4096])
@@ -160,6 +180,11 @@ def _seeds(name: str) -> list[bytes]:
         every = {key: field.default for key, field in TRANSLATORS["LORA"].fields.items()} | {"peft_type": "LORA"}
         return [files["adapter_config.json"], json.dumps(every).encode(), b'{"peft_type":"ADALORA","total_step":9}']
     if name == "header":
+        return [
+            b'{"a":{"dtype":"F32","shape":[2,4],"data_offsets":[0,32]},'
+            b'"b":{"dtype":"BF16","shape":[16],"data_offsets":[32,64]}}'
+        ]
+    if name == "weights":
         return [files["adapter_model.safetensors"][:4096], (2).to_bytes(8, "little") + b"{}"]
     if name == "manifest":
         return [sealed({"a": b"1"}, {"kind": "k", "plan": {}})["manifest.json"], b'{"name":"web app"}']

@@ -221,7 +221,7 @@ ROW = Row(
     (
         Sabotage("links are followed", lambda: swapped(reading, "_NO_LINK", 0)),
         Sabotage("pipes are waited for", lambda: swapped(reading, "_FLAGS", os.O_RDONLY)),
-        Sabotage("any name names an adapter", lambda: swapped(attaching, "_check_name", lambda *a: None)),
+        Sabotage("any name names an adapter", lambda: swapped(attaching, "check_name", lambda *a: None)),
         Sabotage("manifests may list any path", lambda: swapped(manifests, "_lists_files", lambda files: True)),
     ),
 )

@@ -121,11 +121,11 @@ ROW = Row(
     measure,
     (
         Sabotage("every tensor of the file is written", lambda: swapped(Lora, "entries_in", _reaching)),
-        Sabotage("a failed load leaves what it attached", lambda: swapped(loading, "_check_not_merged", _spoil)),
+        Sabotage("loading writes to the base", lambda: swapped(loading, "_check_bank", _spoil)),
     ),
 )
 
 
-def _spoil(model: nn.Module) -> None:
+def _spoil(model: nn.Module, name: str) -> None:
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)

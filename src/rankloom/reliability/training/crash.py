@@ -118,6 +118,13 @@ class Disk:
         self._change((op.path, None), (op.to, node))
         self._move(op.path, op.to)
 
+    def _exchange(self, op: Operation) -> None:
+        assert op.to is not None
+        self._change((op.path, self.seen[op.to]), (op.to, self.seen[op.path]))
+        aside = op.path.with_name("aside")
+        for path, to in ((op.path, aside), (op.to, op.path), (aside, op.to)):
+            self._move(path, to)
+
     def _remove(self, op: Operation) -> None:
         """Entry by entry, as the system does it: each may be lost."""
         below = sorted((p for p in self.seen if p.is_relative_to(op.path)), key=lambda p: -len(p.parts))

@@ -1,14 +1,21 @@
-"""A job in a forked process that is sent signals, and how it ended."""
+"""A job in forked processes that are sent signals, and how they ended."""
 
 from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
+
+SECONDS = 60.0
+"""After which processes that work together are killed."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,32 @@ def start(job: Callable[[], object]) -> Process:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def together(
+    count: int, job: Callable[[], object], then: Callable[[Sequence[Process]], object] = lambda each: None
+) -> list[int | None]:
+    """Exit codes of `count` forked processes that do `job`, joined as a launcher joins them.
+
+    `then` is called with them once they have joined. One that loses the others must end by itself: None if it did not.
+    """
+    joined, into = os.pipe()
+    with tempfile.NamedTemporaryFile() as meeting, os.fdopen(joined, "rb") as arrivals:
+        each = [start(partial(_joined, job, rank, count, meeting.name, into)) for rank in range(count)]
+        os.close(into)
+        arrivals.read(count)
+        then(each)
+        return [process.end(SECONDS) for process in each]
+
+
+def _joined(job: Callable[[], object], rank: int, count: int, meeting: str, into: int) -> None:
+    if count > 1:
+        ranks, sizes = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        os.environ |= {
+            **dict.fromkeys(ranks, str(rank)),
+            **dict.fromkeys(sizes, str(count)),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    os.write(into, b".")
+    job()

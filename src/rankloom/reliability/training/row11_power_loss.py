@@ -15,7 +15,7 @@ import torch
 
 from rankloom.errors import FileError
 from rankloom.files import disk
-from rankloom.files.folders import hidden_beside, make_parents
+from rankloom.files.folders import hidden_beside, make_parents, put
 from rankloom.files.manifest import MANIFEST
 from rankloom.reliability.board import Budget, Finding, Row, Sabotage, swapped
 from rankloom.reliability.training.crash import Disk, logged
@@ -27,14 +27,16 @@ KEEP = 2
 
 
 def measure(budget: Budget) -> Finding:
-    """Log some saves; at each operation make every state that a crash may leave; load what is there."""
+    """Log some saves, the last one made anew; at each operation make every state that a crash may leave; load what is
+    there.
+    """
     draw, most = random.Random(budget.seed), budget.of(512, 24)
     with scratch() as folder:
         root = folder / "checkpoints"
         root.mkdir()
-        model, done, states, faults = Disk(root), 0, 0, []
+        model, done, states, faults, last = Disk(root), 0, 0, [], budget.of(7, 3)
         known: set[str] = set()
-        for step in range(1, budget.of(7, 3) + 1):
+        for step in (*range(1, last + 1), last):
             log = logged(partial(_save, root, step))
             saved = next(
                 i
@@ -43,7 +45,7 @@ def measure(budget: Budget) -> Finding:
             )
             for number, operation in enumerate(log):
                 model.do(operation)
-                done = step if number >= saved else step - 1
+                done = step if number >= saved else max(done, step - 1)
                 for state in model.states(most, draw):
                     seen = _digest(state, done)
                     if seen in known:
@@ -98,7 +100,7 @@ def _look(place: Path, root: Path, state: Mapping[Path, bytes | None], done: int
 
 
 def _renamed_early(target: Path, files: Mapping[str, bytes]) -> None:
-    """`write_folder` with the rename before the manifest."""
+    """`write_folder` with the manifest after it is in its place."""
     make_parents(target)
     hidden = hidden_beside(target)
     disk.make(hidden)
@@ -106,8 +108,7 @@ def _renamed_early(target: Path, files: Mapping[str, bytes]) -> None:
         if name != MANIFEST:
             disk.write(hidden / name, data)
             disk.sync(hidden / name)
-    disk.rename(hidden, target)
-    disk.sync(target.parent)
+    put(hidden, target)
     disk.write(target / MANIFEST, files[MANIFEST])
     disk.sync(target / MANIFEST)
     disk.sync(target)

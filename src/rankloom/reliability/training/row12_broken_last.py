@@ -26,6 +26,7 @@ DAMAGES: dict[str, Callable[[bytes, bytes], bytes | None]] = {
     "foreign": lambda data, other: other,
 }
 """What becomes of a file's bytes; `other`: those of another checkpoint, one byte longer."""
+LIMIT = 120.0
 
 
 def measure(budget: Budget) -> Finding:
@@ -41,7 +42,7 @@ def measure(budget: Budget) -> Finding:
         kills = budget.of(60, 6)
         lost = _killed_again_and_again(world, folder / "killed", kills, whole, random.Random(budget.seed))
     skipped = len(cases) - len(faults)
-    figure = f"{skipped} of {len(cases)} damages skipped by name; {kills} kills in a row: {lost or 'equal'}"
+    figure = f"{skipped} of {len(cases)} damages skipped by name; {kills} kills one after the other: {lost or 'equal'}"
     return Finding(not faults and lost is None, figure, (*faults, *filter(None, [lost])))
 
 
@@ -72,19 +73,21 @@ def _damaged(world: World, folder: Path, name: str, damage: str, whole: str) -> 
 
 
 def _killed_again_and_again(world: World, folder: Path, kills: int, whole: str, draw: random.Random) -> str | None:
-    """Kill a run, take it up, kill it again; what ended is compared, and a new run begun."""
-    number = 0
-    for kill in range(kills + 1):
-        out = folder / str(number)
-        seconds = draw.uniform(0.05, 0.4) if kill < kills else 120.0
-        end = forked(partial(ended, world, out), seconds)
-        if end.died is None:
+    """Kill a run, take it up, kill it again; what ended before its kill is compared, and a new run begun."""
+    done = number = 0
+    while True:
+        seconds = draw.uniform(0.02, 0.2) if done < kills else LIMIT
+        end = forked(partial(ended, world, folder / str(number)), seconds)
+        if end.died == "hang" and done < kills:
+            done += 1
+        elif end.died is not None:
+            return f"taken up after {done} kills: {end.died}"
+        elif end.value != whole:
+            return f"run {number} ended otherwise after {done} kills"
+        elif done == kills:
+            return None
+        else:
             number += 1
-            if end.value != whole:
-                return f"run {number} ended otherwise after {kill} kills"
-        elif end.died != "hang" or kill == kills:
-            return f"taken up after {kill} kills: {end.died}"
-    return None
 
 
 def _highest(root: Path) -> checkpoint.Checkpoint | None:

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,15 +28,21 @@ SHORT = "short write"
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES, SHORT: errno.ENOSPC}
 ONCE = ("EACCES",)
 """Errors that come once; the others stay from then on."""
+DELAY = 0.01
+"""Seconds by which a slow disk is late."""
 
 
 def measure(budget: Budget) -> Finding:
-    """Fail the k-th operation of a whole run, for each k and each error; look; then go on with a disk that works."""
+    """Fail the k-th operation of a whole run, for each k and each error; look; then go on with a disk that works. And
+    one run on a disk that is only slow.
+    """
     settings = dataclasses.replace(SETTINGS, steps=4, accumulate=1, eval_every=None)
     world, faults = World("lora", {"default": plan_of("lora")}, settings=settings), []
     with scratch() as folder:
         count = len(logged(lambda: world.run(folder / "logged")))
         whole = ended(world, folder / "whole")
+        with disk.watched(_slow):
+            faults += [] if ended(world, folder / "slow") == whole else ["a slow disk: another ending"]
         cases = [(k, name) for k in range(count) for name in ERRORS]
         chosen = random.Random(budget.seed).sample(cases, min(len(cases), budget.of(len(cases), 24)))
         tried = 0
@@ -45,12 +52,14 @@ def measure(budget: Budget) -> Finding:
             faults += [] if fault is None else [f"{name} at operation {k}: {fault}"]
             if len(faults) == ENOUGH:
                 break
-    figure = f"{tried - len(faults)} of {tried} failures survived; {count} operations, {len(ERRORS)} errors"
+    figure = (
+        f"{tried - len(faults)} of {tried} failures survived; {count} operations, {len(ERRORS)} errors, a slow disk"
+    )
     return Finding(not faults, figure, tuple(faults))
 
 
 def _failing(world: World, out: Path, k: int, name: str) -> str | None:
-    """Run with the fault: it may end well or by an `OSError`; what was said to be saved is there and whole."""
+    """Run with the fault: it may end well, or say file and reason; what was said to be saved is there and whole."""
     saved = [0]
 
     def tell(row: Mapping[str, Any]) -> None:
@@ -60,8 +69,9 @@ def _failing(world: World, out: Path, k: int, name: str) -> str | None:
     try:
         with disk.watched(_fault(k, name)):
             world.run(out, tell)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.filename is None or error.errno != ERRORS[name]:
+            return f"neither file nor reason: {error!r}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     for step in steps_in(out / PLACE):
@@ -82,6 +92,11 @@ def _going_on(world: World, out: Path, whole: str) -> str | None:
             return f"it does not go on: {type(error).__name__}: {error}"
     left = [p.name for p in out.rglob(".*.part")]
     return "another ending" if end != whole else f"never swept: {left}" if left else None
+
+
+def _slow(operation: Operation, perform: Callable[[], None]) -> None:
+    time.sleep(DELAY)
+    perform()
 
 
 def _fault(k: int, name: str) -> disk.Watcher:

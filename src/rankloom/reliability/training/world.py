@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from rankloom.core.attach import as_plan, attach
 from rankloom.core.plan import Plan
 from rankloom.core.rule import Rule
 from rankloom.errors import RankloomError
+from rankloom.reliability.training.process import together
 from rankloom.store.model import keep
 from rankloom.store.normalfloat import NormalFloat
 from rankloom.train.checkpoint import PLACE, newest_checkpoint
@@ -63,17 +65,21 @@ class Tiny(nn.Module):
 
 @dataclass(frozen=True)
 class World:
-    """One tiny run; `plans` by adapter name, `rules` by registered name, `data` and `base` make what they say."""
+    """One tiny run, shared by `processes`.
+
+    `plans` by adapter name, `rules` by registered name, `data` and `base` make what they say.
+    """
 
     name: str
     plans: Mapping[str, Plan]
     rules: tuple[str, ...] = ()
+    processes: int = 1
     data: Callable[[], Any] = field(default=lambda: words())
     base: Callable[[], nn.Module] = field(default=lambda: tiny())
     settings: TrainSettings = SETTINGS
 
     def run(self, out: Path | None, report: Callable[[Any], None] = lambda row: None) -> Result:
-        """Go on in `out`, or begin there."""
+        """Go on in `out`, or begin there: the part of one process."""
         torch.set_num_threads(1)
         model = self.base()
         torch.manual_seed(1)
@@ -96,14 +102,19 @@ class World:
 
 
 def worlds() -> Iterator[World]:
-    """Every registered method, every registered rule, and what runs have beside them."""
+    """Every registered method, every registered rule, those with a memory in two processes too, and what runs have
+    beside them.
+    """
     plans = {name: plan_of(name) for name in registry.METHODS}
-    yield from (World(name, {"default": plan}) for name, plan in plans.items())
-    spoken = {type(rule) for plan in plans.values() for rule in (*plan.method.rules(), *plan.rules)}
-    for name, target in registry.RULES.items():
-        if registry.load(target) not in spoken:
-            yield _with_rule(name, plans)
+    spoken = {name: [type(rule) for rule in (*plan.method.rules(), *plan.rules)] for name, plan in plans.items()}
+    every = {type_ for each in spoken.values() for type_ in each}
+    methods = [World(name, {"default": plan}) for name, plan in plans.items()]
+    rules = [_with_rule(name, plans) for name, target in registry.RULES.items() if registry.load(target) not in every]
+    yield from (*methods, *rules)
+    for world in (*(method for method in methods if spoken[method.name]), *rules):
+        yield dataclasses.replace(world, name=f"{world.name} in two processes", processes=2)
     lora = plans["lora"]
+    yield World("two processes", {"default": lora}, processes=2)
     yield World("an NF4 base", {"default": lora}, base=packed)
     yield World("three adapters at once", {"a": lora, "b": plans["adalora"], "c": plans["vera"]})
     yield World("packed rows", {"default": lora}, data=lambda: words(packing=True))
@@ -199,10 +210,15 @@ def warm(world: World) -> None:
 
 
 def ended(world: World, out: Path) -> str:
-    """Run to the end; `ending`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        world.run(out)
+    """Run to the end, several processes as forked ones; `ending`."""
+    if world.processes > 1:
+        codes = together(world.processes, partial(world.run, out))
+        if any(code != 0 for code in codes):
+            raise RankloomError(f"the processes ended with {codes}")
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            world.run(out)
     return ending(out)
 
 
