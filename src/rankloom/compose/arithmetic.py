@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rankloom.core.adapter import Thin, thin_of
 from rankloom.core.attach import attach, check_name
-from rankloom.core.bank import Bank, Fitted
+from rankloom.core.bank import Bank
+from rankloom.core.fitted import Fitted
 from rankloom.core.plan import Plan
 from rankloom.errors import NotMergeable, SettingsError, suggest
 from rankloom.formats.patterns import exactly

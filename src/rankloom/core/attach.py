@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from rankloom.core.adapter import Adapter, Sum
-from rankloom.core.bank import NAME, Bank, Fitted
+from rankloom.core.bank import NAME, Bank
 from rankloom.core.burst import burst
 from rankloom.core.fingerprint import fingerprint
+from rankloom.core.fitted import Fitted
 from rankloom.core.graft import check_forward, own, plant, present, slot_table, uproot
 from rankloom.core.kinds import Base
 from rankloom.core.method import Method

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from rankloom.core.adapter import Adapter, Sum
-from rankloom.core.bank import Bank, Fitted
+from rankloom.core.bank import Bank
+from rankloom.core.fitted import Fitted
 from rankloom.core.graft import LAYER
 from rankloom.core.plan import Plan
 from rankloom.core.site import Shared

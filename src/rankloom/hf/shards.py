@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.bank import Bank, Fitted, folded
+from rankloom.core.bank import Bank
+from rankloom.core.fitted import Fitted
 from rankloom.core.graft import present
+from rankloom.core.merging import folded
 from rankloom.core.targets import base_modules
 from rankloom.hf.packed import GLOB
 from rankloom.store.base import Packed, dense

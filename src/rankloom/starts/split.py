@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.bank import Bank, Fitted
+from rankloom.core.bank import Bank
+from rankloom.core.fitted import Fitted
 from rankloom.core.graft import LAYER
 from rankloom.core.start import Calibration, Evidence, Start, Started
 from rankloom.errors import SettingsError, StateError, TargetError, suggest

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.attach import attach
-from rankloom.core.bank import Bank, Fitted
+from rankloom.core.bank import Bank
+from rankloom.core.fitted import Fitted
 from rankloom.core.graft import LAYER
 from rankloom.core.plan import Plan
 from rankloom.core.prepare import keep_base

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.bank import Fitted
+from rankloom.core.fitted import Fitted
 from rankloom.errors import FileError
 
 Map = Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.bank import Fitted
+from rankloom.core.fitted import Fitted
 from rankloom.core.graft import LAYER
 from rankloom.core.method import Method
 from rankloom.errors import FileError

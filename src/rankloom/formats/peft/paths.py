@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankloom.core.bank import Fitted
+from rankloom.core.fitted import Fitted
 from rankloom.core.graft import LAYER
 from rankloom.formats.view import View
 

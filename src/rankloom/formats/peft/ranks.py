@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from rankloom.core.bank import Fitted
+from rankloom.core.fitted import Fitted
 from rankloom.core.method import Method
 from rankloom.core.targets import pattern_key
 from rankloom.errors import FileError

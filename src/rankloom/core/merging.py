@@ -1,0 +1,110 @@
+"""What a layer's tensors become when its adapters' changes are added to them; nothing here is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.core.adapter import pair_of
+from rankloom.core.fitted import Fitted
+from rankloom.core.graft import LAYER
+from rankloom.core.targets import Place, base_tensors
+from rankloom.errors import NotMergeable, StateError
+from rankloom.store.base import Packed, dense
+from rankloom.store.bridges import bridge_of
+
+
+def check_in_memory(place: Place) -> None:
+    """Refuse a layer whose weights an offload hook keeps elsewhere."""
+    if getattr(place.layer.__dict__.get("_hf_hook"), "offload", False):
+        raise StateError(f"{place.name!r} is offloaded: load the model without offloading to merge into it")
+
+
+def folded(
+    parts: list[tuple[Fitted, float]], dtype: torch.dtype | None = None
+) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The new tensors of one layer, whose adapters with their weights are given: (layer, parameter name, value).
+
+    Changes of one tensor add up. `dtype`: of what replaces a weight that has none of its own. Nothing is written.
+    """
+    place = parts[0][0].place
+    layer = place.layer
+    new: dict[str, Tensor] = {}
+    slots = {fitted.place.slot for fitted, _ in parts}
+    inside = [part for part in parts if part[0].place.slot == LAYER]
+    if inside:
+        new[place.kind.parameter()] = place.kind.to_weight(layer, _changed_matrix(inside))
+        _add_shifts(new, inside)
+    for fitted, weight in parts:
+        slot, old = fitted.place.slot, fitted.place.kind.tensor(layer)
+        if slot != LAYER:
+            new[slot] = fitted.adapter.add(new.get(slot, old), None, old, fitted.base, weight)
+    for key, value in new.items():
+        now = layer._buffers.get(key) if key in layer._buffers else layer._parameters.get(key)
+        like = place.kind.tensor(layer) if now is None else now
+        wanted = like.dtype if like.is_floating_point() else dtype or place.kind.weight(layer).dtype
+        yield layer, key, value.detach().to(wanted, copy=key in slots)
+
+
+def repacked(
+    parts: list[tuple[Fitted, float]], entry: tuple[nn.Module, str, Tensor], lost: dict[str, float]
+) -> tuple[nn.Module, str, Tensor]:
+    """The new value in the store of the old one, where that is packed; what it lost goes to `lost`."""
+    layer, key, value = entry
+    old = layer._parameters.get(key)
+    bridge = None if old is None else bridge_of(old)
+    if old is None or (bridge is None and not isinstance(old, Packed)):
+        return entry
+    (fitted, weight), *others = parts
+    made = fitted.adapter.repacked(fitted.base, weight) if not others and fitted.place.kind.parameter() == key else None
+    if made is None:
+        made = old.repack(value) if isinstance(old, Packed) else bridge.repack(old, value)  # type: ignore[union-attr]
+    change = torch.linalg.vector_norm(value - fitted.place.kind.weight(layer)).clamp_min(1e-38)
+    lost[fitted.place.name] = float(torch.linalg.vector_norm(dense(made) - value) / change)
+    return layer, key, made
+
+
+def _changed_matrix(parts: list[tuple[Fitted, float]]) -> Tensor:
+    """A layer's matrix (out, in) with every change added, in float32 at least: one pass for each thin change."""
+    matrix = parts[0][0].base.matrix()
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    for fitted, weight in parts:
+        thin = pair_of(fitted.adapter, fitted.base)
+        if thin is None:
+            matrix = torch.add(matrix, fitted.adapter.delta(fitted.base).to(matrix.dtype), alpha=weight)
+        else:
+            matrix = torch.addmm(matrix, thin.B.to(matrix), thin.A.to(matrix), alpha=weight * thin.scale)
+    return matrix
+
+
+def _add_shifts(new: dict[str, Tensor], parts: list[tuple[Fitted, float]]) -> None:
+    """Add the changes of a layer's bias to the values that are to be written."""
+    for fitted, weight in parts:
+        layer, shift = fitted.place.layer, fitted.adapter.delta_bias(fitted.base)
+        if shift is None:
+            continue
+        if "bias" not in layer._parameters:
+            raise NotMergeable(
+                f"{type(fitted.adapter).__name__} at {fitted.site.name!r} changes the bias, and a "
+                f"{fitted.place.kind.name} layer has none to merge it into"
+            )
+        bias = new.get("bias", layer._parameters.get("bias"))
+        new["bias"] = weight * shift if bias is None else bias + weight * shift
+
+
+def plain_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the first base parameter that is kept as plain numbers."""
+    own = (value for _, _, _, value in base_tensors(model) if value.is_floating_point() and bridge_of(value) is None)
+    return next((value.dtype for value in own), None)
+
+
+def plain_class(layer: nn.Module, key: str) -> type[nn.Module] | None:
+    """The class that the layer needs for the plain parameter `key` that it now has; None: its own."""
+    kind = layer.__dict__["_rankloom"].kind
+    value = layer._parameters.get(key)
+    if kind is None or kind.parameter() != key or value is None or bridge_of(value) is not None:
+        return None
+    plain: type[nn.Module] | None = kind.plain(layer)
+    return plain
