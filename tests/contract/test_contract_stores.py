@@ -79,6 +79,7 @@ def four_bit() -> nn.Module:
             new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
             new.weight = bnb.nn.Params4bit(layer.weight.detach(), quant_type="nf4", module=new)
             new.bias = layer.bias
+            new.support_avx512bf16_for_cpu = False  # where a CPU has that, bitsandbytes fails on layers so small
             model.set_submodule(name, new.to("cpu"))
     return model
 

@@ -104,8 +104,9 @@ def test_dropout_keeps_a_bit_an_element():
 
 
 def test_a_frozen_A_keeps_no_input():
-    """Beside the limit: h and each group's A side by side are added, and the output of the SiLU is let go."""
-    added = 4 * IDS.numel() * R * 7 * 4 + 4 * 5 * R * 96 * 4
+    """Beside the limit: h, each group's A side by side and s·B are added, and the output of the SiLU is let go."""
+    factors = 5 * R * 96 + R * (5 * 96 + 2 * 256)
+    added = 4 * 4 * (IDS.numel() * R * 7 + factors)
     silu = 4 * IDS.numel() * 256 * 4
     made = model(rl.LoRA(r=R, frozen="A"))
     made.get_input_embeddings().register_forward_hook(lambda _m, _x, y: y.requires_grad_(True))

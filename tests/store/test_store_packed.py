@@ -40,8 +40,8 @@ def _linear(store=STORES["nf4"], dtype=torch.float32, **settings):
 def _same(a, b):
     assert isinstance(a, Packed)
     assert isinstance(b, Packed)
-    assert (a.store, a.shape, a.dtype, a.names) == (b.store, b.shape, b.dtype, b.names)
-    assert all(torch.equal(a.parts[n], b.parts[n]) for n in a.names)
+    assert (a.store, a.shape, a.dtype, a.part_names) == (b.store, b.shape, b.dtype, b.part_names)
+    assert all(torch.equal(a.parts[n], b.parts[n]) for n in a.part_names)
 
 
 @every_store

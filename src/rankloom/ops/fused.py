@@ -79,7 +79,7 @@ class _Told:
 
 
 class _Kept(NamedTuple):
-    """The tensors of one layer that backward needs; `b` is B in the dtype of the products."""
+    """The tensors of one layer that backward needs; `b` is s·B in the dtype of the products."""
 
     weight: Tensor
     bias: Tensor | None
@@ -99,7 +99,7 @@ class _Fused(torch.autograd.Function):
         x, call.x = call.x.to(call.dtype), None
         flat = x.reshape(-1, x.shape[-1])
         a = _stacked([layer.A.to(call.dtype) for layer in call.layers])
-        bs = [layer.B.to(call.dtype) for layer in call.layers]
+        bs = [(layer.B * layer.scale).to(call.dtype) for layer in call.layers]
         gains = [_gain(layer.magnitude, layer.norms, call.dtype) for layer in call.layers]
         h, masks = _down(flat, a, call.layers)
         ys = tuple(
@@ -166,7 +166,7 @@ def _up(x: Tensor, flat: Tensor, h: Tensor, b: Tensor, gain: Tensor | None, laye
     """The output (…, out) of one layer."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     y = F.linear(flat, layer.read(layer.weight).to(x.dtype), bias if gain is None else None)
-    _add_product(y, h, b.T, layer.scale)
+    _add_product(y, h, b.T)
     if gain is not None:
         scale_(y, gain)
         if bias is not None:
@@ -221,9 +221,9 @@ def _sum(
             dy, grads[3 * i + 2] = _magnitude(layer, row, flat, dy, call.zeros[i])
         elif row.gain is not None:
             dy = dy * row.gain
-        thin.append((i, row, _product(dy, row.b, layer.scale)))
+        thin.append((i, row, dy @ row.b))
         if trains[3 * i + 1] and part is not None:
-            grads[3 * i + 1] = _product(dy.T, part, layer.scale).to(row.B.dtype)
+            grads[3 * i + 1] = (dy.T @ part).to(row.B.dtype).mul_(layer.scale)
         if any(needs):
             matrix = layer.read(row.weight).to(dy.dtype)
             dx = dy @ matrix if dx is None else _add_product(dx, dy, matrix)
@@ -311,9 +311,8 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
 def _plainly(x: Tensor, layer: Layer, row: _Kept) -> Tensor:
     """The output of one layer, without anything in place."""
     dropped = x if row.mask is None else x * _mask(row, layer, x)
-    y = F.linear(x, layer.read(row.weight).to(x.dtype)) + layer.scale * (
-        dropped @ row.A.to(x.dtype).T @ row.B.to(x.dtype).T
-    )
+    b = (row.B * layer.scale).to(x.dtype)
+    y = F.linear(x, layer.read(row.weight).to(x.dtype)) + dropped @ row.A.to(x.dtype).T @ b.T
     gain = _gain(row.magnitude, layer.norms, x.dtype)
     y = y if gain is None else y * gain
     return y if row.bias is None else y + row.bias.to(x.dtype)
@@ -335,14 +334,9 @@ def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:
     return kept.to(like.dtype).mul_(1 / (1 - layer.dropout))
 
 
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale·a b."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """into += scale·a b (torch's counter of operations counts no `addmm_`)."""
-    return torch.addmm(into, a, b, alpha=scale, out=into)
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """into += a b (torch's counter of operations counts no `addmm_`)."""
+    return torch.addmm(into, a, b, out=into)
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,8 @@ from torch.nn.functional import pad
 
 from rankloom.errors import StateError
 
+MAY_REARRANGE = "_rankloom_may_rearrange"
+"""Where a settled layer keeps whether bitsandbytes was to rearrange its weight."""
 LANES = 32
 """Rows that bitsandbytes' CPU arrangement keeps together."""
 
@@ -59,6 +61,7 @@ def count(weight: Tensor) -> int:
 
 def settle(layer: Any) -> None:
     """Codes and scales row by row, now and after every forward, and one state for weight and layer."""
+    layer.__dict__.setdefault(MAY_REARRANGE, layer.support_avx512bf16_for_cpu)
     layer.support_avx512bf16_for_cpu = False
     weight = layer._parameters["weight"]
     if weight.is_floating_point():
@@ -77,9 +80,8 @@ def settle(layer: Any) -> None:
 
 
 def release(layer: Any) -> None:
-    """Let bitsandbytes rearrange the weight again, where it would."""
-    found = getattr(sys.modules.get("bitsandbytes.nn.modules"), "has_avx512bf16", None)
-    layer.support_avx512bf16_for_cpu = found is not None and found()
+    """Let bitsandbytes rearrange the weight again, where it would have."""
+    layer.support_avx512bf16_for_cpu = layer.__dict__.pop(MAY_REARRANGE, layer.support_avx512bf16_for_cpu)
 
 
 def _named_again(weight: nn.Parameter, state: Any) -> Any:
