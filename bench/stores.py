@@ -13,6 +13,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -111,7 +112,10 @@ def layers() -> dict[str, nn.Module]:
     made: dict[str, nn.Module] = {"dense": dense_layer()} | {name: ours(store) for name, store in STORES.items()}
     made[BNB] = bitsandbytes_layer("Linear4bit")
     made["bitsandbytes int8"] = bitsandbytes_layer("Linear8bitLt")
-    made["torchao int8"] = torchao_layer()
+    if find_spec("torchao") is None:
+        print("torchao is not installed, and left out: pip install 'rankloom[ao]'")
+    else:
+        made["torchao int8"] = torchao_layer()
     return made
 
 
