@@ -17,11 +17,9 @@ from rankloom.core.bank import Bank
 from rankloom.core.graft import present
 from rankloom.core.whole import tokens_key
 from rankloom.errors import SettingsError, suggest
-from rankloom.formats.native import Native
-from rankloom.formats.peft import translator_for
 from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.targets import our_targets
-from rankloom.formats.saving import SaveReport, write
+from rankloom.formats.saving import SaveReport, parcel_of
 from rankloom.formats.view import View, view
 from rankloom.methods.lora import LoRA, LoRAAdapter
 from rankloom.ops.linalg import truncated_svd
@@ -70,10 +68,7 @@ def export(
         bank.plans[BORROWED] = dataclasses.replace(
             plan, **{k: getattr(source.plan, k) for k in ("target_modules", *_KEPT)}
         )
-        exported = view(bank, BORROWED)
-        translator, problems = translator_for(exported)
-        writer = Native() if problems or translator is None else translator
-        saved = write(exported, writer, problems, folder, card or {}, None)
+        saved = parcel_of(view(bank, BORROWED)).write(folder, card or {})
     finally:
         detach(model, BORROWED)
     return ExportReport({n: e for n, (e, _) in errors.items()}, _overall(errors.values()), saved)

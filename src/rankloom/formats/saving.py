@@ -44,6 +44,33 @@ class SaveReport:
     pushed: str | None = None
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """An adapter's folder before it is written: its files, what its manifest says besides, and what its card tells."""
+
+    files: Mapping[str, bytes]
+    manifest: Mapping[str, Any]
+    about: Mapping[str, Any]
+    peft_type: str
+    notes: tuple[str, ...]
+
+    def write(self, folder: str | Path, card: Mapping[str, Any], push_to: str | None = None) -> SaveReport:
+        """Write the folder, whole or not at all; then bring it to the hub, if told so."""
+        text = render(card, self.about).encode()
+        written = place(Path(folder), {**sealed(self.files, {"kind": KIND, **self.manifest}), CARD: text})
+        return SaveReport(
+            folder=written,
+            format=self.about["library"],
+            peft_type=self.peft_type,
+            tensors=self.about["tensors"],
+            parameters=self.about["parameters"],
+            bytes=len(self.files[WEIGHTS]),
+            compat=self.about["compat"],
+            notes=self.notes,
+            pushed=hub.push(written, push_to) if push_to is not None else None,
+        )
+
+
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -59,64 +86,39 @@ def save(
     `push_to`: a hub repository, "user/name". Raises `StateError` for NaN or unloaded tensors, `FileError` if the disk
     refuses.
     """
-    sorted_ = view(bank_of(model), name)
     if push_to is not None:
         hub.check(push_to)
-    writer, problems = _writer(sorted_)
-    return write(sorted_, writer, problems, folder, card or {}, push_to)
+    return parcel(model, name).write(folder, card or {}, push_to)
 
 
-def packed(model: nn.Module, name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(config and weights of an adapter as `save` would write them, what a manifest says besides)."""
-    sorted_ = view(bank_of(model), name)
-    writer, _ = _writer(sorted_)
-    about = _about(sorted_)
-    return {CONFIG: as_json(writer.config(sorted_)), WEIGHTS: _bytes(collect(writer.entries(sorted_)))}, about
+def parcel(model: nn.Module, name: str) -> Parcel:
+    """What `save` writes. Where the base is split over several processes, each of them has to ask."""
+    return parcel_of(view(bank_of(model), name))
 
 
-def _writer(view: View) -> tuple[Any, list[str]]:
-    """(what writes the adapter, what keeps it from PEFT's format)."""
+def parcel_of(view: View) -> Parcel:
+    """A sorted adapter, as PEFT's translator writes it where nothing keeps it from that format."""
     translator, problems = translator_for(view)
-    return (Native() if problems or translator is None else translator), problems
-
-
-def write(
-    view: View,
-    writer: Any,
-    problems: list[str],
-    folder: str | Path,
-    card: Mapping[str, Any],
-    push_to: str | None,
-) -> SaveReport:
-    """Write a sorted adapter by a translator or `Native`."""
+    native = problems or translator is None
+    writer: Any = Native() if native else translator
     tensors = collect(writer.entries(view))
-    manifest = _about(view)
+    manifest = {
+        "versions": {"rankloom": __version__, "torch": torch.__version__},
+        "plan": _plan_data(view),
+        "base": saved_print(view),
+    }
     config = writer.config(view)
-    native = isinstance(writer, Native)
     verdict = compat(config, {fitted.place.kind.name for fitted, _ in view.adapted}, problems)
     about = {
-        **_described(view, native),
+        **_described(view, bool(native)),
         "compat": verdict,
         "parameters": sum(t.numel() for t in tensors.values()),
         "settings": manifest["plan"],
         "tensors": len(tensors),
         "versions": manifest["versions"],
     }
-    text = render(card, about)
-
-    content = {CONFIG: as_json(config), WEIGHTS: _bytes(tensors)}
-    written = place(Path(folder), {**sealed(content, {"kind": KIND, **manifest}), CARD: text.encode()})
-    return SaveReport(
-        folder=written,
-        format="rankloom" if native else "peft",
-        peft_type=config["peft_type"],
-        tensors=len(tensors),
-        parameters=about["parameters"],
-        bytes=len(content[WEIGHTS]),
-        compat=verdict,
-        notes=(*writer.notes(view), *_store_notes(view)),
-        pushed=hub.push(written, push_to) if push_to is not None else None,
-    )
+    files = {CONFIG: as_json(config), WEIGHTS: _bytes(tensors)}
+    return Parcel(files, manifest, about, config["peft_type"], (*writer.notes(view), *_store_notes(view)))
 
 
 def collect(entries: list[Entry]) -> dict[str, Tensor]:
@@ -141,11 +143,6 @@ def _bytes(tensors: dict[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
     return save(tensors, metadata={"format": "pt"})
-
-
-def _about(view: View) -> dict[str, Any]:
-    versions = {"rankloom": __version__, "torch": torch.__version__}
-    return {"versions": versions, "plan": _plan_data(view), "base": saved_print(view)}
 
 
 def _plan_data(view: View) -> dict[str, Any]:

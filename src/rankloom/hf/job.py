@@ -16,6 +16,7 @@ from rankloom.core.attach import attach
 from rankloom.errors import FileError, SettingsError, StateError
 from rankloom.files.folders import replace_file
 from rankloom.files.strict import as_json
+from rankloom.formats.saving import Parcel, parcel
 from rankloom.hf.evaluation import Answer, Evaluator
 from rankloom.hf.folder import model_folder, writing
 from rankloom.hf.models import Loaded, device_of, load_model, with_heads
@@ -107,7 +108,10 @@ def train_job(
             loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
         )
     found = _result(loaded, result, ready.evaluator, out)
-    return Trained(processes.from_main(processes.agree(lambda: _saved(ready, found, processes))), loaded)
+    together = processes.agree if chosen.sharding == "none" else processes.meet
+    made = together(lambda: parcel(loaded.model, config.name))
+    written = processes.agree(lambda: _saved(ready, found, made) if processes.main else found)
+    return Trained(processes.from_main(written), loaded)
 
 
 def _begin(ready: _Ready, out: Path) -> None:
@@ -152,14 +156,12 @@ def _ready(config: RunConfig, out: Path, resume: bool | str, processes: Processe
     return _Ready(config, loaded, records, batches, _evaluator(loaded, held, config, processes))
 
 
-def _saved(ready: _Ready, found: JobResult, processes: Processes) -> JobResult:
+def _saved(ready: _Ready, found: JobResult, made: Parcel) -> JobResult:
     """The adapter and the record of the job, written; the result as it then is."""
-    if not processes.main:
-        return found
     config, out = ready.config, found.out
     with writing(out):
         card = _card(config, ready.records, found)
-        saved = formats.save(ready.loaded.model, out / ADAPTER, config.name, card=card)
+        saved = made.write(out / ADAPTER, card)
         found = dataclasses.replace(found, compatibility=str(saved.compat))
         replace_file(out / RECORD, as_json({"config": as_data(config), "versions": versions(), **found.as_dict()}))
     return found

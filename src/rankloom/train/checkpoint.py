@@ -26,7 +26,7 @@ from rankloom.files.folders import discard, read_folder, sweep, write_folder
 from rankloom.files.manifest import sealed
 from rankloom.files.strict import as_json
 from rankloom.formats.manifest import CHECKPOINT as KIND
-from rankloom.formats.saving import packed
+from rankloom.formats.saving import parcel
 from rankloom.train.run import bank_or_none
 from rankloom.train.tree import pack, unpack
 
@@ -151,16 +151,17 @@ def prune(root: Path, keep: int, protect: Collection[int]) -> None:
                 discard(root / FORM.format(step))
 
 
-def as_adapter(model: nn.Module) -> tuple[dict[str, bytes], dict[str, Any]]:
+def as_adapter(model: nn.Module) -> tuple[Mapping[str, bytes], Mapping[str, Any]]:
     """What makes a checkpoint of this model an adapter folder: nothing, unless one adapter alone is active."""
     bank = bank_or_none(model)
     if bank is None or len(bank.active) != 1:
         return {}, {}
     try:
-        return packed(model, *bank.active)
+        made = parcel(model, *bank.active)
     except SettingsError as error:
         warnings.warn(f"checkpoints of this run are no adapter folders: {error}", stacklevel=3)
         return {}, {}
+    return made.files, made.manifest
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
