@@ -28,7 +28,6 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_train_in_two_processes(sharding: str, model: Path, chats: Path, tmp_path: Path) -> None:
@@ -50,7 +49,6 @@ def test_train_in_two_processes(sharding: str, model: Path, chats: Path, tmp_pat
     assert rows.count("start") == rows.count("end") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_one_message_where_all_fail(model: Path, chats: Path, tmp_path: Path) -> None:
     found = torchrun(f"model={model}", f"data={chats}", f"out={tmp_path}", "target_modules=[nowhere]", "hold_out=3")
