@@ -225,6 +225,21 @@ def test_bf16_models_merge_into_bf16():
         assert (say(model) - said).float().norm() < 0.05 * said.float().norm()
 
 
+@pytest.mark.xfail(
+    reason="on CPUs with AVX512 bitsandbytes multiplies by another matrix than its codes say", strict=False
+)
+@pytest.mark.parametrize("width", [96, 160])
+def test_rows_of_whole_lanes_but_not_of_whole_blocks_merge_exactly(width):
+    torch.manual_seed(0)
+    model = nn.Sequential(four()(nn.Linear(width, 64))).train()
+    bank = rl.attach(model, rl.LoRA(r=4), target_modules=["0"])
+    nudge(bank)
+    x = torch.randn(5, width)
+    said = model(x).detach()
+    bank.merge()
+    assert torch.allclose(model(x), said, atol=1e-4)
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_rearranged_weights_are_read_exactly(nested):
     """What an AVX512-BF16 CPU makes of a layer: the codes come back, with the scales as that layer then has them."""
