@@ -36,7 +36,7 @@ def llama(dtype=torch.float32):
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=64,
-        intermediate_size=128,
+        intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -135,7 +135,7 @@ def test_trains_and_merges_like_its_dense_twin(backend, method):
     """Same loss and gradients as the plain model of the decoded weights; merged in training mode and back, bit for bit."""
     model = quantised(backend)
     twin = plain_twin(model)
-    banks = []
+    bare, banks = say(model.train()), []
     for each in (model, twin):
         torch.manual_seed(3)
         banks.append(rl.attach(each, method(), target_modules=TARGETS))
@@ -165,9 +165,7 @@ def test_trains_and_merges_like_its_dense_twin(backend, method):
     assert torch.equal(say(model), before)
     rl.detach(model)
     assert not any(isinstance(m, Grafted) for m in model.modules())
-    model.eval(), twin.eval()
-    rl.detach(twin)
-    assert torch.allclose(say(model), say(twin), atol=0.05 * say(twin).abs().max().item())
+    assert torch.equal(say(model), bare)
 
 
 @every_backend
@@ -225,19 +223,53 @@ def test_bf16_models_merge_into_bf16():
         assert (say(model) - said).float().norm() < 0.05 * said.float().norm()
 
 
-@pytest.mark.xfail(
-    reason="on CPUs with AVX512 bitsandbytes multiplies by another matrix than its codes say", strict=False
-)
-@pytest.mark.parametrize("width", [96, 160])
-def test_rows_of_whole_lanes_but_not_of_whole_blocks_merge_exactly(width):
+def misreading(monkeypatch):
+    """bitsandbytes as it is on CPUs with AVX512, on any CPU: rows that share blocks come out as others."""
+    true = bnb.functional.dequantize_4bit
+
+    def off(codes, state, *args, **kwargs):
+        read = true(codes, state, *args, **kwargs)
+        return read.flip(0) if state.shape[-1] % state.blocksize else read
+
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", off)
+
+
+@pytest.mark.parametrize("width", [32, 48, 96, 160, 72])
+@pytest.mark.parametrize("method", [METHODS["lora"], METHODS["dora"]], ids=["lora", "dora"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["this_cpu", "misread"])
+def test_rows_of_broken_blocks_merge_exactly(width, method, everywhere, monkeypatch):
+    """Rows that share blocks, which bitsandbytes misreads on some CPUs (made so on every one): products by the codes,
+    gradients too, told once; `merge` says what the adapted model says; `detach` leaves bitsandbytes' own."""
+    fourbit._misreads.cache_clear()
+    if everywhere:
+        misreading(monkeypatch)
     torch.manual_seed(0)
-    model = nn.Sequential(four()(nn.Linear(width, 64))).train()
-    bank = rl.attach(model, rl.LoRA(r=4), target_modules=["0"])
+    model = nn.Sequential(nn.Linear(8, width), nn.Tanh(), four()(nn.Linear(width, 64))).train()
+    weight, bias = dense(model[2].weight), model[2].bias
+    h, x = model[:2](torch.randn(5, 8)).detach(), torch.randn(5, 8)
+    own = model[2](h)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        bank = rl.attach(model, method(), target_modules=["2"])
+        bank.switch.fused = False
+        for _ in range(2):
+            assert torch.allclose(model[2](h), h @ weight.T + bias, atol=1e-4)
+    wrong = everywhere or not torch.allclose(own, h @ weight.T + bias, atol=1e-4)
+    assert len(told) == wrong
+    assert not wrong or f"misreads nf4 rows of {width} on this CPU" in str(told[0].message)
     nudge(bank)
-    x = torch.randn(5, width)
     said = model(x).detach()
+    leaf = h.clone().requires_grad_()
+    model[2](leaf).sum().backward()
+    effective = weight + bank.delta("default")["2"]
+    assert torch.allclose(leaf.grad, effective.sum(0).expand(5, -1), atol=1e-4)
     bank.merge()
     assert torch.allclose(model(x), said, atol=1e-4)
+    bank.unmerge()
+    assert torch.equal(model(x), said)
+    rl.detach(model)
+    assert type(model[2]) is bnb.nn.Linear4bit
+    assert torch.equal(model[2](h), own)
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
 from rankloom.core.fuse import Memo, answer
-from rankloom.core.kinds import Bare, Base, Kind
+from rankloom.core.kinds import Bare, Base, Kind, repairs_of
 from rankloom.core.mixed import Stacks, in_segments
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.errors import StateError, TargetError
@@ -244,7 +244,7 @@ def _generated(original: type[nn.Module], parameters: tuple[str, ...], speaks: b
         }
         for name in parameters:
             body[name] = _parameter_property(name)
-        _classes[key] = type(f"Grafted{original.__name__}", (Grafted, original), body)
+        _classes[key] = type(f"Grafted{original.__name__}", (Grafted, *repairs_of(original), original), body)
     return _classes[key]
 
 

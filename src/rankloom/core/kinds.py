@@ -25,6 +25,8 @@ class Kind(ABC):
 
     name: str
     linear: bool = False
+    repairs: tuple[type[nn.Module], ...] = ()
+    """Mixins before a grafted layer's own class, where its forward does not always say what `weight` holds."""
 
     def tensor(self, layer: nn.Module) -> Tensor:
         """The raw base parameter, of the layer's own shape; read it through `matrix`."""
@@ -136,6 +138,8 @@ class Bitsandbytes(Dense):
 
 class FourBit(Bitsandbytes):
     """`Linear4bit`."""
+
+    repairs = (fourbit.ByCodes,)
 
     def weight(self, layer: nn.Module) -> Tensor:
         return super().weight(layer) if self.tensor(layer).is_floating_point() else fourbit.weight_of(layer)
@@ -345,13 +349,23 @@ KINDS: dict[str, Kind] = {
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of `layer`, by class name along its bases (so no model library is imported); None if it has none."""
-    return next((kind for cls in type(layer).__mro__ if (kind := _kind(cls)) is not None), None)
+    return _first_kind(type(layer))
+
+
+def repairs_of(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    """The mixins that the layers of a class need once they are adapted."""
+    kind = _first_kind(original)
+    return () if kind is None else kind.repairs
 
 
 def product(original: type[nn.Module]) -> Dense | None:
     """The kind of a class whose forward is nothing but the product with its matrix, plus its bias; else None."""
     kind = _kind(next(cls for cls in original.__mro__ if "forward" in vars(cls)))
     return kind if isinstance(kind, Dense) and kind.linear else None
+
+
+def _first_kind(layer: type) -> Kind | None:
+    return next((kind for cls in layer.__mro__ if (kind := _kind(cls)) is not None), None)
 
 
 def _kind(cls: type) -> Kind | None:

@@ -2,17 +2,20 @@
 
 Decoded here and not by bitsandbytes: its AVX-512 kernel misreads rows that are no multiple of the block. On CPUs with
 AVX512-BF16 an eval forward rearranges codes and scales in place, rounds the scales to bfloat16, and from then on cuts
-the gradient of the layer's input; both arrangements are read, and `settle` undoes the second one and forbids it.
+the gradient of the layer's input; both arrangements are read, and `settle` undoes the second one and forbids it. Where
+its product is by misread rows, `ByCodes` multiplies in its place.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from rankloom.errors import StateError
 
@@ -82,6 +85,55 @@ def settle(layer: Any) -> None:
 def release(layer: Any) -> None:
     """Let bitsandbytes rearrange the weight again, where it would have."""
     layer.support_avx512bf16_for_cpu = layer.__dict__.pop(MAY_REARRANGE, layer.support_avx512bf16_for_cpu)
+
+
+class ByCodes(nn.Module):
+    """Goes before `Linear4bit`: where bitsandbytes misreads such rows on this CPU, the product is with their codes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not _misread(_state(self._parameters["weight"], self)):
+            return super().forward(x)  # type: ignore[no-any-return]
+        dtype: torch.dtype = getattr(self, "compute_dtype", None) or x.dtype
+        y: Tensor = _Product.apply(x.to(dtype), self)  # type: ignore[no-untyped-call]
+        bias = self._parameters["bias"]
+        return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ with W decoded for the product only: backward decodes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        return linear(x, weight_of(layer).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy @ weight_of(ctx.layer).to(dy.dtype), None
+
+
+def _misread(state: Any) -> bool:
+    columns: int = state.shape[-1]
+    return columns % state.blocksize != 0 and _misreads(columns, state.blocksize, state.quant_type, _dtype(state))
+
+
+@cache
+def _misreads(columns: int, block: int, quant_type: str, dtype: torch.dtype) -> bool:
+    """Whether bitsandbytes reads rows of so many columns otherwise than by their codes: tried on a few."""
+    functional = sys.modules["bitsandbytes.functional"]
+    made = torch.randn(8, columns, generator=torch.Generator().manual_seed(0), device="cpu")
+    packed, state = functional.quantize_4bit(made.to(dtype), blocksize=block, quant_type=quant_type)
+    true, found = _decoded(packed, state).float(), functional.dequantize_4bit(packed, state).float()
+    off = float((found - true).norm() / true.norm())
+    if off < 0.01:
+        return False
+    warnings.warn(
+        f"bitsandbytes {sys.modules['bitsandbytes'].__version__} misreads {quant_type} rows of {columns} on this CPU "
+        f"(off by {off:.0%}): layers with adapters multiply by the codes instead, those without are left as they are, "
+        "so the model speaks otherwise than before it was adapted",
+        stacklevel=2,
+    )
+    return True
 
 
 def _named_again(weight: nn.Parameter, state: Any) -> Any:
