@@ -159,6 +159,66 @@ def test_a_swiglu_lets_the_output_of_its_activation_go():
     assert abs(sizes[False] - sizes[True] - 2 * 8 * IDS.numel() * 24) < copies < 8 * IDS.numel() * 24
 
 
+NORMS = {
+    "affine": lambda width: nn.LayerNorm(width),
+    "no_bias": lambda width: nn.LayerNorm(width, bias=False),
+    "bare": lambda width: nn.LayerNorm(width, elementwise_affine=False),
+    "two_dims": lambda width: nn.LayerNorm((5, width)),
+    "rms": lambda width: nn.RMSNorm(width),
+}
+
+
+class Normed(nn.Module):
+    """A norm before a linear layer, its output also as one side of a gated product."""
+
+    def __init__(self, norm, dtype):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 8), norm(8)
+        self.proj, self.gate, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        for p in self.norm.parameters():
+            nn.init.normal_(p, mean=1.0)
+        self.to(dtype)
+
+    def forward(self, x):
+        y = self.norm(3 * self.first(x).sin() + 1)
+        return self.out(torch.nn.functional.silu(self.gate(y)) * self.norm(self.proj(y)))
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_the_output_of_a_norm_is_rebuilt(norm):
+    """Neither norm's output is kept; gradients of first and second order are the plain path's."""
+    from rankloom.ops.kept import kept_bytes
+
+    torch.manual_seed(0)
+    model = Normed(norm, torch.float64).train()
+    bank = rl.attach(model, rl.LoRA(r=2), target_modules=["first", "proj", "gate", "out"])
+    nudge(bank)
+    x = torch.randn(7, 5, 4, dtype=torch.float64)
+    assert_agree(model, bank, lambda m: m(x).sin().sum())
+    sizes, curvatures = {}, {}
+    for fused in (False, True):
+        bank.switch.fused = fused
+        sizes[fused] = kept_bytes([model(x)], [*model.parameters(), x])
+        parameters = [p for _, p, _ in bank.trainable()]
+        first = torch.autograd.grad(model(x).sin().sum(), parameters, create_graph=True)
+        curvatures[fused] = torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+    for found, expected in zip(curvatures[True], curvatures[False]):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    copies = sum(p.numel() * p.element_size() for _, p, _ in bank.trainable())
+    assert sizes[False] - sizes[True] >= 3 * 8 * 7 * 5 * 8 - copies  # norm, SiLU, and what `out` reads
+
+
+def test_a_norm_that_keeps_sixteen_bits_is_not_rebuilt_from_them():
+    from rankloom.ops.rebuild import origin
+
+    x = torch.randn(5, 8, requires_grad=True)
+    wide, narrow = nn.LayerNorm(8), nn.LayerNorm(8, dtype=torch.bfloat16)
+    found = origin(wide(x.bfloat16()), shortcut=False)
+    assert torch.equal(found.make(found.kept), wide(x.bfloat16()))
+    assert origin(narrow(x.bfloat16()), shortcut=False) is None
+    assert origin(torch.nn.functional.layer_norm(x, (8,), None, torch.ones(8)), shortcut=False) is None
+
+
 @pytest.mark.parametrize("hold", ["retain_grad", "hook", "captured"])
 def test_a_tensor_that_others_watch_is_not_passed_by(hold):
     """Whoever holds the activation's output, or listens at down_proj, gets its gradient as on the plain path."""

@@ -3,20 +3,21 @@
 y_i = g_i ∘ (x W_iᵀ + s_i·d_i(x) A_iᵀ B_iᵀ) + b_i, with d_i the dropout of the change's input, and for DoRA the gain
 g_i = m_i/‖W_i + s_i B_i A_i‖ by rows (the norm is a constant), else 1. One thin product for all A, sums in place, and
 nothing kept but h = d(x) Aᵀ, one bit of dropout an element, and x where an A is trained: rebuilt in backward where its
-origin is known.
+origin is known. Where the tokens and ranks are so many that it is cheaper, W_i + s_i B_i A_i is made for the product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rankloom.ops.gain import scale_, scaled_and_summed
+from rankloom.ops.order import Order, cheapest
 from rankloom.ops.rebuild import Origin
 from rankloom.ops.unpack import pack, unpack
 
@@ -49,7 +50,9 @@ def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torc
 
 @dataclass(slots=True)
 class _Call:
-    """What one call knows beside its tensors; forward takes `x` out and asks which magnitudes have `zeros`."""
+    """What one call knows beside its tensors; forward takes `x` out, asks which magnitudes have `zeros` and chooses the
+    order.
+    """
 
     x: Tensor | None
     layers: tuple[Layer, ...]
@@ -57,6 +60,7 @@ class _Call:
     dtype: torch.dtype
     inputs: int
     zeros: tuple[_Told | None, ...] = ()
+    order: Order = Order.THIN
 
     def rebuilt(self, kept: Sequence[Tensor]) -> Tensor:
         x = kept[0] if self.origin is None else self.origin.make(tuple(kept))
@@ -101,12 +105,14 @@ class _Fused(torch.autograd.Function):
         a = _stacked([layer.A.to(call.dtype) for layer in call.layers])
         bs = [(layer.B * layer.scale).to(call.dtype) for layer in call.layers]
         gains = [_gain(layer.magnitude, layer.norms, call.dtype) for layer in call.layers]
-        h, masks = _down(flat, a, call.layers)
-        ys = tuple(
-            _up(x, flat, part, b, gain, layer)
-            for part, b, gain, layer in zip(_split(h, call.layers), bs, gains, call.layers)
-        )
         needs, trains = ctx.needs_input_grad[1 : 1 + call.inputs], ctx.needs_input_grad[1 + call.inputs :]
+        call.order = _order(call, flat, any(needs), trains)
+        thin, masks = _down(flat, a, call.layers) if call.order is Order.THIN else (None, [None] * len(call.layers))
+        own, parts = _split(a, call.layers, dim=0), _split(thin, call.layers)
+        ys = tuple(
+            _up(x, flat, part, _matrix(call, layer, layer.weight, b, each), b, gain, layer)
+            for part, each, b, gain, layer in zip(parts, own, bs, gains, call.layers)
+        )
         linked = call.origin is not None and call.origin.shortcut and any(needs)
         kept: tuple[Tensor, ...] = ()
         if linked or any(trains[0::3]) or any(trains[2::3]):
@@ -133,8 +139,8 @@ class _Fused(torch.autograd.Function):
             for layer, b, gain, mask, y in zip(call.layers, bs, gains, masks, ys)
         ]
         again = kept and any(layer.norms is not None for layer in call.layers) and all(mask is None for mask in masks)
-        thin = h if any(trains[1::3]) and not again else None
-        ctx.save_for_backward(*kept, thin, a, *(t for row in rows for t in row))
+        h = thin if any(trains[1::3]) and not again else None
+        ctx.save_for_backward(*kept, h, a, *(t for row in rows for t in row))
         return ys
 
     @staticmethod
@@ -162,11 +168,31 @@ def _down(flat: Tensor, a: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, lis
     return torch.cat(parts, dim=1), masks
 
 
-def _up(x: Tensor, flat: Tensor, h: Tensor, b: Tensor, gain: Tensor | None, layer: Layer) -> Tensor:
-    """The output (…, out) of one layer."""
+def _order(call: _Call, flat: Tensor, dx: bool, trains: Sequence[bool]) -> Order:
+    """The cheapest order; the thin one where a sum with W would lose small changes (16 bits), where the change has an
+    input of its own (dropout), and where a frozen factor takes x or products off.
+    """
+    wide = call.dtype in (torch.float32, torch.float64)
+    if not wide or any(layer.dropout for layer in call.layers) or not (all(trains[0::3]) and all(trains[1::3])):
+        return Order.THIN
+    shapes = (((layer.B.shape[0], layer.A.shape[1]), layer.A.shape[0]) for layer in call.layers)
+    return cheapest(flat.shape[0], shapes, dx)
+
+
+def _matrix(call: _Call, layer: Layer, weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """W, or in the other orders W + s·B A, (out, in) in the dtype of the products."""
+    matrix = layer.read(weight).to(call.dtype)
+    return matrix if call.order is Order.THIN else torch.addmm(matrix, b, a)
+
+
+def _up(
+    x: Tensor, flat: Tensor, h: Tensor | None, matrix: Tensor, b: Tensor, gain: Tensor | None, layer: Layer
+) -> Tensor:
+    """The output (…, out) of one layer; `h` is what its matrix has not in it."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    y = F.linear(flat, layer.read(layer.weight).to(x.dtype), bias if gain is None else None)
-    _add_product(y, h, b.T)
+    y = F.linear(flat, matrix, bias if gain is None else None)
+    if h is not None:
+        _add_product(y, h, b.T)
     if gain is not None:
         scale_(y, gain)
         if bias is not None:
@@ -184,7 +210,7 @@ def _once(
     with torch.set_grad_enabled(linked):
         x = call.rebuilt(leaves) if kept else None
     flat = None if x is None else x.detach().reshape(-1, x.shape[-1])
-    if h is None and flat is not None and any(ctx.trains[1::3]):
+    if h is None and flat is not None and any(ctx.trains[1::3]) and call.order is not Order.DENSE:
         h, _ = _down(flat, a, call.layers)
     dx, grads = _sum(call, ctx.needs, ctx.trains, flat, h, a, rows, dys)
     shape = next((dy.shape[:-1] for dy in dys if dy is not None), None)
@@ -211,7 +237,7 @@ def _sum(
     """dx (T, in), where it is needed, and the gradients of A, B, magnitude of every layer."""
     grads: list[Tensor | None] = [None] * len(trains)
     dx: Tensor | None = None
-    parts: Sequence[Tensor | None] = [None] * len(rows) if h is None else _split(h, call.layers)
+    parts, own = _split(h, call.layers), _split(a, call.layers, dim=0)
     thin: list[tuple[int, _Kept, Tensor]] = []
     for i, (layer, row, part, dy) in enumerate(zip(call.layers, rows, parts, dys)):
         if dy is None:
@@ -221,14 +247,20 @@ def _sum(
             dy, grads[3 * i + 2] = _magnitude(layer, row, flat, dy, call.zeros[i])
         elif row.gain is not None:
             dy = dy * row.gain
-        thin.append((i, row, dy @ row.b))
+        if call.order is Order.DENSE:
+            assert flat is not None
+            whole = dy.T @ flat
+            grads[3 * i] = (row.b.T @ whole).to(row.A.dtype)
+            grads[3 * i + 1] = (whole @ own[i].T).to(row.B.dtype).mul_(layer.scale)
+        else:
+            thin.append((i, row, dy @ row.b))
         if trains[3 * i + 1] and part is not None:
             grads[3 * i + 1] = (dy.T @ part).to(row.B.dtype).mul_(layer.scale)
         if any(needs):
-            matrix = layer.read(row.weight).to(dy.dtype)
+            matrix = _matrix(call, layer, row.weight, row.b, own[i])
             dx = dy @ matrix if dx is None else _add_product(dx, dy, matrix)
-    own = _split(a, call.layers, dim=0)
-    _through_a(trains, flat, dx, a, own, [part for part in thin if not call.layers[part[0]].dropout], grads)
+    through = dx if call.order is Order.THIN else None
+    _through_a(trains, flat, through, a, own, [part for part in thin if not call.layers[part[0]].dropout], grads)
     for i, row, dh in thin:
         if call.layers[i].dropout:
             mask = _mask(row, call.layers[i], dh)
@@ -344,8 +376,14 @@ def _stacked(factors: Sequence[Tensor]) -> Tensor:
     return factors[0] if len(factors) == 1 else torch.cat(list(factors))
 
 
-def _split(stacked: Tensor, layers: Sequence[Layer], dim: int = 1) -> Sequence[Tensor]:
+@overload
+def _split(stacked: Tensor, layers: Sequence[Layer], dim: int = 1) -> Sequence[Tensor]: ...
+@overload
+def _split(stacked: Tensor | None, layers: Sequence[Layer], dim: int = 1) -> Sequence[Tensor | None]: ...
+def _split(stacked: Tensor | None, layers: Sequence[Layer], dim: int = 1) -> Sequence[Tensor | None]:
     """The parts of what is stacked by rank."""
+    if stacked is None:
+        return [None] * len(layers)
     if len(layers) == 1:
         return (stacked,)
     return torch.split_with_sizes(stacked, [layer.A.shape[0] for layer in layers], dim=dim)

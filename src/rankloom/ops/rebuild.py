@@ -1,9 +1,9 @@
 """Where a tensor came from: rebuilt element by element from what autograd keeps anyway, it need not be kept itself.
 
-Read off the graph of the forward pass, by operation and not by the name of any layer: products (SwiGLU, RMSNorm), SiLU,
-GELU, casts, all of them bit for bit (a LayerNorm's node does not tell its eps: its output is kept). A product keeps the
-output of its activation although the activation keeps its own input; a reader of the product that takes that input
-instead (`shortcut`) lets autograd drop the output.
+Read off the graph of the forward pass, by operation and not by the name of any layer: products (SwiGLU, RMSNorm),
+LayerNorm, SiLU, GELU, casts, on a CPU all of them bit for bit. A product keeps the output of its activation although
+the activation keeps its own input; a reader of the product that takes that input instead (`shortcut`) lets autograd
+drop the output.
 """
 
 from __future__ import annotations
@@ -81,6 +81,32 @@ def _cast(node: Any, depth: int, shortcut: bool) -> Origin | None:
     return Origin(before.kept, lambda t: make(t).to(dtype), before.shortcut)
 
 
+def _layer_norm(node: Any, depth: int, shortcut: bool) -> Origin | None:
+    """From the mean and deviation that the node keeps, unless it keeps them in 16 bits: too few to rebuild from."""
+    mean, weight, bias = node._saved_result1, node._saved_weight, node._saved_bias
+    if mean.element_size() < 4 or (weight is None and bias is not None):
+        return None
+    dtype, dims = node._input_metadata[0].dtype, tuple(range(-len(node._saved_normalized_shape), 0))
+
+    def make(t: tuple[Tensor, ...]) -> Tensor:
+        x, mean, deviation, *affine = t
+        x = x.to(mean.dtype)
+        if torch.is_grad_enabled():
+            mean, deviation = _moments(x, deviation, dims)
+        made = (x - mean) * deviation
+        made = torch.addcmul(affine[1], made, affine[0]) if len(affine) > 1 else made * affine[0] if affine else made
+        return made.to(dtype)
+
+    kept = (node._saved_input, mean, node._saved_result2, weight, bias)
+    return Origin(tuple(t for t in kept if t is not None), make)
+
+
+def _moments(x: Tensor, deviation: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and 1/√(variance + eps) as functions of x, with the eps that is in `deviation`."""
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return mean, (variance + (deviation**-2 - variance).detach()).rsqrt()
+
+
 def _silu(node: Any, depth: int, shortcut: bool) -> Origin:
     return Origin((node._saved_self,), lambda t: F.silu(t[0]))
 
@@ -93,6 +119,7 @@ def _gelu(node: Any, depth: int, shortcut: bool) -> Origin:
 _READERS: dict[str, Callable[[Any, int, bool], Origin | None]] = {
     "GeluBackward0": _gelu,
     "MulBackward0": _product,
+    "NativeLayerNormBackward0": _layer_norm,
     "SiluBackward0": _silu,
     "ToCopyBackward0": _cast,
 }
