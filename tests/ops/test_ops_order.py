@@ -70,15 +70,15 @@ def test_the_cheapest_has_the_fewest_operations_but_for_what_it_writes():
     """Few tokens or low ranks stay thin; many tokens merge; high ranks too take the dense gradients."""
     shape, seen = (768, 768), set()
     for tokens, r, dx in itertools.product((256, 1024, 4096, 16384), (1, 16, 64, 256, 768), (False, True)):
-        chosen = cheapest(tokens, [(shape, r)] * 3, dx)
+        chosen = cheapest(tokens, ((shape, r),) * 3, dx)
         counts = {order: operations(order, tokens, shape, r, dx) for order in Order}
         assert counts[chosen] <= counts[Order.THIN]
         assert min(counts.values()) >= counts[chosen] - 128 * 4 * 768 * 768
         seen.add(chosen)
     assert seen == set(Order)
-    assert cheapest(1024, [(shape, 16)], True) is Order.THIN
-    assert cheapest(4096, [(shape, 128)], True) is Order.MERGED
-    assert cheapest(4096, [(shape, 512)], True) is Order.DENSE
+    assert cheapest(1024, ((shape, 16),), True) is Order.THIN
+    assert cheapest(4096, ((shape, 128),), True) is Order.MERGED
+    assert cheapest(4096, ((shape, 512),), True) is Order.DENSE
 
 
 def test_the_cheapest_is_taken():
@@ -86,7 +86,7 @@ def test_the_cheapest_is_taken():
     tokens, side, r = 4096, 16, 12
     a, b = torch.randn(r, side, requires_grad=True), torch.randn(side, r, requires_grad=True)
     x, weight = torch.randn(tokens, side, requires_grad=True), torch.randn(side, side)
-    order = cheapest(tokens, [((side, side), r)], True)
+    order = cheapest(tokens, (((side, side), r),), True)
     with FlopCounterMode(display=False) as counter:
         fused(x, [Layer(weight, lambda w: w, None, a, b, 1.0)], None, torch.float32)[0].sum().backward()
     assert order is Order.DENSE

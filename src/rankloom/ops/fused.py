@@ -175,7 +175,7 @@ def _order(call: _Call, flat: Tensor, dx: bool, trains: Sequence[bool]) -> Order
     wide = call.dtype in (torch.float32, torch.float64)
     if not wide or any(layer.dropout for layer in call.layers) or not (all(trains[0::3]) and all(trains[1::3])):
         return Order.THIN
-    shapes = (((layer.B.shape[0], layer.A.shape[1]), layer.A.shape[0]) for layer in call.layers)
+    shapes = tuple(((layer.B.shape[0], layer.A.shape[1]), layer.A.shape[0]) for layer in call.layers)
     return cheapest(flat.shape[0], shapes, dx)
 
 
@@ -197,7 +197,7 @@ def _up(
         scale_(y, gain)
         if bias is not None:
             y.add_(bias)
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])  # type: ignore[no-any-return]
 
 
 def _once(

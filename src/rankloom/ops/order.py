@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import Enum
+from functools import lru_cache
 
 MOVED = 128
 """Operations in the time that a sum into a matrix takes for each of its entries (on a CPU in float32)."""
@@ -36,11 +36,11 @@ def operations(order: Order, tokens: int, shape: tuple[int, int], r: int, dx: bo
             return build + dx * build + 2 * tokens * out * in_ + 2 * build
 
 
-def cheapest(tokens: int, layers: Iterable[tuple[tuple[int, int], int]], dx: bool) -> Order:
+@lru_cache(maxsize=4096)
+def cheapest(tokens: int, layers: tuple[tuple[tuple[int, int], int], ...], dx: bool) -> Order:
     """The order that takes the least time for layers of such shapes and ranks together, by operations and by what is
     written into matrices of the layers' size.
     """
-    layers = list(layers)
     builds = {Order.THIN: 0, Order.MERGED: 1 + dx, Order.DENSE: 2 + dx}
 
     def cost(order: Order) -> int:
