@@ -8,13 +8,12 @@ from __future__ import annotations
 import torch
 from _measure import Gate, record
 from _model_m import RANK, TARGETS, base, batch, limit, lora, ours, peft
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def counted(model: nn.Module) -> int:
+def counted(model: nn.Module, ids: Tensor) -> int:
     """Operations of forward and backward, the gradient of the input embeddings among them."""
-    ids = batch()
     model(input_ids=ids[:, :2])  # a first pass shows which layers read the same input
     model.get_input_embeddings().register_forward_hook(lambda _m, _x, y: y.requires_grad_(True))
     with FlopCounterMode(display=False) as counter:
@@ -22,17 +21,20 @@ def counted(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    model = base()
-    floor = counted(limit(model))
+def gate(model: nn.Module, ids: Tensor) -> Gate:
+    floor = counted(limit(model), ids)
     thin = sum(
-        6 * batch().numel() * RANK * (layer.out_features + layer.in_features)
+        6 * ids.numel() * RANK * (layer.out_features + layer.in_features)
         for name, layer in model.named_modules()
         if name.rsplit(".", 1)[-1] in TARGETS
     )
-    mine, theirs = (counted(m) - floor for m in (ours(model, lora()), peft(model)))
-    record([Gate("G6 LoRA FLOPs to 6Tr(d+k)", mine / thin, theirs / thin, 1.0, 1.05)])
+    mine, theirs = (counted(m, ids) - floor for m in (ours(model, lora()), peft(model)))
+    return Gate("G6 LoRA FLOPs to 6Tr(d+k)", mine / thin, theirs / thin, 1.0, 1.05)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    record([gate(base(), batch())])
 
 
 if __name__ == "__main__":

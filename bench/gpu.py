@@ -1,7 +1,8 @@
 """The gates on a GPU: a Llama of 1.1 B parameters in bf16, r=16 on its linear layers, beside PEFT's and the limit.
 
 python bench/gpu.py [rows] [tokens]     8 × 1024 tokens by default; writes bench/results/gpu.json. Seconds are those of
-a whole step with the device awaited, as ratios to the limit; medians of interleaved rounds. Without a GPU it says so.
+a whole step with the device awaited, as ratios to the limit; medians of interleaved rounds. G7 and G8 are wall time on
+the 504 layers of `plumbing.py`. Without a GPU it says so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
+import flops
 import mixed
+import plumbing
 import torch
 from _measure import RESULTS, ROUNDS, Gate, interleaved, ratios, record
 from _model_m import TARGETS, base, batch, limit, lora, ours, peft, step
@@ -33,6 +36,7 @@ SHAPE = {
     "max_position_embeddings": 2048,
 }
 FILE = "gpu.json"
+DROPOUT = 0.05
 
 
 def clock() -> float:
@@ -83,7 +87,9 @@ def variants(model: nn.Module) -> Mapping[str, Callable[[], nn.Module | None]]:
     return {
         "limit": lambda: limit(model),
         "LoRA ours": lambda: ours(model, lora()),
+        "LoRA ours, dropout": lambda: ours(model, lora(lora_dropout=DROPOUT)),
         "LoRA PEFT": lambda: peft(model),
+        "LoRA PEFT, dropout": lambda: peft(model, lora_dropout=DROPOUT),
         "LoRA PEFT, adapters in bf16": lambda: in_bf16(peft(model)),
         "DoRA ours": lambda: ours(model, rl.DoRA(lora())),
         "DoRA PEFT": lambda: peft(model, use_dora=True),
@@ -145,6 +151,8 @@ def gates(found: Mapping[str, Mapping[str, float]]) -> list[Gate]:
         rows.append(
             Gate(f"{name} {method} bf16 step", of(f"{method} ours", "ratio"), of(f"{method} PEFT", "ratio"), 1.0, bound)
         )
+    mine, theirs = (of(f"LoRA {who}, dropout", "kept_MB", f"LoRA {who}") for who in ("ours", "PEFT"))
+    rows.append(Gate(f"G4 kept bytes, LoRA dropout {DROPOUT} to none", mine, theirs, None, 1.06))
     for method, bound in (("LoRA", 0.65), ("DoRA", 0.8)):
         mine, theirs = (of(f"{method} {who}", "kept_MB", "full fine-tuning") for who in ("ours", "PEFT"))
         rows.append(
@@ -173,7 +181,9 @@ def main() -> None:
     (RESULTS / "gpu_steps.json").write_text(json.dumps({**about, "variants": found}, indent=1) + "\n")
     gc.collect()
     torch.cuda.empty_cache()
-    record([*gates(found), *batches()], FILE)
+    counted = flops.gate(whole(), batch(1, tokens, SHAPE["vocab_size"]).cuda())
+    record([*gates(found), counted], FILE)
+    record([*batches(), *plumbing.gates(plumbing.measured("cuda", clock), "ms")], FILE)
 
 
 if __name__ == "__main__":

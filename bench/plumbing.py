@@ -48,15 +48,16 @@ PEFT_THERE = {
 
 
 class Table:
-    """CPU milliseconds by what is done and who does it."""
+    """Milliseconds of `clock` by what is done and who does it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.found: dict[str, dict[str, list[float]]] = {}
 
     def note(self, what: str, who: str, action: Callable[[], object]) -> None:
-        started = time.process_time()
+        started = self.clock()
         action()
-        spent = 1e3 * (time.process_time() - started)
+        spent = 1e3 * (self.clock() - started)
         self.found.setdefault(what, {}).setdefault(who, []).append(spent)
 
     def of(self, what: str, who: str = "ours") -> float:
@@ -144,7 +145,16 @@ def switch_and_merge(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
     table.note("svd of a weighted sum", "peft", lambda: peft.add_weighted_adapter([*SUM], [*SUM.values()], "sum"))
 
 
-def gates(table: Table) -> list[Gate]:
+def measured(device: str = "cpu", clock: Callable[[], float] = time.process_time) -> Table:
+    table, base = Table(clock), LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device).eval()
+    with tempfile.TemporaryDirectory() as room:
+        folder = shaken(copy.deepcopy(base), str(Path(room) / "adapter"))
+        attach_and_load(table, base, folder)
+        switch_and_merge(table, *beside_sixteen(table, base, folder))
+    return table
+
+
+def gates(table: Table, unit: str = "CPU ms") -> list[Gate]:
     both = {what: (table.of(what), table.of(what, "peft")) for what in table.found}
     seventeenth, second = both["load the 17th"], both["load the 2nd"]
     merging = table.of("merge one", "limit")
@@ -154,29 +164,28 @@ def gates(table: Table) -> list[Gate]:
 
     return [
         Gate(
-            "G7 attach 504 layers, CPU ms",
+            f"G7 attach 504 layers, {unit}",
             *both["attach the first adapter"],
             None,
             here("attach the first adapter", 80),
         ),
-        Gate("G7 load 504 layers, CPU ms", *both["load the first adapter"], None, here("load the first adapter", 120)),
+        Gate(f"G7 load 504 layers, {unit}", *both["load the first adapter"], None, here("load the first adapter", 120)),
         Gate("G7 load the 17th, ratio to the 2nd", *(a / b for a, b in zip(seventeenth, second)), 1.0, 1.2),
-        Gate("G7 select one of 17, CPU ms", *both["select one of 17"], None, 1),
-        Gate("G7 silence and back, CPU ms", *both["silence and back"], None, 1),
-        Gate("G8 merge 504 layers, CPU ms", *both["merge one"], merging, here("merge one", 70)),
+        Gate(f"G7 select one of 17, {unit}", *both["select one of 17"], None, 1),
+        Gate(f"G7 silence and back, {unit}", *both["silence and back"], None, 1),
+        Gate(f"G8 merge 504 layers, {unit}", *both["merge one"], merging, here("merge one", 70)),
         Gate(
-            "G8 svd of a weighted sum, CPU ms", *both["svd of a weighted sum"], None, here("svd of a weighted sum", 200)
+            f"G8 svd of a weighted sum, {unit}",
+            *both["svd of a weighted sum"],
+            None,
+            here("svd of a weighted sum", 200),
         ),
     ]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    table, base = Table(), LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
-    with tempfile.TemporaryDirectory() as room:
-        folder = shaken(copy.deepcopy(base), str(Path(room) / "adapter"))
-        attach_and_load(table, base, folder)
-        switch_and_merge(table, *beside_sixteen(table, base, folder))
+    table = measured()
     for row in table.rows():
         print(
             f"{row['what']:26} ours {row['ours_ms']:9.3f} ms   PEFT {row['peft_ms']:9.3f} ms   ratio {row['ratio']:.4f}"
