@@ -50,8 +50,8 @@ def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torc
 
 @dataclass(slots=True)
 class _Call:
-    """What one call knows beside its tensors; forward takes `x` out, asks which magnitudes have `zeros` and chooses the
-    order.
+    """What one call knows beside its tensors; forward takes `x` out, asks which magnitudes are all `living` (not zero)
+    and chooses the order.
     """
 
     x: Tensor | None
@@ -59,7 +59,7 @@ class _Call:
     origin: Origin | None
     dtype: torch.dtype
     inputs: int
-    zeros: tuple[_Told | None, ...] = ()
+    living: tuple[_Told | None, ...] = ()
     order: Order = Order.THIN
 
     def rebuilt(self, kept: Sequence[Tensor]) -> Tensor:
@@ -118,8 +118,8 @@ class _Fused(torch.autograd.Function):
         if linked or any(trains[0::3]) or any(trains[2::3]):
             whole = tensors[0] if tensors[0].dtype == call.dtype else x
             kept = (whole,) if call.origin is None else call.origin.kept
-        call.zeros = tuple(
-            _Told((layer.magnitude == 0).any()) if layer.magnitude is not None and trained else None
+        call.living = tuple(
+            _Told(layer.magnitude.all()) if layer.magnitude is not None and trained else None
             for layer, trained in zip(call.layers, trains[2::3])
         )
         ctx.call, ctx.count, ctx.needs, ctx.trains = call, len(kept), needs, trains
@@ -244,7 +244,7 @@ def _sum(
             continue
         dy = dy.reshape(-1, dy.shape[-1])
         if trains[3 * i + 2]:
-            dy, grads[3 * i + 2] = _magnitude(layer, row, flat, dy, call.zeros[i])
+            dy, grads[3 * i + 2] = _magnitude(layer, row, flat, dy, call.living[i])
         elif row.gain is not None:
             dy = dy * row.gain
         if call.order is Order.DENSE:
@@ -292,9 +292,11 @@ def _through_a(
             grads[3 * i] = piece.to(row.A.dtype) if trains[3 * i] else None
 
 
-def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor, zeros: _Told | None) -> tuple[Tensor, Tensor]:
-    """g∘dy, and the magnitude's gradient Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 the
-    output has forgotten it.
+def _magnitude(
+    layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor, living: _Told | None
+) -> tuple[Tensor, Tensor]:
+    """g∘dy, and the magnitude's gradient Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 (not
+    all are `living`) the output has forgotten it.
     """
     assert row.magnitude is not None
     assert row.gain is not None
@@ -305,12 +307,12 @@ def _magnitude(layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor, zeros:
     gained, total = scaled_and_summed(dy, row.y.reshape(dy.shape), row.gain, wide)
     if row.bias is not None:
         total -= row.bias.to(wide) * dy.sum(0, dtype=wide)
-    found = total / torch.where(magnitude == 0, 1.0, magnitude.to(wide))
-    if zeros:
+    found = total / magnitude
+    if not living:
         gone = (magnitude == 0).nonzero().flatten()
         matrix = layer.read(row.weight)[gone].to(wide) + layer.scale * row.B[gone].to(wide) @ row.A.to(wide)
         found[gone] = (dy[:, gone].to(wide) * (flat.to(wide) @ matrix.T)).sum(0) / layer.norms[gone]
-    return gained, torch.where(layer.norms > 0, found, 0.0).to(magnitude.dtype)
+    return gained, found.masked_fill_(layer.norms == 0, 0.0).to(magnitude.dtype)
 
 
 def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Tensor | None]) -> Any:
@@ -354,7 +356,8 @@ def _gain(magnitude: Tensor | None, norms: Tensor | None, dtype: torch.dtype) ->
     """m/‖W'‖ (out,), 1 where the norm is zero; None without a magnitude."""
     if magnitude is None or norms is None:
         return None
-    return torch.where(norms > 0, magnitude / torch.where(norms > 0, norms, 1.0), 1.0).to(dtype)
+    gone = norms == 0
+    return (magnitude / norms.masked_fill(gone, 1.0)).masked_fill(gone, 1.0).to(dtype)
 
 
 def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:

@@ -13,15 +13,16 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tens
 
     `square`: ‖W‖² by rows where it is known.
 
-    ‖w + s·bA‖² = ‖w‖² + 2s·⟨wAᵀ, b⟩ + s²·⟨b(AAᵀ), b⟩: O(out·in·r) operations, O(out·r) memory; at least 0 against
+    ‖w + s·bA‖² = ‖w‖² + 2s·⟨wAᵀ + s/2·b(AAᵀ), b⟩: O(out·in·r) operations, O(out·r) memory; at least 0 against
     cancellation, with gradient 0 there.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
     square = weight.square().sum(-1) if square is None else square
-    cross = ((weight @ a.mT) * b).sum(-1)
-    gram = ((b @ (a @ a.mT)) * b).sum(-1)
-    total = square + 2 * scaling * cross + scaling**2 * gram
+    change = torch.add(weight @ a.mT, b @ (a @ a.mT), alpha=scaling / 2)
+    total = torch.add(square, (change * b).sum(-1), alpha=2 * scaling)
+    if not total.requires_grad:
+        return total.clamp_min_(0).sqrt_()
     return torch.where(total > 0, torch.where(total > 0, total, 1.0).sqrt(), 0.0)
 
 
