@@ -76,11 +76,11 @@ def difference(model: nn.Module, saved: Mapping[str, Any], now: Mapping[str, Any
     if saved["sketch"] is None or now["sketch"] is None:
         return None
     most = SAME if saved["precision"] == now["precision"] else RECAST
-    rows = zip(_tensors(model), _numbers(saved["sketch"]), _numbers(now["sketch"]), strict=True)
-    for name, old, new in rows:
-        if name not in skip and not bool((old - new).abs().max() <= most * old[0].clamp_min(1e-12)):
-            return f"the values of {name!r} differ"
-    return None
+    old, new = _numbers(saved["sketch"]), _numbers(now["sketch"])
+    same = (old - new).abs().amax(1) <= most * old[:, 0].clamp_min(1e-12)
+    differing = (name for name, fits in zip(_tensors(model), same.tolist(), strict=True) if not fits)
+    name = next((name for name in differing if name not in skip), None)
+    return None if name is None else f"the values of {name!r} differ"
 
 
 def check_print(data: Any) -> str | None:
@@ -117,12 +117,16 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def _content(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if any(t.device.type == "meta" for t in tensors.values()):
         return {"precision": "unknown", "sketch": None}
-    rows, narrow = [], {torch.bfloat16, torch.float16, torch.float32}
-    for tensor in tensors.values():
+    by_length: dict[int, list[tuple[int, Tensor]]] = {}
+    for place, tensor in enumerate(tensors.values()):
         values = torch.cat([_sampled(part) for part in _parts(tensor)])
-        narrow = {dtype for dtype in narrow if torch.equal(values.to(dtype).double(), values)}
-        rows.append(torch.cat([values.norm().reshape(1), _signs(len(values)) @ values]))
-    numbers = torch.stack(rows).float() if rows else torch.empty(0, 1 + SUMS)
+        by_length.setdefault(len(values), []).append((place, values))
+    numbers, narrow = torch.empty(len(tensors), 1 + SUMS), {torch.bfloat16, torch.float16, torch.float32}
+    for length, found in by_length.items():
+        rows = torch.stack([values for _, values in found])
+        narrow = {dtype for dtype in narrow if torch.equal(rows.to(dtype).double(), rows)}
+        told = torch.cat([rows.norm(dim=1, keepdim=True), rows @ _signs(length).T], dim=1)
+        numbers[[place for place, _ in found]] = told.float()
     order = (torch.bfloat16, torch.float16, torch.float32)
     precision = next((str(d).removeprefix("torch.") for d in order if d in narrow), "float64")
     return {"precision": precision, "sketch": base64.b64encode(numbers.contiguous().numpy().tobytes()).decode()}
