@@ -102,8 +102,8 @@ class _Fused(torch.autograd.Function):
         assert call.x is not None
         x, call.x = call.x.to(call.dtype), None
         flat = x.reshape(-1, x.shape[-1])
-        a = _stacked([layer.A.to(call.dtype) for layer in call.layers])
-        bs = [(layer.B * layer.scale).to(call.dtype) for layer in call.layers]
+        a = _stacked([layer.A for layer in call.layers]).to(call.dtype)
+        bs = [(layer.B if layer.scale == 1 else layer.B * layer.scale).to(call.dtype) for layer in call.layers]
         gains = [_gain(layer.magnitude, layer.norms, call.dtype) for layer in call.layers]
         needs, trains = ctx.needs_input_grad[1 : 1 + call.inputs], ctx.needs_input_grad[1 + call.inputs :]
         call.order = _order(call, flat, any(needs), trains)
@@ -287,7 +287,8 @@ def _through_a(
     if dx is not None:
         _add_product(dx, dh, a if len(thin) == len(own) else _stacked([own[i] for i, *_ in thin]))
     if flat is not None and any(trains[3 * i] for i, *_ in thin):
-        pieces = torch.split_with_sizes(dh.T @ flat, [row.A.shape[0] for _, row, _ in thin])
+        found = (dh.T @ flat).to(thin[0][1].A.dtype)
+        pieces = torch.split_with_sizes(found, [row.A.shape[0] for _, row, _ in thin])
         for (i, row, _), piece in zip(thin, pieces):
             grads[3 * i] = piece.to(row.A.dtype) if trains[3 * i] else None
 
