@@ -139,7 +139,7 @@ def switch_and_merge(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
         bank.unmerge()
         table.note("merge one", "peft", lambda: peft.merge_adapter(["a3"]))
         peft.unmerge_adapter()
-        table.note("merge one", "limit", lambda: [w.addmm_(t.B, t.A, alpha=t.scaling) for w, t in thin])
+        table.note("merge one", "limit", lambda: [torch.addmm(w, t.B, t.A, alpha=t.scaling) for w, t in thin])
         table.note("svd of a weighted sum", "ours", lambda: combine(bank, SUM, "sum"))
         rl.detach(bank.model, "sum")
     table.note("svd of a weighted sum", "peft", lambda: peft.add_weighted_adapter([*SUM], [*SUM.values()], "sum"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from rankloom.core.start import Started
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.core.targets import Place
 from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
+from rankloom.ops.linalg import largest
 from rankloom.ops.segments import segments
 from rankloom.store.bridges import bridge_of
 
@@ -306,9 +308,10 @@ class Bank:
         return lost
 
     def _finite(self, name: str) -> None:
-        for key, tensor, _ in self.tensors(name):
-            if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
-                raise StateError(f"{key!r} of the adapter {name!r} has NaN or infinite values: nothing is merged")
+        found = {k: t for k, t, _ in self.tensors(name) if t.is_floating_point() and t.device.type != "meta"}
+        if not math.isfinite(largest(found.values())):
+            key = next(key for key, tensor in found.items() if not math.isfinite(largest([tensor])))
+            raise StateError(f"{key!r} of the adapter {name!r} has NaN or infinite values: nothing is merged")
 
     def _known(self, name: str) -> None:
         if name not in self.plans:

@@ -25,6 +25,7 @@ from rankloom.files.strict import parse
 from rankloom.formats.header import LENGTH, Header, header_size, read_header, tensors_in
 from rankloom.formats.limits import Limits
 from rankloom.formats.numbers import check_numbers
+from rankloom.ops.linalg import largest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -68,19 +69,18 @@ class Source:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the file, on the CPU. Raises `FileError` for NaN, infinite or huge values, by name."""
         found = tensors_in(self.header, self.body)
-        for key, value in found.items():
-            if value.is_floating_point() and value.numel():
-                self._check_values(key, value)
+        floats = {key: value for key, value in found.items() if value.is_floating_point()}
+        if not largest(floats.values()) <= self.limits.weight:
+            for key, value in floats.items():
+                self._check_size(key, largest([value]))
         return found
 
-    def _check_values(self, key: str, value: Tensor) -> None:
-        low, high = (float(v) for v in torch.aminmax(value if value.element_size() > 1 else value.float()))
-        largest = max(-low, high)
-        if not largest < float("inf"):
+    def _check_size(self, key: str, size: float) -> None:
+        if not size < float("inf"):
             raise FileError(f"{self.weights_file}: tensor {key!r} has NaN or infinite values")
-        if largest > self.limits.weight:
+        if size > self.limits.weight:
             raise FileError(
-                f"{self.weights_file}: tensor {key!r} has values of size {largest:.4g}; at most {self.limits.weight:g} "
+                f"{self.weights_file}: tensor {key!r} has values of size {size:.4g}; at most {self.limits.weight:g} "
                 "is read (limits=Limits(weight=…))"
             )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -24,6 +26,17 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tens
     if not total.requires_grad:
         return total.clamp_min_(0).sqrt_()
     return torch.where(total > 0, torch.where(total > 0, total, 1.0).sqrt(), 0.0)
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    """The largest size of any value in floating-point tensors: NaN or infinite where one is, 0 for none."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
+            kinds.setdefault((wide.device, wide.dtype), []).append(wide)
+    sizes = [float(torch.stack(list(torch._foreach_norm(alike, math.inf))).amax()) for alike in kinds.values()]
+    return next((size for size in sizes if math.isnan(size)), max(sizes, default=0.0))
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
