@@ -1,17 +1,9 @@
-"""One torch thread per worker, a fixed seed for every test, and no network."""
+"""What every test may count on."""
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import pytest
-import torch
-
-torch.set_num_threads(1)
+import signal
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+def pytest_configure():
+    """SIGINT is heard, also in a shell's background job, which starts with it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
