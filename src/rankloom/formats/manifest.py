@@ -69,20 +69,21 @@ class Source:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the file, on the CPU. Raises `FileError` for NaN, infinite or huge values, by name."""
         found = tensors_in(self.header, self.body)
-        floats = {key: value for key, value in found.items() if value.is_floating_point()}
-        if not largest(floats.values()) <= self.limits.weight:
-            for key, value in floats.items():
-                self._check_size(key, largest([value]))
+        self._check_values({key: value for key, value in found.items() if value.is_floating_point()})
         return found
 
-    def _check_size(self, key: str, size: float) -> None:
-        if not size < float("inf"):
-            raise FileError(f"{self.weights_file}: tensor {key!r} has NaN or infinite values")
-        if size > self.limits.weight:
-            raise FileError(
-                f"{self.weights_file}: tensor {key!r} has values of size {size:.4g}; at most {self.limits.weight:g} "
-                "is read (limits=Limits(weight=…))"
-            )
+    def _check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        if largest(tensors.values()) <= self.limits.weight:
+            return
+        for key, value in tensors.items():
+            size = largest([value])
+            if not size < float("inf"):
+                raise FileError(f"{self.weights_file}: tensor {key!r} has NaN or infinite values")
+            if size > self.limits.weight:
+                raise FileError(
+                    f"{self.weights_file}: tensor {key!r} has values of size {size:.4g}; at most "
+                    f"{self.limits.weight:g} is read (limits=Limits(weight=…))"
+                )
 
 
 def open_folder(folder: str | Path, limits: Limits | None = None, ignore: Collection[str] = ()) -> Source:

@@ -34,8 +34,8 @@ def largest(tensors: Iterable[Tensor]) -> float:
     for tensor in tensors:
         if tensor.numel():
             wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
-            kinds.setdefault((wide.device, wide.dtype), []).append(wide)
-    sizes = [float(torch.stack(list(torch._foreach_norm(alike, math.inf))).amax()) for alike in kinds.values()]
+            kinds.setdefault((wide.device, wide.dtype), []).extend(torch.aminmax(wide))
+    sizes = [float(torch.stack(ends).abs().amax()) for ends in kinds.values()]
     return next((size for size in sizes if math.isnan(size)), max(sizes, default=0.0))
 
 
