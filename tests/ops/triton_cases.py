@@ -8,8 +8,10 @@ import os
 
 import torch
 
+from rankloom.ops import gain as ops
+from rankloom.ops.linalg import row_norms
 from rankloom.ops.segments import added, segments, stack
-from rankloom.ops.triton import gain
+from rankloom.ops.triton import gain, norms
 from rankloom.ops.triton import normalfloat as nf
 from rankloom.ops.triton import segments as kernels
 from rankloom.ops.triton.normalfloat import Code
@@ -54,10 +56,29 @@ def gains():
     for dtype in (torch.float32, HALF):
         torch.manual_seed(0)
         y, dy, g = torch.randn(300, 130).to(dtype), torch.randn(300, 130).to(dtype), torch.randn(130).to(dtype)
+        norms = torch.rand(130) + 0.5
+        norms[3] = 0
         say(f"gain {dtype}", gain.scale_(y.clone(), g), y.double() * g.double(), y)
-        made, total = gain.scaled_and_summed(dy, y, g)
-        say(f"gain backward {dtype}", made, dy.double() * g.double(), dy)
-        say(f"gain sum {dtype} float32", total, (dy.double() * y.double()).sum(0), None)
+        magnitude = torch.randn(130)
+        magnitude[3:6] = 0
+        made = gain.gain_of(magnitude, norms, dtype, ops.FAINT)
+        say(f"gain of {dtype}", made, ops.gain_of(magnitude.double(), norms.double(), torch.float64), None)
+        assert made[3] == 1
+        for gained in (False, True):
+            made, found = gain.backward(dy, y, g, norms, gained)
+            wanted, total = ops.backward(dy.double(), y.double(), g.double(), norms.double(), gained)
+            say(f"gain backward {dtype}", made, wanted, dy)
+            say(f"gain sum {dtype} float32", found, total, None)
+
+
+def norms_of_rows():
+    for rank, out, in_, dtype in ((1, 5, 40, torch.float32), (20, 130, 300, HALF), (16, 64, 256, HALF)):
+        torch.manual_seed(0)
+        w, a, b = torch.randn(out, in_).to(dtype), torch.randn(rank, in_), torch.randn(out, rank)
+        b[0], w[0] = 0, 0
+        square = w.float().square().sum(-1)
+        wide = row_norms(w.double(), a.double(), b.double(), 0.3, square.double())
+        say(f"norms {rank} {dtype} float32", norms.row_norms(w, a, b, 0.3, square), wide, square.sqrt())
 
 
 def packed_weights():
@@ -88,4 +109,5 @@ def packed_weights():
 if __name__ == "__main__":
     mixed_batches()
     gains()
+    norms_of_rows()
     packed_weights()

@@ -8,7 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankloom.ops.triton import gain, normalfloat, segments
+from rankloom.ops.gain import FAINT
+from rankloom.ops.triton import gain, normalfloat, norms, segments
 
 SIZES = {"BLOCK": 64, "OUTER": 256}
 
@@ -32,6 +33,13 @@ def main():
         tiles = {"M": gain.ROWS, "N": gain.COLUMNS}
         build(gain.scaled, [x, x, "i32", "i32"], tiles, target)
         build(gain.summed, [x, x, x, x, "*fp32", "i32", "i32"], {**tiles, "STEPS": gain.STEPS}, target)
+        build(gain.gains, ["*fp32", "*fp32", x, "i32"], {"FAINT": FAINT, "N": gain.COLUMNS}, target)
+        for gained in (False, True):
+            sizes = {"GAINED": gained, "N": gain.COLUMNS}
+            build(gain.divided, ["*fp32", x, "*fp32", "*fp32", "i32", "i32"], sizes, target)
+        for rank in (16, norms.WIDEST):
+            given = [x, "*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32", "i32", "fp32"]
+            build(norms.normed, given, {"M": norms.ROWS, "K": norms.COLUMNS, "R": rank}, target)
         for double in (False, True):
             parts = ["*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", "*fp32", "*fp32"]
             sizes = {**SIZES, "DOUBLE": double}

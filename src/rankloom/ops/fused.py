@@ -9,21 +9,22 @@ origin is known. Where the tokens and ranks are so many that it is cheaper, W_i 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.ops.gain import scale_, scaled_and_summed
+from rankloom.ops.gain import backward, gain_of, remembers, scale_
 from rankloom.ops.order import Order, cheapest
 from rankloom.ops.rebuild import Origin
 from rankloom.ops.unpack import pack, unpack
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """One layer: `read(weight)` is its frozen matrix (out, in), unpacked only for the product; bias (out,); A (r, in),
     B (out, r) of any dtype; `dropout` of the input of A; `magnitude` and `norms` (out,) for DoRA.
     """
@@ -41,122 +42,111 @@ class Layer:
 
 def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The outputs (…, out) of `layers` for x (…, in), computed in `dtype`; `origin` tells how backward rebuilds x."""
-    inputs = origin.kept if origin is not None and origin.shortcut else (x,)
+    linked = origin is not None and origin.shortcut
+    inputs = origin.kept if origin is not None and linked else (x,)
     factors = [t for layer in layers for t in (layer.A, layer.B, layer.magnitude)]
-    call = _Call(x.detach(), tuple(layers), origin, dtype, len(inputs))
-    with torch.autocast(x.device.type, enabled=False):
+    kept, make = (None, None) if origin is None else (origin.kept, origin.make)
+    call = _Call(tuple(layers), dtype, len(inputs), linked, make, _Once(x, kept))
+    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else _AS_IT_IS:
         return _Fused.apply(call, *inputs, *factors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+_AS_IT_IS = nullcontext()
+
+
+class _Once(NamedTuple):
+    """What forward takes: the input, and what it is rebuilt from if not from itself."""
+
+    x: Tensor
+    kept: tuple[Tensor, ...] | None
 
 
 @dataclass(slots=True)
 class _Call:
-    """What one call knows beside its tensors; forward takes `x` out, asks which magnitudes are all `living` (not zero)
-    and chooses the order.
+    """What one call knows beside its tensors. `make` rebuilds x, which is `linked` to what it is made from, past x.
+
+    Forward takes `once` out and chooses the order.
     """
 
-    x: Tensor | None
     layers: tuple[Layer, ...]
-    origin: Origin | None
     dtype: torch.dtype
     inputs: int
-    living: tuple[_Told | None, ...] = ()
+    linked: bool
+    make: Callable[[tuple[Tensor, ...]], Tensor] | None
+    once: _Once | None
     order: Order = Order.THIN
 
     def rebuilt(self, kept: Sequence[Tensor]) -> Tensor:
-        x = kept[0] if self.origin is None else self.origin.make(tuple(kept))
+        x = kept[0] if self.make is None else self.make(tuple(kept))
         return x.to(self.dtype)
 
 
-class _Told:
-    """Whether a tensor of one element is true: asked where it is made, read once the device has come so far."""
-
-    def __init__(self, flag: Tensor) -> None:
-        self.flag = flag.to("cpu", non_blocking=True)
-        self.ready: Any = torch.cuda.Event() if flag.is_cuda else None  # type: ignore[no-untyped-call]
-        if self.ready is not None:
-            self.ready.record()
-
-    def __bool__(self) -> bool:
-        if self.ready is not None:
-            self.ready.synchronize()
-        return bool(self.flag)
-
-
 class _Kept(NamedTuple):
-    """The tensors of one layer that backward needs; `b` is s·B in the dtype of the products."""
+    """The tensors of one layer that backward needs; `b` is s·B in the dtype of the products, `y` what tells the
+    magnitude's gradient.
+    """
 
     weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
     b: Tensor
-    magnitude: Tensor | None
-    gain: Tensor | None
-    mask: Tensor | None
-    y: Tensor | None
+    gain: Tensor | None = None
+    y: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        assert call.x is not None
-        x, call.x = call.x.to(call.dtype), None
+        assert call.once is not None
+        (x, origins), call.once = call.once, None
+        x, layers, dtype = x.to(call.dtype), call.layers, call.dtype
         flat = x.reshape(-1, x.shape[-1])
-        a = _stacked([layer.A for layer in call.layers]).to(call.dtype)
-        bs = [(layer.B if layer.scale == 1 else layer.B * layer.scale).to(call.dtype) for layer in call.layers]
-        gains = [_gain(layer.magnitude, layer.norms, call.dtype) for layer in call.layers]
-        needs, trains = ctx.needs_input_grad[1 : 1 + call.inputs], ctx.needs_input_grad[1 + call.inputs :]
+        a = _stacked([layer.A for layer in layers]).to(dtype)
+        bs = [_scaled(layer.B, layer.scale, dtype) for layer in layers]
+        needed = ctx.needs_input_grad
+        needs, trains = needed[1 : 1 + call.inputs], needed[1 + call.inputs :]
         call.order = _order(call, flat, any(needs), trains)
-        thin, masks = _down(flat, a, call.layers) if call.order is Order.THIN else (None, [None] * len(call.layers))
-        own, parts = _split(a, call.layers, dim=0), _split(thin, call.layers)
-        ys = tuple(
+        thin, masks = _down(flat, a, layers) if call.order is Order.THIN else (None, [])
+        parts, own = _split(thin, layers), _split(a, layers, dim=0)
+        gains = [_gain(layer, dtype) for layer in layers]
+        ups = [
             _up(x, flat, part, _matrix(call, layer, layer.weight, b, each), b, gain, layer)
-            for part, each, b, gain, layer in zip(parts, own, bs, gains, call.layers)
-        )
-        linked = call.origin is not None and call.origin.shortcut and any(needs)
+            for part, each, b, gain, layer in zip(parts, own, bs, gains, layers)
+        ]
         kept: tuple[Tensor, ...] = ()
-        if linked or any(trains[0::3]) or any(trains[2::3]):
-            whole = tensors[0] if tensors[0].dtype == call.dtype else x
-            kept = (whole,) if call.origin is None else call.origin.kept
-        call.living = tuple(
-            _Told(layer.magnitude.all()) if layer.magnitude is not None and trained else None
-            for layer, trained in zip(call.layers, trains[2::3])
-        )
+        if (call.linked and any(needs)) or any(trains[0::3]):
+            whole = tensors[0] if tensors[0].dtype == dtype else x
+            kept = (whole,) if origins is None else origins
+        gained = any(gain is not None for gain in gains)
+        h = thin if any(trains[1::3]) and not (kept and gained and not masks) else None
+        columns: list[Sequence[Tensor | None]] = [[layer.weight for layer in layers], bs]
+        columns += [gains, [told for _, told in ups]] if gained or masks else []
+        columns += [masks] if masks else []
         ctx.call, ctx.count, ctx.needs, ctx.trains = call, len(kept), needs, trains
         ctx.set_materialize_grads(False)
-        rows = [
-            _Kept(
-                layer.weight,
-                layer.bias,
-                layer.A,
-                layer.B,
-                b,
-                layer.magnitude,
-                gain,
-                mask,
-                None if gain is None else y,
-            )
-            for layer, b, gain, mask, y in zip(call.layers, bs, gains, masks, ys)
-        ]
-        again = kept and any(layer.norms is not None for layer in call.layers) and all(mask is None for mask in masks)
-        h = thin if any(trains[1::3]) and not again else None
-        ctx.save_for_backward(*kept, h, a, *(t for row in rows for t in row))
-        return ys
+        ctx.save_for_backward(*kept, h, a, *chain.from_iterable(columns))
+        return tuple(y for y, _ in ups)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        saved, width = ctx.saved_tensors, len(_Kept._fields)
-        kept, (h, a), rest = saved[: ctx.count], saved[ctx.count : ctx.count + 2], saved[ctx.count + 2 :]
-        rows = [_Kept(*rest[i : i + width]) for i in range(0, len(rest), width)]
+        saved, width = ctx.saved_tensors, len(ctx.call.layers)
+        kept, h, a, rest = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1], saved[ctx.count + 2 :]
+        rows = [_Kept(*row) for row in zip(*(rest[i : i + width] for i in range(0, len(rest), width)))]
         if torch.is_grad_enabled():
             return _twice(ctx, kept, rows, dys)
         return _once(ctx, kept, h, a, rows, dys)
 
 
+def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """s·B in `dtype`, rounded once."""
+    if scale == 1:
+        return b.to(dtype)
+    return b * scale if b.dtype == dtype else torch.mul(b, scale, out=torch.empty_like(b, dtype=dtype))
+
+
 def _down(flat: Tensor, a: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, list[Tensor | None]]:
-    """h (T, Σr) of all layers, whose A are stacked in `a` (Σr, in), and the packed masks of those that drop."""
+    """h (T, Σr) of all layers, whose A are stacked in `a` (Σr, in), and, if any drops, the packed mask of each."""
     if not any(layer.dropout for layer in layers):
-        return flat @ a.T, [None] * len(layers)
+        return flat @ a.T, []
     parts, masks = [], []
     for layer, own in zip(layers, _split(a, layers, dim=0)):
         dropped, mask = flat, None
@@ -187,17 +177,33 @@ def _matrix(call: _Call, layer: Layer, weight: Tensor, b: Tensor, a: Tensor) -> 
 
 def _up(
     x: Tensor, flat: Tensor, h: Tensor | None, matrix: Tensor, b: Tensor, gain: Tensor | None, layer: Layer
-) -> Tensor:
-    """The output (…, out) of one layer; `h` is what its matrix has not in it."""
+) -> tuple[Tensor, Tensor | None]:
+    """The output (…, out) of one layer, and for DoRA what tells the magnitude's gradient; `h` is what its matrix has
+    not in it.
+    """
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    y = F.linear(flat, matrix, bias if gain is None else None)
-    if h is not None:
-        _add_product(y, h, b.T)
-    if gain is not None:
-        scale_(y, gain)
-        if bias is not None:
-            y.add_(bias)
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])  # type: ignore[no-any-return]
+    inner = bias if gain is None else None
+    if h is not None and x.is_cuda:
+        y = x.new_empty((*x.shape[:-1], matrix.shape[0]))
+        rows = y.view(-1, y.shape[-1])
+        torch.mm(h, b.T, out=rows) if inner is None else torch.addmm(inner, h, b.T, out=rows)
+        _add_product(rows, flat, matrix.T)
+    else:
+        y = F.linear(x, matrix, inner)
+        rows = y.view(-1, y.shape[-1])
+        if h is not None:
+            _add_product(rows, h, b.T)
+    if gain is None:
+        return y, None
+    if _tells(layer, y.dtype):
+        scale_(rows, gain)
+        return y, y
+    return (y * gain if bias is None else torch.addcmul(bias, y, gain)), y
+
+
+def _tells(layer: Layer, dtype: torch.dtype) -> bool:
+    """Whether the magnitude's gradient can be read off the layer's output."""
+    return layer.bias is None and remembers(dtype)
 
 
 def _once(
@@ -205,9 +211,8 @@ def _once(
 ) -> Any:
     """The gradients of all inputs of the function."""
     call: _Call = ctx.call
-    linked = call.origin is not None and call.origin.shortcut
-    leaves = [t.detach().requires_grad_(n) for t, n in zip(kept, ctx.needs)] if linked else kept
-    with torch.set_grad_enabled(linked):
+    leaves = [t.detach().requires_grad_(n) for t, n in zip(kept, ctx.needs)] if call.linked else kept
+    with torch.enable_grad() if call.linked else _AS_IT_IS:
         x = call.rebuilt(leaves) if kept else None
     flat = None if x is None else x.detach().reshape(-1, x.shape[-1])
     if h is None and flat is not None and any(ctx.trains[1::3]) and call.order is not Order.DENSE:
@@ -217,7 +222,7 @@ def _once(
     if dx is None or shape is None:
         return None, *[None] * call.inputs, *grads
     dx = dx.view(*shape, dx.shape[-1])
-    if not linked:
+    if not call.linked:
         return None, dx, *grads
     wanted = [t for t in leaves if t.requires_grad]
     found = iter(torch.autograd.grad(x, wanted, dx))  # type: ignore[arg-type]
@@ -236,84 +241,79 @@ def _sum(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx (T, in), where it is needed, and the gradients of A, B, magnitude of every layer."""
     grads: list[Tensor | None] = [None] * len(trains)
-    dx: Tensor | None = None
     parts, own = _split(h, call.layers), _split(a, call.layers, dim=0)
+    wide: list[tuple[int, _Kept, Tensor]] = []
     thin: list[tuple[int, _Kept, Tensor]] = []
     for i, (layer, row, part, dy) in enumerate(zip(call.layers, rows, parts, dys)):
         if dy is None:
             continue
         dy = dy.reshape(-1, dy.shape[-1])
         if trains[3 * i + 2]:
-            dy, grads[3 * i + 2] = _magnitude(layer, row, flat, dy, call.living[i])
+            assert layer.magnitude is not None
+            assert layer.norms is not None
+            assert row.gain is not None
+            assert row.y is not None
+            told = row.y.view(dy.shape)
+            dy, found = backward(dy, told, row.gain, layer.norms, gained=_tells(layer, dy.dtype))
+            grads[3 * i + 2] = found.to(layer.magnitude.dtype)
         elif row.gain is not None:
             dy = dy * row.gain
+        wide.append((i, row, dy))
         if call.order is Order.DENSE:
             assert flat is not None
             whole = dy.T @ flat
-            grads[3 * i] = (row.b.T @ whole).to(row.A.dtype)
-            grads[3 * i + 1] = (whole @ own[i].T).to(row.B.dtype).mul_(layer.scale)
+            grads[3 * i] = (row.b.T @ whole).to(layer.A.dtype)
+            grads[3 * i + 1] = _times(whole @ own[i].T, layer)
         else:
             thin.append((i, row, dy @ row.b))
-        if trains[3 * i + 1] and part is not None:
-            grads[3 * i + 1] = (dy.T @ part).to(row.B.dtype).mul_(layer.scale)
-        if any(needs):
-            matrix = _matrix(call, layer, row.weight, row.b, own[i])
+            if trains[3 * i + 1] and part is not None:
+                grads[3 * i + 1] = _times(_product(dy.T, part, layer.B.dtype), layer)
+    plain = [part for part in thin if not call.layers[part[0]].dropout]
+    dx = _through_a(call, any(needs), trains, flat, a, own, plain, grads)
+    if any(needs):
+        for i, row, dy in wide:
+            matrix = _matrix(call, call.layers[i], row.weight, row.b, own[i])
             dx = dy @ matrix if dx is None else _add_product(dx, dy, matrix)
-    through = dx if call.order is Order.THIN else None
-    _through_a(trains, flat, through, a, own, [part for part in thin if not call.layers[part[0]].dropout], grads)
     for i, row, dh in thin:
         if call.layers[i].dropout:
             mask = _mask(row, call.layers[i], dh)
             if dx is not None:
                 dx.addcmul_(dh @ own[i], mask)
             if flat is not None and trains[3 * i]:
-                grads[3 * i] = (dh.T @ (flat * mask)).to(row.A.dtype)
+                grads[3 * i] = _product(dh.T, flat * mask, call.layers[i].A.dtype)
     return dx, grads
 
 
+def _times(found: Tensor, layer: Layer) -> Tensor:
+    """The gradient of B from that of s·B."""
+    found = found.to(layer.B.dtype)
+    return found if layer.scale == 1 else found.mul_(layer.scale)
+
+
 def _through_a(
+    call: _Call,
+    dx: bool,
     trains: Sequence[bool],
     flat: Tensor | None,
-    dx: Tensor | None,
     a: Tensor,
     own: Sequence[Tensor],
     thin: list[tuple[int, _Kept, Tensor]],
     grads: list[Tensor | None],
-) -> None:
-    """What comes through A (`own`, all of them in `a`) of layers without dropout, at once: to dx, and into `grads`."""
-    if not thin:
-        return
-    dh = thin[0][2] if len(thin) == 1 else torch.cat([dh for *_, dh in thin], dim=1)
-    if dx is not None:
-        _add_product(dx, dh, a if len(thin) == len(own) else _stacked([own[i] for i, *_ in thin]))
-    if flat is not None and any(trains[3 * i] for i, *_ in thin):
-        found = (dh.T @ flat).to(thin[0][1].A.dtype)
-        pieces = torch.split_with_sizes(found, [row.A.shape[0] for _, row, _ in thin])
-        for (i, row, _), piece in zip(thin, pieces):
-            grads[3 * i] = piece.to(row.A.dtype) if trains[3 * i] else None
-
-
-def _magnitude(
-    layer: Layer, row: _Kept, flat: Tensor | None, dy: Tensor, living: _Told | None
-) -> tuple[Tensor, Tensor]:
-    """g∘dy, and the magnitude's gradient Σ_t dy∘(x W'ᵀ)/‖W'‖, read off the output: Σ_t dy∘(y − b)/m; where m = 0 (not
-    all are `living`) the output has forgotten it.
+) -> Tensor | None:
+    """What comes through A (`own`, all of them in `a`) of layers without dropout, at once: the part of dx, where that
+    is asked for and the layers' matrices have it not in them, and the gradients of A, into `grads`.
     """
-    assert row.magnitude is not None
-    assert row.gain is not None
-    assert row.y is not None
-    assert layer.norms is not None
-    assert flat is not None
-    magnitude, wide = row.magnitude, layer.norms.dtype
-    gained, total = scaled_and_summed(dy, row.y.reshape(dy.shape), row.gain, wide)
-    if row.bias is not None:
-        total -= row.bias.to(wide) * dy.sum(0, dtype=wide)
-    found = total / magnitude
-    if not living:
-        gone = (magnitude == 0).nonzero().flatten()
-        matrix = layer.read(row.weight)[gone].to(wide) + layer.scale * row.B[gone].to(wide) @ row.A.to(wide)
-        found[gone] = (dy[:, gone].to(wide) * (flat.to(wide) @ matrix.T)).sum(0) / layer.norms[gone]
-    return gained, found.masked_fill_(layer.norms == 0, 0.0).to(magnitude.dtype)
+    if not thin:
+        return None
+    dh = thin[0][2] if len(thin) == 1 else torch.cat([dh for *_, dh in thin], dim=1)
+    if flat is not None and any(trains[3 * i] for i, *_ in thin):
+        found = _product(dh.T, flat, call.layers[0].A.dtype)
+        pieces = _split(found, [call.layers[i] for i, *_ in thin], dim=0)
+        for (i, *_), piece in zip(thin, pieces):
+            grads[3 * i] = piece.to(call.layers[i].A.dtype) if trains[3 * i] else None
+    if not dx or call.order is not Order.THIN:
+        return None
+    return dh @ (a if len(thin) == len(own) else _stacked([own[i] for i, *_ in thin]))
 
 
 def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Tensor | None]) -> Any:
@@ -326,10 +326,10 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
                 "derivatives of higher order need the layer's input, which a frozen A and autocast let go: "
                 "set `model.rankloom.switch.fused = False` for them"
             )
-        inputs = kept if call.origin is not None and call.origin.shortcut else (x,)
+        inputs = kept if call.linked else (x,)
         ys = [_plainly(x, layer, row) for layer, row in zip(call.layers, rows)]
         given = [(y, dy) for y, dy in zip(ys, dys) if dy is not None]
-        asked = [*inputs, *(t for row in rows for t in (row.A, row.B, row.magnitude))]
+        asked = [*inputs, *(t for layer in call.layers for t in (layer.A, layer.B, layer.magnitude))]
         wanted = [t for t, need in zip(asked, (*ctx.needs, *ctx.trains)) if need and t is not None]
         found = iter(
             torch.autograd.grad(
@@ -346,25 +346,24 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
 def _plainly(x: Tensor, layer: Layer, row: _Kept) -> Tensor:
     """The output of one layer, without anything in place."""
     dropped = x if row.mask is None else x * _mask(row, layer, x)
-    b = (row.B * layer.scale).to(x.dtype)
-    y = F.linear(x, layer.read(row.weight).to(x.dtype)) + dropped @ row.A.to(x.dtype).T @ b.T
-    gain = _gain(row.magnitude, layer.norms, x.dtype)
+    b = (layer.B * layer.scale).to(x.dtype)
+    y = F.linear(x, layer.read(row.weight).to(x.dtype)) + dropped @ layer.A.to(x.dtype).T @ b.T
+    gain = _gain(layer, x.dtype)
     y = y if gain is None else y * gain
-    return y if row.bias is None else y + row.bias.to(x.dtype)
+    return y if layer.bias is None else y + layer.bias.to(x.dtype)
 
 
-def _gain(magnitude: Tensor | None, norms: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """m/‖W'‖ (out,), 1 where the norm is zero; None without a magnitude."""
-    if magnitude is None or norms is None:
+def _gain(layer: Layer, dtype: torch.dtype) -> Tensor | None:
+    """m/‖W'‖ (out,); None without a magnitude."""
+    if layer.magnitude is None or layer.norms is None:
         return None
-    gone = norms == 0
-    return (magnitude / norms.masked_fill(gone, 1.0)).masked_fill(gone, 1.0).to(dtype)
+    return gain_of(layer.magnitude, layer.norms, dtype)
 
 
 def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:
     """What dropout multiplied the input with: 0 or 1/(1 − p), (T, in)."""
     assert row.mask is not None
-    width = row.A.shape[-1]
+    width = layer.A.shape[-1]
     count = like.numel() // like.shape[-1]
     kept = unpack(row.mask, 1, count * width).view(*like.shape[:-1], width)
     return kept.to(like.dtype).mul_(1 / (1 - layer.dropout))
@@ -373,6 +372,13 @@ def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """into += a b (torch's counter of operations counts no `addmm_`)."""
     return torch.addmm(into, a, b, out=into)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`; on a GPU 16-bit factors are summed up in it and not rounded between."""
+    if a.is_cuda and dtype is torch.float32 and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:
