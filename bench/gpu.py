@@ -1,14 +1,16 @@
 """The gates on a GPU: a Llama of 1.1 B parameters in bf16, r=16 on its linear layers, beside PEFT's and the limit.
 
 python bench/gpu.py [rows] [tokens]     8 × 1024 tokens by default; writes bench/results/gpu.json. Seconds are those of
-a whole step with the device awaited, as ratios to the limit; medians of interleaved rounds. G7 and G8 are wall time on
-the 504 layers of `plumbing.py`. Without a GPU it says so.
+a whole step with the device awaited, as ratios to the limit; medians of interleaved rounds. A host that cannot keep up
+with the device is part of them; `captured` are forward and backward replayed as a CUDA graph, the limit's too: what the
+device alone takes. G7 and G8 are wall time on the 504 layers of `plumbing.py`. Without a GPU it says so.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +21,7 @@ import plumbing
 import torch
 from _measure import RESULTS, ROUNDS, Gate, interleaved, ratios, record
 from _model_m import TARGETS, base, batch, limit, lora, ours, peft, step
-from torch import nn
+from torch import Tensor, nn
 
 import rankloom as rl
 from rankloom.ops.kept import kept_bytes
@@ -37,6 +39,7 @@ SHAPE = {
 }
 FILE = "gpu.json"
 DROPOUT = 0.05
+CAPTURED = ("LoRA ours", "LoRA PEFT, adapters in bf16", "DoRA ours", "DoRA PEFT, adapters in bf16")
 
 
 def clock() -> float:
@@ -140,7 +143,45 @@ def steps(rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def gates(found: Mapping[str, Mapping[str, float]]) -> list[Gate]:
+def captured(model: nn.Module, ids: Tensor) -> torch.cuda.CUDAGraph:
+    """Forward and backward as one CUDA graph."""
+
+    def once() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(beside)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    return graph
+
+
+def replays(rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    """For some of the variants: the time of a replay, and its ratio to the limit's replay of the same rounds."""
+    model, ids = whole(), batch(rows, tokens, SHAPE["vocab_size"]).cuda()
+    made, floor = variants(model), captured(limit(model), ids)
+    found: dict[str, dict[str, float]] = {}
+    for name in CAPTURED:
+        graph = captured(made[name](), ids)
+        times = interleaved({"limit": floor.replay, name: graph.replay}, rounds, clock)
+        found[name] = {"ratio": ratios(times, to="limit")[name], "ms": 1e3 * statistics.median(times[name])}
+        found["limit"] = {"ratio": 1.0, "ms": 1e3 * statistics.median(times["limit"])}
+        print(
+            f"  {name:30} {found[name]['ratio']:6.3f} of the limit   {found[name]['ms']:8.1f} ms   captured", flush=True
+        )
+        del graph
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def gates(found: Mapping[str, Mapping[str, float]], replayed: Mapping[str, Mapping[str, float]]) -> list[Gate]:
     def of(name: str, key: str, to: str | None = None) -> float | None:
         if name not in found:
             return None
@@ -151,6 +192,8 @@ def gates(found: Mapping[str, Mapping[str, float]]) -> list[Gate]:
         rows.append(
             Gate(f"{name} {method} bf16 step", of(f"{method} ours", "ratio"), of(f"{method} PEFT", "ratio"), 1.0, bound)
         )
+        alone = (replayed[f"{method} {who}"]["ratio"] for who in ("ours", "PEFT, adapters in bf16"))
+        rows.append(Gate(f"{name} {method} bf16, captured", *alone, 1.0, bound))
     mine, theirs = (of(f"LoRA {who}, dropout", "kept_MB", f"LoRA {who}") for who in ("ours", "PEFT"))
     rows.append(Gate(f"G4 kept bytes, LoRA dropout {DROPOUT} to none", mine, theirs, None, 1.06))
     for method, bound in (("LoRA", 0.65), ("DoRA", 0.8)):
@@ -177,12 +220,17 @@ def main() -> None:
         return
     rows, tokens = (int(n) for n in sys.argv[1:3]) if len(sys.argv) > 2 else (8, 1024)
     found = steps(rows, tokens, ROUNDS)
+    gc.collect()
+    torch.cuda.empty_cache()
+    replayed = replays(rows, tokens, ROUNDS)
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows, "tokens": tokens}
-    (RESULTS / "gpu_steps.json").write_text(json.dumps({**about, "variants": found}, indent=1) + "\n")
+    (RESULTS / "gpu_steps.json").write_text(
+        json.dumps({**about, "variants": found, "captured": replayed}, indent=1) + "\n"
+    )
     gc.collect()
     torch.cuda.empty_cache()
     counted = flops.gate(whole(), batch(1, tokens, SHAPE["vocab_size"]).cuda())
-    record([*gates(found), counted], FILE)
+    record([*gates(found, replayed), counted], FILE)
     record([*batches(), *plumbing.gates(plumbing.measured("cuda", clock), "ms")], FILE)
 
 

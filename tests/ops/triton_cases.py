@@ -58,17 +58,19 @@ def gains():
         y, dy, g = torch.randn(300, 130).to(dtype), torch.randn(300, 130).to(dtype), torch.randn(130).to(dtype)
         norms = torch.rand(130) + 0.5
         norms[3] = 0
-        say(f"gain {dtype}", gain.scale_(y.clone(), g), y.double() * g.double(), y)
         magnitude = torch.randn(130)
         magnitude[3:6] = 0
-        made = gain.gain_of(magnitude, norms, dtype, ops.FAINT)
-        say(f"gain of {dtype}", made, ops.gain_of(magnitude.double(), norms.double(), torch.float64), None)
-        assert made[3] == 1
         for gained in (False, True):
-            made, found = gain.backward(dy, y, g, norms, gained)
-            wanted, total = ops.backward(dy.double(), y.double(), g.double(), norms.double(), gained)
-            say(f"gain backward {dtype}", made, wanted, dy)
-            say(f"gain sum {dtype} float32", found, total, None)
+            made = gain.gain_of(magnitude, norms, dtype, ops.FAINT if dtype == torch.float32 else 2.0**-8, gained)
+            wanted = ops.gain_of(magnitude.double(), norms.double(), torch.float64, gained)
+            living = magnitude != 0
+            for what, one, other in zip(("", "inverse "), made, wanted):
+                say(f"gain {what}{dtype}", one[living], other[living], None)
+            assert made[0][3] == 1
+            assert made[1][3] == 0
+        made, total = gain.scaled_and_summed(dy, y, g)
+        say(f"gain backward {dtype}", made, dy.double() * g.double(), dy)
+        say(f"gain sum {dtype} float32", total, (dy.double() * y.double()).sum(0), None)
 
 
 def norms_of_rows():

@@ -31,15 +31,13 @@ def main():
         for tile in (16, 64):
             build(segments.expand, [x, x, x, "*i32", "i32", "i32"], {"M": tile, "R": 16, "N": 128}, target)
         tiles = {"M": gain.ROWS, "N": gain.COLUMNS}
-        build(gain.scaled, [x, x, "i32", "i32"], tiles, target)
         build(gain.summed, [x, x, x, x, "*fp32", "i32", "i32"], {**tiles, "STEPS": gain.STEPS}, target)
-        build(gain.gains, ["*fp32", "*fp32", x, "i32"], {"FAINT": FAINT, "N": gain.COLUMNS}, target)
         for gained in (False, True):
-            sizes = {"GAINED": gained, "N": gain.COLUMNS}
-            build(gain.divided, ["*fp32", x, "*fp32", "*fp32", "i32", "i32"], sizes, target)
+            sizes = {"FAINT": FAINT, "GAINED": gained, "N": gain.COLUMNS}
+            build(gain.gains, ["*fp32", "*fp32", x, "*fp32", "i32"], sizes, target)
         for rank in (16, norms.WIDEST):
             given = [x, "*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32", "i32", "fp32"]
-            build(norms.normed, given, {"M": norms.ROWS, "K": norms.COLUMNS, "R": rank}, target)
+            build(norms.normed, given, {"PRECISION": "tf32x3", "M": norms.ROWS, "K": norms.COLUMNS, "R": rank}, target)
         for double in (False, True):
             parts = ["*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", "*fp32", "*fp32"]
             sizes = {**SIZES, "DOUBLE": double}

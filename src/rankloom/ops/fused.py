@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.ops.gain import backward, gain_of, remembers, scale_
+from rankloom.ops.gain import gain_of, remembers, scaled_and_summed
 from rankloom.ops.order import Order, cheapest
 from rankloom.ops.rebuild import Origin
 from rankloom.ops.unpack import pack, unpack
@@ -52,6 +52,7 @@ def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torc
 
 
 _AS_IT_IS = nullcontext()
+_NONE = (None, None)
 
 
 class _Once(NamedTuple):
@@ -82,13 +83,14 @@ class _Call:
 
 
 class _Kept(NamedTuple):
-    """The tensors of one layer that backward needs; `b` is s·B in the dtype of the products, `y` what tells the
-    magnitude's gradient.
+    """The tensors of one layer that backward needs; `b` is s·B in the dtype of the products, and `y` times the gradient
+    of the output, summed up and times `inverse`, is the magnitude's.
     """
 
     weight: Tensor
     b: Tensor
     gain: Tensor | None = None
+    inverse: Tensor | None = None
     y: Tensor | None = None
     mask: Tensor | None = None
 
@@ -107,19 +109,19 @@ class _Fused(torch.autograd.Function):
         call.order = _order(call, flat, any(needs), trains)
         thin, masks = _down(flat, a, layers) if call.order is Order.THIN else (None, [])
         parts, own = _split(thin, layers), _split(a, layers, dim=0)
-        gains = [_gain(layer, dtype) for layer in layers]
+        gained = any(layer.magnitude is not None for layer in layers)
+        gains = [_gain(layer, dtype) for layer in layers] if gained or masks else [_NONE] * len(layers)
         ups = [
             _up(x, flat, part, _matrix(call, layer, layer.weight, b, each), b, gain, layer)
-            for part, each, b, gain, layer in zip(parts, own, bs, gains, layers)
+            for part, each, b, (gain, _), layer in zip(parts, own, bs, gains, layers)
         ]
         kept: tuple[Tensor, ...] = ()
         if (call.linked and any(needs)) or any(trains[0::3]):
             whole = tensors[0] if tensors[0].dtype == dtype else x
             kept = (whole,) if origins is None else origins
-        gained = any(gain is not None for gain in gains)
         h = thin if any(trains[1::3]) and not (kept and gained and not masks) else None
         columns: list[Sequence[Tensor | None]] = [[layer.weight for layer in layers], bs]
-        columns += [gains, [told for _, told in ups]] if gained or masks else []
+        columns += [*zip(*gains), [told for _, told in ups]] if gained or masks else []
         columns += [masks] if masks else []
         ctx.call, ctx.count, ctx.needs, ctx.trains = call, len(kept), needs, trains
         ctx.set_materialize_grads(False)
@@ -196,7 +198,7 @@ def _up(
     if gain is None:
         return y, None
     if _tells(layer, y.dtype):
-        scale_(rows, gain)
+        rows.mul_(gain)
         return y, y
     return (y * gain if bias is None else torch.addcmul(bias, y, gain)), y
 
@@ -250,12 +252,11 @@ def _sum(
         dy = dy.reshape(-1, dy.shape[-1])
         if trains[3 * i + 2]:
             assert layer.magnitude is not None
-            assert layer.norms is not None
             assert row.gain is not None
+            assert row.inverse is not None
             assert row.y is not None
-            told = row.y.view(dy.shape)
-            dy, found = backward(dy, told, row.gain, layer.norms, gained=_tells(layer, dy.dtype))
-            grads[3 * i + 2] = found.to(layer.magnitude.dtype)
+            dy, total = scaled_and_summed(dy, row.y.view(dy.shape), row.gain, row.inverse.dtype)
+            grads[3 * i + 2] = (total * row.inverse).to(layer.magnitude.dtype)
         elif row.gain is not None:
             dy = dy * row.gain
         wide.append((i, row, dy))
@@ -348,16 +349,16 @@ def _plainly(x: Tensor, layer: Layer, row: _Kept) -> Tensor:
     dropped = x if row.mask is None else x * _mask(row, layer, x)
     b = (layer.B * layer.scale).to(x.dtype)
     y = F.linear(x, layer.read(row.weight).to(x.dtype)) + dropped @ layer.A.to(x.dtype).T @ b.T
-    gain = _gain(layer, x.dtype)
+    gain, _ = _gain(layer, x.dtype)
     y = y if gain is None else y * gain
     return y if layer.bias is None else y + layer.bias.to(x.dtype)
 
 
-def _gain(layer: Layer, dtype: torch.dtype) -> Tensor | None:
-    """m/‖W'‖ (out,); None without a magnitude."""
+def _gain(layer: Layer, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """m/‖W'‖ (out,) with what belongs to it (`ops.gain.gain_of`); Nones without a magnitude."""
     if layer.magnitude is None or layer.norms is None:
-        return None
-    return gain_of(layer.magnitude, layer.norms, dtype)
+        return _NONE
+    return gain_of(layer.magnitude, layer.norms, dtype, _tells(layer, dtype))
 
 
 def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:

@@ -16,33 +16,24 @@ def remembers(dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).tiny < FAINT
 
 
-def gain_of(magnitude: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
-    """m/‖W'‖ (out,) in `dtype`: 1 where the norm is zero, `FAINT` where only the magnitude is."""
+def gain_of(magnitude: Tensor, norms: Tensor, dtype: torch.dtype, gained: bool) -> tuple[Tensor, Tensor]:
+    """m/‖W'‖ (out,) in `dtype`: 1 where the norm is zero, `FAINT` where only the magnitude is. And what turns Σ_t dy∘y
+    into the magnitude's gradient, for y = W'x or, `gained`, that times the gain: (out,) in the dtype of the norms.
+    """
     if usable(magnitude, dtype) and usable(norms, norms.dtype):
         from rankloom.ops.triton import gain as kernels
 
-        return kernels.gain_of(magnitude, norms, dtype, FAINT)
+        return kernels.gain_of(magnitude, norms, dtype, FAINT, gained)
+    gone = norms == 0
     faint = torch.where(magnitude == 0, magnitude + FAINT * norms, magnitude)
-    return torch.where(norms == 0, 1.0, faint / norms).to(dtype)
+    gain = torch.where(gone, 1.0, faint / norms).to(dtype)
+    return gain, torch.where(gone, 0.0, 1 / (gain.to(norms.dtype) * norms if gained else norms))
 
 
-def scale_(y: Tensor, gain: Tensor) -> Tensor:
-    """y (tokens, out) times gain (out,), in place."""
-    if usable(y, y.dtype) and y.is_contiguous():
+def scaled_and_summed(dy: Tensor, y: Tensor, gain: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dy∘gain (tokens, out), and Σ_t dy∘y (out,) in `wide`."""
+    if usable(dy, dy.dtype):
         from rankloom.ops.triton import gain as kernels
 
-        return kernels.scale_(y, gain)
-    return y.mul_(gain)
-
-
-def backward(dy: Tensor, y: Tensor, gain: Tensor, norms: Tensor, gained: bool) -> tuple[Tensor, Tensor]:
-    """dy∘g (tokens, out), and the magnitude's gradient Σ_t dy∘(W'x)/‖W'‖ (out,) in the dtype of the norms, 0 where the
-    norm is; y is W'x, `gained`: times g.
-    """
-    if usable(dy, dy.dtype) and usable(norms, norms.dtype):
-        from rankloom.ops.triton import gain as kernels
-
-        return kernels.backward(dy, y, gain, norms, gained)
-    wide = norms.dtype
-    total = (dy * y).sum(0, dtype=wide) / (gain.to(wide) * norms if gained else norms)
-    return dy * gain, total.masked_fill_(norms == 0, 0.0)
+        return kernels.scaled_and_summed(dy, y, gain)
+    return dy * gain, (dy * y).sum(0, dtype=wide)
