@@ -79,7 +79,7 @@ def norms_of_rows():
         w, a, b = torch.randn(out, in_).to(dtype), torch.randn(rank, in_), torch.randn(out, rank)
         b[0], w[0] = 0, 0
         square = w.float().square().sum(-1)
-        wide = row_norms(w.double(), a.double(), b.double(), 0.3, square.double())
+        wide = row_norms(w.double(), a.to(dtype).double(), b.double(), 0.3, square.double())
         say(f"norms {rank} {dtype} float32", norms.row_norms(w, a, b, 0.3, square), wide, square.sqrt())
 
 

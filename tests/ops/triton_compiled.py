@@ -37,7 +37,12 @@ def main():
             build(gain.gains, ["*fp32", "*fp32", x, "*fp32", "i32"], sizes, target)
         for rank in (16, norms.WIDEST):
             given = [x, "*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32", "i32", "fp32"]
-            build(norms.normed, given, {"PRECISION": "tf32x3", "M": norms.ROWS, "K": norms.COLUMNS, "R": rank}, target)
+            build(
+                norms.normed,
+                given,
+                {"PRECISION": "tf32x3", "M": norms.ROWS, "K": norms.TILE // rank, "R": rank},
+                target,
+            )
         for double in (False, True):
             parts = ["*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", "*fp32", "*fp32"]
             sizes = {**SIZES, "DOUBLE": double}

@@ -187,13 +187,14 @@ def _part(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Layer |
     thin = thin_of(adapter, Base(anchor.kind, layer, voices.context))
     if thin is None:
         return f"{type(adapter).__name__} is not, or not now, a pair of thin factors"
-    if not any(t is not None and t.requires_grad for t in (thin.A, thin.B, thin.magnitude)):
+    magnitude = thin.magnitude
+    if not (thin.A.requires_grad or thin.B.requires_grad or (magnitude is not None and magnitude.requires_grad)):
         return "nothing trains"
-    if thin.magnitude is not None and voice.weight != 1:
+    if magnitude is not None and voice.weight != 1:
         return "a weighted magnitude"
     bias = layer._parameters.get("bias")
     scale = thin.scale * voice.weight
-    return Layer(weight, anchor.kind.read, bias, thin.A, thin.B, scale, thin.dropout, thin.magnitude, thin.norms)
+    return Layer(weight, anchor.kind.read, bias, thin.A, thin.B, scale, thin.dropout, magnitude, thin.norms)
 
 
 _plain = cache(product)

@@ -46,7 +46,7 @@ def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torc
     inputs = origin.kept if origin is not None and linked else (x,)
     factors = [t for layer in layers for t in (layer.A, layer.B, layer.magnitude)]
     kept, make = (None, None) if origin is None else (origin.kept, origin.make)
-    call = _Call(tuple(layers), dtype, len(inputs), linked, make, _Once(x, kept))
+    call = _Call(tuple(layers), dtype, len(inputs), linked, make, _Input(x, kept))
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else _AS_IT_IS:
         return _Fused.apply(call, *inputs, *factors)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -55,7 +55,7 @@ _AS_IT_IS = nullcontext()
 _NONE = (None, None)
 
 
-class _Once(NamedTuple):
+class _Input(NamedTuple):
     """What forward takes: the input, and what it is rebuilt from if not from itself."""
 
     x: Tensor
@@ -66,7 +66,7 @@ class _Once(NamedTuple):
 class _Call:
     """What one call knows beside its tensors. `make` rebuilds x, which is `linked` to what it is made from, past x.
 
-    Forward takes `once` out and chooses the order.
+    Forward takes `given` out and chooses the order.
     """
 
     layers: tuple[Layer, ...]
@@ -74,7 +74,7 @@ class _Call:
     inputs: int
     linked: bool
     make: Callable[[tuple[Tensor, ...]], Tensor] | None
-    once: _Once | None
+    given: _Input | None
     order: Order = Order.THIN
 
     def rebuilt(self, kept: Sequence[Tensor]) -> Tensor:
@@ -98,8 +98,8 @@ class _Kept(NamedTuple):
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        assert call.once is not None
-        (x, origins), call.once = call.once, None
+        assert call.given is not None
+        (x, origins), call.given = call.given, None
         x, layers, dtype = x.to(call.dtype), call.layers, call.dtype
         flat = x.reshape(-1, x.shape[-1])
         a = _stacked([layer.A for layer in layers]).to(dtype)
@@ -110,7 +110,7 @@ class _Fused(torch.autograd.Function):
         thin, masks = _down(flat, a, layers) if call.order is Order.THIN else (None, [])
         parts, own = _split(thin, layers), _split(a, layers, dim=0)
         gained = any(layer.magnitude is not None for layer in layers)
-        gains = [_gain(layer, dtype) for layer in layers] if gained or masks else [_NONE] * len(layers)
+        gains = [_gain(layer, dtype) for layer in layers]
         ups = [
             _up(x, flat, part, _matrix(call, layer, layer.weight, b, each), b, gain, layer)
             for part, each, b, (gain, _), layer in zip(parts, own, bs, gains, layers)
@@ -164,8 +164,9 @@ def _order(call: _Call, flat: Tensor, dx: bool, trains: Sequence[bool]) -> Order
     """The cheapest order; the thin one where a sum with W would lose small changes (16 bits), where the change has an
     input of its own (dropout), and where a frozen factor takes x or products off.
     """
-    wide = call.dtype in (torch.float32, torch.float64)
-    if not wide or any(layer.dropout for layer in call.layers) or not (all(trains[0::3]) and all(trains[1::3])):
+    if call.dtype not in (torch.float32, torch.float64):
+        return Order.THIN
+    if any(layer.dropout for layer in call.layers) or not (all(trains[0::3]) and all(trains[1::3])):
         return Order.THIN
     shapes = tuple(((layer.B.shape[0], layer.A.shape[1]), layer.A.shape[0]) for layer in call.layers)
     return cheapest(flat.shape[0], shapes, dx)

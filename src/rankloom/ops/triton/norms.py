@@ -1,4 +1,7 @@
-"""‖W + s·B A‖ by rows in one pass over W; the reference is `ops.linalg.row_norms`."""
+"""‖W + s·B A‖ by rows in one pass over W; the reference is `ops.linalg.row_norms`.
+
+A is rounded to the dtype of W, as in the layer's own product; sums are float32.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 16, 128
+ROWS, TILE = 16, 2048
+"""Rows of W, and numbers of A, that a program holds at a time."""
 WIDEST = 64
 """The largest rank whose Gram matrix a program holds."""
 
@@ -18,7 +22,8 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tens
     (out, in_), rank = weight.shape, a.shape[0]
     made = torch.empty(out, dtype=torch.float32, device=weight.device)
     precision = "ieee" if torch.version.hip else "tf32x3"
-    tiles = {"PRECISION": precision, "M": ROWS, "K": COLUMNS, "R": max(16, triton.next_power_of_2(rank))}
+    wide = max(16, triton.next_power_of_2(rank))
+    tiles = {"PRECISION": precision, "M": ROWS, "K": TILE // wide, "R": wide}
     normed[(triton.cdiv(out, ROWS),)](weight, a, b, square, made, out, in_, rank, scaling, **tiles)
     return made
 
@@ -35,8 +40,8 @@ def normed(
         k = start + tl.arange(0, K)
         within = (k < in_)[None, :]
         place = row[:, None].to(tl.int64) * in_ + k[None, :]
-        rows = tl.load(w + place, (row < out)[:, None] & within, 0.0).to(tl.float32)
-        thin = tl.load(a + r[:, None] * in_ + k[None, :], (r < rank)[:, None] & within, 0.0).to(tl.float32)
+        rows = tl.load(w + place, (row < out)[:, None] & within, 0.0)
+        thin = tl.load(a + r[:, None] * in_ + k[None, :], (r < rank)[:, None] & within, 0.0).to(rows.dtype)
         along += tl.dot(rows, tl.trans(thin), input_precision=PRECISION)
         gram += tl.dot(thin, tl.trans(thin), input_precision=PRECISION)
     here = (row < out)[:, None] & (r < rank)[None, :]
