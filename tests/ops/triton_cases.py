@@ -56,6 +56,7 @@ def gains():
     for dtype in (torch.float32, HALF):
         torch.manual_seed(0)
         y, dy, g = torch.randn(300, 130).to(dtype), torch.randn(300, 130).to(dtype), torch.randn(130).to(dtype)
+        say(f"gain {dtype}", gain.scale_(y.clone(), g), y.double() * g.double(), y)
         norms = torch.rand(130) + 0.5
         norms[3] = 0
         magnitude = torch.randn(130)
@@ -79,8 +80,8 @@ def norms_of_rows():
         w, a, b = torch.randn(out, in_).to(dtype), torch.randn(rank, in_), torch.randn(out, rank)
         b[0], w[0] = 0, 0
         square = w.float().square().sum(-1)
-        wide = row_norms(w.double(), a.to(dtype).double(), b.double(), 0.3, square.double())
-        say(f"norms {rank} {dtype} float32", norms.row_norms(w, a, b, 0.3, square), wide, square.sqrt())
+        wide = row_norms(w.double(), a.to(dtype).double(), b.double(), 3.0, square.double())
+        say(f"norms {rank} {dtype} float32", norms.row_norms(w, a, b, 3.0, square), wide, square.sqrt())
 
 
 def packed_weights():

@@ -31,6 +31,7 @@ def main():
         for tile in (16, 64):
             build(segments.expand, [x, x, x, "*i32", "i32", "i32"], {"M": tile, "R": 16, "N": 128}, target)
         tiles = {"M": gain.ROWS, "N": gain.COLUMNS}
+        build(gain.scaled, [x, x, "i32", "i32"], tiles, target)
         build(gain.summed, [x, x, x, x, "*fp32", "i32", "i32"], {**tiles, "STEPS": gain.STEPS}, target)
         for gained in (False, True):
             sizes = {"FAINT": FAINT, "GAINED": gained, "N": gain.COLUMNS}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.ops.gain import gain_of, remembers, scaled_and_summed
+from rankloom.ops.gain import gain_of, remembers, scale_, scaled_and_summed
 from rankloom.ops.order import Order, cheapest
 from rankloom.ops.rebuild import Origin
 from rankloom.ops.unpack import pack, unpack
@@ -199,7 +199,7 @@ def _up(
     if gain is None:
         return y, None
     if _tells(layer, y.dtype):
-        rows.mul_(gain)
+        scale_(rows, gain)
         return y, y
     return (y * gain if bias is None else torch.addcmul(bias, y, gain)), y
 

@@ -30,6 +30,15 @@ def gain_of(magnitude: Tensor, norms: Tensor, dtype: torch.dtype, gained: bool) 
     return gain, torch.where(gone, 0.0, 1 / (gain.to(norms.dtype) * norms if gained else norms))
 
 
+def scale_(y: Tensor, gain: Tensor) -> Tensor:
+    """y (tokens, out), contiguous, times gain (out,), in place."""
+    if usable(y, y.dtype):
+        from rankloom.ops.triton import gain as kernels
+
+        return kernels.scale_(y, gain)
+    return y.mul_(gain)
+
+
 def scaled_and_summed(dy: Tensor, y: Tensor, gain: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """dy∘gain (tokens, out), and Σ_t dy∘y (out,) in `wide`."""
     if usable(dy, dy.dtype):

@@ -1,4 +1,4 @@
-"""A factor for every channel: g = m/‖W'‖, and in its backward dy∘g with Σ_t dy∘y, each in one pass.
+"""A factor for every channel: g = m/‖W'‖, y ← g∘y, and in its backward dy∘g with Σ_t dy∘y, each in one pass.
 
 Sums are float32 and in a fixed order. The references are the plain operations of `ops.gain`.
 """
@@ -19,6 +19,13 @@ def gain_of(magnitude: Tensor, norms: Tensor, dtype: torch.dtype, faint: float, 
     sizes = {"FAINT": faint, "GAINED": gained, "N": COLUMNS}
     gains[(triton.cdiv(out, COLUMNS),)](magnitude, norms, made, inverse, out, **sizes)
     return made, inverse
+
+
+def scale_(y: Tensor, gain: Tensor) -> Tensor:
+    """y (tokens, out) times gain (out,), in place; y is contiguous."""
+    tokens, out = y.shape
+    scaled[(triton.cdiv(tokens, ROWS), triton.cdiv(out, COLUMNS))](y, gain, tokens, out, M=ROWS, N=COLUMNS)
+    return y
 
 
 def scaled_and_summed(dy: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +50,16 @@ def gains(magnitude, norms, made, inverse, out, FAINT: tl.constexpr, GAINED: tl.
     tl.store(made + column, gain, here)
     divisor = gain.to(tl.float32) * norm if GAINED else norm
     tl.store(inverse + column, tl.where(norm == 0, 0.0, 1.0 / divisor).to(inverse.dtype.element_ty), here)
+
+
+@triton.jit
+def scaled(y, gain, tokens, out, M: tl.constexpr, N: tl.constexpr):
+    """One (M, N) tile of y."""
+    token, column = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
+    here = (token < tokens)[:, None] & (column < out)[None, :]
+    place = y + token[:, None].to(tl.int64) * out + column[None, :]
+    g = tl.load(gain + column, column < out, 0.0).to(tl.float32)
+    tl.store(place, (tl.load(place, here, 0.0).to(tl.float32) * g[None, :]).to(y.dtype.element_ty), here)
 
 
 @triton.jit
