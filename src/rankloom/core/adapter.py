@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,7 @@ from rankloom.core.switch import Weight
 from rankloom.errors import NotMergeable
 
 
-@dataclass(frozen=True, slots=True)
-class Thin:
+class Thin(NamedTuple):
     """A change as thin factors: s·B A on the dropped input, and for DoRA the rows' lengths.
 
     A (r, in), B (out, r); `dropout` as it acts now; `magnitude` (out,) replaces the lengths `norms` (out,) of the rows
@@ -95,8 +93,8 @@ class Adapter(nn.Module):
             self._borrowed[attribute] = (shared, key)
 
     def __getattr__(self, name: str) -> Any:
-        borrowed = self.__dict__.get("_borrowed", {})
-        if name in borrowed:
+        borrowed = self.__dict__.get("_borrowed")
+        if borrowed and name in borrowed:
             shared, key = borrowed[name]
             return shared.tensor(key)
         return super().__getattr__(name)
@@ -109,7 +107,8 @@ _SILENT = {"__init__", "reset", "extra_repr"}
 def thin_of(adapter: Adapter, base: Base) -> Thin | None:
     """`adapter.thin`, unless a subclass or the object itself has replaced what the class of `thin` says."""
     cls: Any = type(adapter)
-    replaced = not _thin_speaks(cls) or {"forward", "add"} & adapter.__dict__.keys()
+    own = adapter.__dict__
+    replaced = not _thin_speaks(cls) or "forward" in own or "add" in own
     return None if replaced else adapter.thin(base)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -97,7 +97,7 @@ class DoRAAdapter(Adapter):
             return None
         with torch.no_grad():
             norms = row_norms(base.matrix(), inner.A, inner.B, inner.scale, square_norms(base))
-        return replace(inner, magnitude=self.magnitude, norms=norms.to(self.magnitude.dtype))
+        return inner._replace(magnitude=self.magnitude, norms=norms.to(self.magnitude.dtype))
 
     def _plain(self, dropped: Any, y: Tensor, base: Base) -> Tensor:
         """W x without bias: the output at hand, or computed again where dropout changed the input."""
