@@ -143,11 +143,12 @@ class Bank:
                 if parameter.requires_grad:
                     yield f"{name}/{key}", parameter, role
 
+    @torch.no_grad()
     def reset(self, name: str) -> None:
         """Fill the adapter afresh, so that its change is zero for the present base."""
         for fitted in self.fitted(name):
             if not any(p.is_meta for p in fitted.adapter.parameters()):
-                with present(fitted.place.layer), torch.no_grad():
+                with present(fitted.place.layer):
                     fitted.adapter.reset(fitted.base)
 
     @torch.no_grad()
