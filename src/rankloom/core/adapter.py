@@ -93,8 +93,8 @@ class Adapter(nn.Module):
             self._borrowed[attribute] = (shared, key)
 
     def __getattr__(self, name: str) -> Any:
-        borrowed = self.__dict__.get("_borrowed", {})
-        if name in borrowed:
+        borrowed = self.__dict__.get("_borrowed")
+        if borrowed and name in borrowed:
             shared, key = borrowed[name]
             return shared.tensor(key)
         return super().__getattr__(name)
@@ -107,7 +107,8 @@ _SILENT = {"__init__", "reset", "extra_repr"}
 def thin_of(adapter: Adapter, base: Base) -> Thin | None:
     """`adapter.thin`, unless a subclass or the object itself has replaced what the class of `thin` says."""
     cls: Any = type(adapter)
-    replaced = not _thin_speaks(cls) or "forward" in adapter.__dict__ or "add" in adapter.__dict__
+    own = adapter.__dict__
+    replaced = not _thin_speaks(cls) or "forward" in own or "add" in own
     return None if replaced else adapter.thin(base)
 
 

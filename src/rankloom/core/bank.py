@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter, tensors_by_role
+from rankloom.core.burst import burst
 from rankloom.core.fingerprint import Print
 from rankloom.core.fitted import Fitted
 from rankloom.core.graft import bring_home, present, recast, slot_table
-from rankloom.core.merging import check_in_memory, folded, plain_class, plain_dtype, repacked
+from rankloom.core.merging import check_in_memory, folded, holder, plain_class, plain_dtype, repacked
 from rankloom.core.plan import Plan
 from rankloom.core.site import Shared, Site
 from rankloom.core.start import Started
@@ -142,11 +143,12 @@ class Bank:
                 if parameter.requires_grad:
                     yield f"{name}/{key}", parameter, role
 
+    @torch.no_grad()
     def reset(self, name: str) -> None:
         """Fill the adapter afresh, so that its change is zero for the present base."""
         for fitted in self.fitted(name):
             if not any(p.is_meta for p in fitted.adapter.parameters()):
-                with present(fitted.place.layer), torch.no_grad():
+                with present(fitted.place.layer):
                     fitted.adapter.reset(fitted.base)
 
     @torch.no_grad()
@@ -178,8 +180,8 @@ class Bank:
         if not self._merged:
             raise StateError("nothing is merged")
         for layer, key, tensor in reversed(self._originals):
-            here = layer._parameters[key] if key in layer._parameters else layer._buffers[key]
-            _assign(layer, key, _beside(tensor, here))
+            held = holder(layer, key)
+            held[key] = _beside(tensor, held[key])
         for layer, original in self._recast:
             recast(layer, original)
         _settle([layer for layer, _, _ in self._originals])
@@ -273,14 +275,15 @@ class Bank:
                 raise NotMergeable(f"adapter {voice.name!r} speaks row by row: there is no single matrix to merge")
         return {voice.name: float(voice.weight) for voice in voices}
 
+    @burst()
     def _write(
         self, weights: Mapping[str, float], keep: bool, into: Literal["dense", "store"] = "dense"
     ) -> dict[str, float]:
         by_layer: dict[int, list[tuple[Fitted, float]]] = {}
-        for name in weights:
-            self._finite(name)
         for name, weight in weights.items():
-            for fitted in self.fitted(name):
+            everything = self.fitted(name)
+            self._finite(name, everything)
+            for fitted in everything:
                 by_layer.setdefault(id(fitted.place.layer), []).append((fitted, weight))
         for parts in by_layer.values():
             check_in_memory(parts[0][0].place)
@@ -294,11 +297,11 @@ class Bank:
             ]
             new = [repacked(parts, entry, lost) for parts, entry in packed]
         for layer, key, value in new:
-            buffer = key in layer._buffers
+            held = holder(layer, key)
             if keep:
-                self._originals.append((layer, key, layer._buffers[key] if buffer else layer._parameters[key]))
-            as_it_is = buffer or isinstance(value, nn.Parameter)
-            _assign(layer, key, value if as_it_is else nn.Parameter(value, requires_grad=False))
+                self._originals.append((layer, key, held[key]))
+            as_it_is = held is layer._buffers or isinstance(value, nn.Parameter)
+            held[key] = value if as_it_is else nn.Parameter(value, requires_grad=False)
             original = plain_class(layer, key)
             if original is not None:
                 if keep:
@@ -307,11 +310,13 @@ class Bank:
         _settle([layer for layer, _, _ in new])
         return lost
 
-    def _finite(self, name: str) -> None:
-        found = {k: t for k, t, _ in self.tensors(name) if t.is_floating_point() and t.device.type != "meta"}
-        if not math.isfinite(largest(found.values())):
-            key = next(key for key, tensor in found.items() if not math.isfinite(largest([tensor])))
-            raise StateError(f"{key!r} of the adapter {name!r} has NaN or infinite values: nothing is merged")
+    def _finite(self, name: str, everything: Sequence[Fitted]) -> None:
+        modules = (*(fitted.adapter for fitted in everything), self._shared[name])
+        if math.isfinite(largest(p for module in modules for p in module.parameters() if _has_values(p))):
+            return
+        found = ((key, parameter) for key, parameter, _ in self.tensors(name) if _has_values(parameter))
+        key = next(key for key, parameter in found if not math.isfinite(largest([parameter])))
+        raise StateError(f"{key!r} of the adapter {name!r} has NaN or infinite values: nothing is merged")
 
     def _known(self, name: str) -> None:
         if name not in self.plans:
@@ -320,6 +325,10 @@ class Bank:
     def _not_merged(self, call: str) -> None:
         if self._merged:
             raise StateError(f"{call}: {', '.join(map(repr, self._merged))} is merged into the base; unmerge() first")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not tensor.is_meta
 
 
 def _settle(layers: Sequence[nn.Module]) -> None:
@@ -337,11 +346,3 @@ def _beside(tensor: Tensor | None, here: Tensor | None) -> Tensor | None:
         return tensor if here.device == tensor.device else tensor.to(here.device)
     tensor.data = tensor.data.to(here.device, here.dtype)
     return tensor
-
-
-def _assign(layer: nn.Module, key: str, value: Tensor | None) -> None:
-    """Replace the tensor behind `key`, past any property of the same name."""
-    if key in layer._buffers:
-        layer._buffers[key] = value
-    else:
-        layer._parameters[key] = value  # type: ignore[assignment]

@@ -78,6 +78,8 @@ def difference(model: nn.Module, saved: Mapping[str, Any], now: Mapping[str, Any
     most = SAME if saved["precision"] == now["precision"] else RECAST
     old, new = _numbers(saved["sketch"]), _numbers(now["sketch"])
     same = (old - new).abs().amax(1) <= most * old[:, 0].clamp_min(1e-12)
+    if same.all():
+        return None
     differing = (name for name, fits in zip(_tensors(model), same.tolist(), strict=True) if not fits)
     name = next((name for name in differing if name not in skip), None)
     return None if name is None else f"the values of {name!r} differ"
@@ -119,7 +121,8 @@ def _content(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"precision": "unknown", "sketch": None}
     by_length: dict[int, list[tuple[int, Tensor]]] = {}
     for place, tensor in enumerate(tensors.values()):
-        values = torch.cat([_sampled(part) for part in _parts(tensor)])
+        samples = [_sampled(part) for part in _parts(tensor)]
+        values = samples[0] if len(samples) == 1 else torch.cat(samples)
         by_length.setdefault(len(values), []).append((place, values))
     numbers, narrow = torch.empty(len(tensors), 1 + SUMS), {torch.bfloat16, torch.float16, torch.float32}
     for length, found in by_length.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rankloom.core.adapter import Adapter
 from rankloom.core.kinds import Base
@@ -10,8 +10,7 @@ from rankloom.core.site import Site
 from rankloom.core.targets import Place
 
 
-@dataclass(frozen=True)
-class Fitted:
+class Fitted(NamedTuple):
     """An adapter in its place: the place in the model, what its method saw, and the adapter."""
 
     place: Place

@@ -30,22 +30,22 @@ def folded(
     Changes of one tensor add up. `dtype`: of what replaces a weight that has none of its own. Nothing is written.
     """
     place = parts[0][0].place
-    layer = place.layer
+    layer, kind = place.layer, place.kind
     new: dict[str, Tensor] = {}
-    slots = {fitted.place.slot for fitted, _ in parts}
     inside = [part for part in parts if part[0].place.slot == LAYER]
+    bare = [part for part in parts if part[0].place.slot != LAYER]
     if inside:
-        new[place.kind.parameter()] = place.kind.to_weight(layer, _changed_matrix(inside))
+        new[kind.parameter()] = kind.to_weight(layer, _changed_matrix(inside))
         _add_shifts(new, inside)
-    for fitted, weight in parts:
+    for fitted, weight in bare:
         slot, old = fitted.place.slot, fitted.place.kind.tensor(layer)
-        if slot != LAYER:
-            new[slot] = fitted.adapter.add(new.get(slot, old), None, old, fitted.base, weight)
+        new[slot] = fitted.adapter.add(new.get(slot, old), None, old, fitted.base, weight)
+    slots = {fitted.place.slot for fitted, _ in bare}
     for key, value in new.items():
-        now = layer._buffers.get(key) if key in layer._buffers else layer._parameters.get(key)
-        like = place.kind.tensor(layer) if now is None else now
-        wanted = like.dtype if like.is_floating_point() else dtype or place.kind.weight(layer).dtype
-        yield layer, key, value.detach().to(wanted, copy=key in slots)
+        now = holder(layer, key).get(key)
+        like = kind.tensor(layer) if now is None else now
+        wanted = like.dtype if like.is_floating_point() else dtype or kind.weight(layer).dtype
+        yield layer, key, value.to(wanted, copy=True) if key in slots else value.to(wanted)
 
 
 def repacked(
@@ -68,12 +68,13 @@ def repacked(
 
 def _changed_matrix(parts: list[tuple[Fitted, float]]) -> Tensor:
     """A layer's matrix (out, in) with every change added, in float32 at least: one pass for each thin change."""
-    matrix = parts[0][0].base.matrix()
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    for fitted, weight in parts:
-        thin = pair_of(fitted.adapter, fitted.base)
+    base = parts[0][0].base
+    matrix = base.matrix()
+    matrix = matrix if matrix.element_size() > 2 else matrix.float()
+    for (_, _, adapter), weight in parts:
+        thin = pair_of(adapter, base)
         if thin is None:
-            matrix = torch.add(matrix, fitted.adapter.delta(fitted.base).to(matrix.dtype), alpha=weight)
+            matrix = torch.add(matrix, adapter.delta(base).to(matrix), alpha=weight)
         else:
             matrix = torch.addmm(matrix, thin.B.to(matrix), thin.A.to(matrix), alpha=weight * thin.scale)
     return matrix
@@ -92,6 +93,11 @@ def _add_shifts(new: dict[str, Tensor], parts: list[tuple[Fitted, float]]) -> No
             )
         bias = new.get("bias", layer._parameters.get("bias"))
         new["bias"] = weight * shift if bias is None else bias + weight * shift
+
+
+def holder(layer: nn.Module, key: str) -> dict[str, Tensor | None]:
+    """The layer's own table that has, or is to have, the tensor `key`: past any property of the same name."""
+    return layer._buffers if key in layer._buffers else layer._parameters  # type: ignore[return-value]
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype | None:

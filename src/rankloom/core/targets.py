@@ -45,6 +45,8 @@ def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
     while waiting:
         path, module = waiting.pop()
         yield path, module
+        if not module._modules:
+            continue
         grafted = isinstance(module, Grafted)
         stem = f"{path}." if path else ""
         for name, child in reversed(module._modules.items()):

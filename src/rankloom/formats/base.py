@@ -17,8 +17,8 @@ HOOK = "_hf_hook"
 """Where accelerate keeps what moves offloaded weights (and often the weights); it comes with a forward of its own."""
 OURS = ("_rankloom", "rankloom")
 """What grafting and attaching leave among the attributes of a module."""
-ATOMS = (bool, int, float, str, type(None), torch.dtype)
-CONTAINERS = (dict, list, set, OrderedDict)
+ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype})
+CONTAINERS = frozenset({dict, list, set, OrderedDict})
 
 
 def base_name(model: nn.Module) -> str | None:

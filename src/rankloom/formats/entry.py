@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """`key` in the file; `get` gives the tensor in the file's shape (also on the meta device); `put` takes it back."""
 
     key: str
@@ -27,8 +25,7 @@ def mapped(key: str, tensor: Tensor, out: Callable[[Tensor], Tensor], back: Call
     """The tensor through a bijection: `out` to the file's form, `back` from it."""
 
     def put(value: Tensor) -> None:
-        with torch.no_grad():
-            tensor.copy_(back(value.to(tensor.dtype)))
+        tensor.detach().copy_(back(value.to(tensor.dtype)))
 
     return Entry(key, lambda: out(tensor.detach()), put)
 

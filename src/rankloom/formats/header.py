@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What the weights file says of one tensor; `start`: first byte of its data, counted from the header's end."""
 
     dtype: torch.dtype

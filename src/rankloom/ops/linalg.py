@@ -35,12 +35,13 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tens
     return torch.where(total > 0, torch.where(total > 0, total, 1.0).sqrt(), 0.0)
 
 
+@torch.no_grad()
 def largest(tensors: Iterable[Tensor]) -> float:
     """The largest size of any value in floating-point tensors: NaN or infinite where one is, 0 for none."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
-            wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
+            wide = tensor if tensor.element_size() > 1 else tensor.float()
             kinds.setdefault((wide.device, wide.dtype), []).extend(torch.aminmax(wide))
     sizes = [float(torch.stack(ends).abs().amax()) for ends in kinds.values()]
     return next((size for size in sizes if math.isnan(size)), max(sizes, default=0.0))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,7 @@ CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
 LINEAR_A, LINEAR_B = "lora_A.weight", "lora_B.weight"
 
 
-@dataclass(frozen=True)
-class Factor:
+class Factor(NamedTuple):
     """One factor in the file: its key, which of ours it holds, and the map there and back."""
 
     key: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from rankloom.methods.residual import ResidualAdapter
 LEAVES = (LoRAAdapter, AsymmetricLoRAAdapter)
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A (…, rank, in), B (…, out, rank) and perhaps a bias (out,), by name; the change is scaling·B A."""
 
     parts: dict[str, Entry]

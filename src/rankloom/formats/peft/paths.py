@@ -18,6 +18,7 @@ class Paths:
 
     def __init__(self, view: View) -> None:
         self.slots: dict[str, list[str]] = {}
+        self.stems: dict[str, str] = {}
         for fitted, _ in view.adapted:
             self.slots.setdefault(fitted.place.path, []).append(fitted.place.slot)
         for path, slots in self.slots.items():
@@ -26,19 +27,20 @@ class Paths:
 
     def module(self, path: str) -> str:
         """Full name of the module `path`, wrappers of its ancestors included, its own not."""
-        parts = path.split(".") if path else []
-        named: list[str] = []
-        for depth, part in enumerate(parts):
-            named.append(part)
-            if depth < len(parts) - 1:
-                named += [WRAPPED] * len(self.slots.get(".".join(parts[: depth + 1]), ()))
-        return PREFIX + ".".join(named)
+        above, dot, part = path.rpartition(".")
+        return self._within(above) + part if dot else PREFIX + part
 
     def site(self, fitted: Fitted) -> str:
         """Full name of the wrapper that holds this place's tensors."""
         slots = self.slots[fitted.place.path]
         outside = len(slots) - 1 - slots.index(fitted.place.slot)
         return ".".join([self.module(fitted.place.path), *[WRAPPED] * outside])
+
+    def _within(self, path: str) -> str:
+        """What the full names of all modules directly below `path` begin with."""
+        if path not in self.stems:
+            self.stems[path] = self.inner(path) + "."
+        return self.stems[path]
 
     def inner(self, path: str) -> str:
         """Full name of the module itself, below its own wrappers."""
