@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +29,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK, ALPHA = 16, 32
 
 
-def base(dtype: torch.dtype = torch.float32, **shape: int) -> nn.Module:
+def base(dtype: torch.dtype = torch.float32, **shape: Any) -> nn.Module:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **shape})).to(dtype).train()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rankloom.ops.gain import gain_of, remembers, scaled_and_summed
+from rankloom.ops.gain import by_norms, remembers, scaled_and_summed
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -15,7 +15,7 @@ def test_the_gradient_of_a_magnitude_that_is_zero(dtype):
     magnitude[:2] = 0
     norms[1:3] = 0
     told = remembers(dtype)
-    gain, inverse = gain_of(magnitude, norms, dtype, gained=told)
+    gain, inverse = by_norms(magnitude, norms, dtype, gained=told)
     assert gain[1] == gain[2] == 1
     assert told == (dtype != torch.float16)
     y = plain * gain if told else plain

@@ -24,9 +24,9 @@ def layers(dtype=torch.float64, dropout=0.0, dora=False, frozen=""):
     for out, r in zip(OUT, RANKS):
         a, b = random(r, IN).requires_grad_(frozen != "A"), random(out, r).requires_grad_(frozen != "B")
         weight, bias = random(out, IN), random(out)
-        norms = (weight + 0.5 * b @ a).detach().norm(dim=1) if dora else None
+        square = weight.square().sum(1) if dora else None
         magnitude = random(out).requires_grad_() if dora else None
-        made.append(Layer(weight, lambda w: w, bias, a, b, 0.5, dropout, magnitude, norms))
+        made.append(Layer(weight, lambda w: w, bias, a, b, 0.5, dropout, magnitude, square))
     return made
 
 

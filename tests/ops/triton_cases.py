@@ -9,9 +9,8 @@ import os
 import torch
 
 from rankloom.ops import gain as ops
-from rankloom.ops.linalg import row_norms
 from rankloom.ops.segments import added, segments, stack
-from rankloom.ops.triton import gain, norms
+from rankloom.ops.triton import dropout, gain
 from rankloom.ops.triton import normalfloat as nf
 from rankloom.ops.triton import segments as kernels
 from rankloom.ops.triton.normalfloat import Code
@@ -57,31 +56,49 @@ def gains():
         torch.manual_seed(0)
         y, dy, g = torch.randn(300, 130).to(dtype), torch.randn(300, 130).to(dtype), torch.randn(130).to(dtype)
         say(f"gain {dtype}", gain.scale_(y.clone(), g), y.double() * g.double(), y)
-        norms = torch.rand(130) + 0.5
-        norms[3] = 0
-        magnitude = torch.randn(130)
-        magnitude[3:6] = 0
-        for gained in (False, True):
-            made = gain.gain_of(magnitude, norms, dtype, ops.FAINT if dtype == torch.float32 else 2.0**-8, gained)
-            wanted = ops.gain_of(magnitude.double(), norms.double(), torch.float64, gained)
-            living = magnitude != 0
-            for what, one, other in zip(("", "inverse "), made, wanted):
-                say(f"gain {what}{dtype}", one[living], other[living], None)
-            assert made[0][3] == 1
-            assert made[1][3] == 0
         made, total = gain.scaled_and_summed(dy, y, g)
         say(f"gain backward {dtype}", made, dy.double() * g.double(), dy)
         say(f"gain sum {dtype} float32", total, (dy.double() * y.double()).sum(0), None)
 
 
-def norms_of_rows():
+def gains_of_rows():
     for rank, out, in_, dtype in ((1, 5, 40, torch.float32), (20, 130, 300, HALF), (16, 64, 256, HALF)):
         torch.manual_seed(0)
         w, a, b = torch.randn(out, in_).to(dtype), torch.randn(rank, in_), torch.randn(out, rank)
         b[0], w[0] = 0, 0
-        square = w.float().square().sum(-1)
-        wide = row_norms(w.double(), a.to(dtype).double(), b.double(), 3.0, square.double())
-        say(f"norms {rank} {dtype} float32", norms.row_norms(w, a, b, 3.0, square), wide, square.sqrt())
+        square, magnitude = w.float().square().sum(-1), torch.randn(out)
+        magnitude[:3] = 0
+        faint = ops.FAINT if dtype == torch.float32 else 2.0**-8
+        wide = [t.double() for t in (w, a.to(dtype), b)]
+        for gained in (False, True):
+            made = gain.gain_of(w, a, b, 3.0, square, magnitude, dtype, faint, gained)
+            given = (square.double(), magnitude.double(), torch.float64, gained)
+            wanted, inverse = ops.gain_of(*wide, 3.0, *given)
+            say(f"gain of rows {rank} {dtype}", made[0][3:], wanted[3:], None)
+            say(f"inverse gain of rows {rank} {dtype}", made[1][3:], inverse[3:], None)
+            assert made[0][0] == 1
+            assert made[1][0] == 0
+            assert torch.equal(made[0][1:3], torch.full_like(made[0][1:3], faint))
+
+
+def masks():
+    for dtype in (torch.float32, HALF):
+        for p in (0.1, 0.5):
+            torch.manual_seed(0)
+            x, y = torch.randn(70, 1100).to(dtype), torch.randn(70, 1100).to(dtype)
+            seed, other = torch.tensor([7]), torch.tensor([2**40 + 7])
+            mask = dropout.masked(torch.ones_like(x), seed, p, None)
+            gone = mask == 0
+            assert abs(float(gone.double().mean()) - p) < 0.01
+            assert abs(float(gone[:, 1:].eq(gone[:, :-1]).double().mean()) - (p * p + (1 - p) ** 2)) < 0.01
+            assert abs(float(gone[1:].eq(gone[:-1]).double().mean()) - (p * p + (1 - p) ** 2)) < 0.01
+            assert torch.equal(mask[~gone], torch.full_like(mask[~gone], 1 / (1 - p)))
+            differ = (dropout.masked(torch.ones_like(x), other, p, None) == 0) != gone
+            assert abs(float(differ.double().mean()) - 2 * p * (1 - p)) < 0.01
+            kept = (~gone).double() / (1 - p)
+            say(f"masked {p} {dtype}", dropout.masked(x, seed, p, None), x.double() * kept, x)
+            added_to = dropout.masked(x, seed, p, y.clone())
+            say(f"masked into {p} {dtype}", added_to, y.double() + x.double() * kept, y)
 
 
 def packed_weights():
@@ -112,5 +129,6 @@ def packed_weights():
 if __name__ == "__main__":
     mixed_batches()
     gains()
-    norms_of_rows()
+    gains_of_rows()
+    masks()
     packed_weights()

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rankloom.ops.gain import FAINT
-from rankloom.ops.triton import gain, normalfloat, norms, segments
+from rankloom.ops.triton import dropout, gain, normalfloat, segments
 
 SIZES = {"BLOCK": 64, "OUTER": 256}
 
@@ -33,17 +33,13 @@ def main():
         tiles = {"M": gain.ROWS, "N": gain.COLUMNS}
         build(gain.scaled, [x, x, "i32", "i32"], tiles, target)
         build(gain.summed, [x, x, x, x, "*fp32", "i32", "i32"], {**tiles, "STEPS": gain.STEPS}, target)
-        for gained in (False, True):
-            sizes = {"FAINT": FAINT, "GAINED": gained, "N": gain.COLUMNS}
-            build(gain.gains, ["*fp32", "*fp32", x, "*fp32", "i32"], sizes, target)
-        for rank in (16, norms.WIDEST):
-            given = [x, "*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32", "i32", "fp32"]
-            build(
-                norms.normed,
-                given,
-                {"PRECISION": "tf32x3", "M": norms.ROWS, "K": norms.TILE // rank, "R": rank},
-                target,
-            )
+        for rank, gained in ((16, False), (gain.WIDEST, True)):
+            given = [x, "*fp32", "*fp32", "*fp32", "*fp32", x, "*fp32", "i32", "i32", "i32", "fp32"]
+            sizes = {"FAINT": FAINT, "GAINED": gained, "M": gain.NORMED, "K": gain.TILE // rank, "R": rank}
+            build(gain.normed, given, {**sizes, "PRECISION": "tf32x3"}, target)
+        for add in (False, True):
+            given = [x, "*i64", x, "i32", "i32", "fp32", "fp32"]
+            build(dropout.drawn, given, {"ADD": add, "M": dropout.ROWS, "N": dropout.QUARTER}, target)
         for double in (False, True):
             parts = ["*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", "*fp32", "*fp32"]
             sizes = {**SIZES, "DOUBLE": double}

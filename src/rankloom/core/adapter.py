@@ -18,8 +18,8 @@ from rankloom.errors import NotMergeable
 class Thin(NamedTuple):
     """A change as thin factors: s·B A on the dropped input, and for DoRA the rows' lengths.
 
-    A (r, in), B (out, r); `dropout` as it acts now; `magnitude` (out,) replaces the lengths `norms` (out,) of the rows
-    of W + s·B A, which are constants.
+    A (r, in), B (out, r); `dropout` as it acts now; `magnitude` (out,) replaces the lengths of the rows of W + s·B A,
+    which are constants; `square` (out,) is ‖W‖² by rows.
     """
 
     A: Tensor
@@ -27,7 +27,7 @@ class Thin(NamedTuple):
     scale: float
     dropout: float = 0.0
     magnitude: Tensor | None = None
-    norms: Tensor | None = None
+    square: Tensor | None = None
 
 
 class Adapter(nn.Module):

@@ -194,7 +194,7 @@ def _part(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Layer |
         return "a weighted magnitude"
     bias = layer._parameters.get("bias")
     scale = thin.scale * voice.weight
-    return Layer(weight, anchor.kind.read, bias, thin.A, thin.B, scale, thin.dropout, magnitude, thin.norms)
+    return Layer(weight, anchor.kind.read, bias, thin.A, thin.B, scale, thin.dropout, magnitude, thin.square)
 
 
 _plain = cache(product)

@@ -26,7 +26,6 @@ from rankloom.core.site import Site
 from rankloom.core.targets import matches
 from rankloom.errors import TargetError, suggest
 from rankloom.methods.lora import LoRA, drop
-from rankloom.ops.linalg import row_norms
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,7 @@ class DoRAAdapter(Adapter):
         inner = thin_of(self.inner, base)
         if inner is None or not self.detach_norm or (self.dropout and self.training):
             return None
-        with torch.no_grad():
-            norms = row_norms(base.matrix(), inner.A, inner.B, inner.scale, square_norms(base))
-        return inner._replace(magnitude=self.magnitude, norms=norms.to(self.magnitude.dtype))
+        return inner._replace(magnitude=self.magnitude, square=square_norms(base))
 
     def _plain(self, dropped: Any, y: Tensor, base: Base) -> Tensor:
         """W x without bias: the output at hand, or computed again where dropout changed the input."""

@@ -2,8 +2,9 @@
 
 y_i = g_i ∘ (x W_iᵀ + s_i·d_i(x) A_iᵀ B_iᵀ) + b_i, with d_i the dropout of the change's input, and for DoRA the gain
 g_i = m_i/‖W_i + s_i B_i A_i‖ by rows (the norm is a constant), else 1. One thin product for all A, sums in place, and
-nothing kept but h = d(x) Aᵀ, one bit of dropout an element, and x where an A is trained: rebuilt in backward where its
-origin is known. Where the tokens and ranks are so many that it is cheaper, W_i + s_i B_i A_i is made for the product.
+nothing kept but h = d(x) Aᵀ, one bit of dropout an element or its seed, and x where an A is trained: rebuilt in
+backward where its origin is known. Where the tokens and ranks are so many that it is cheaper, W_i + s_i B_i A_i is made
+for the product.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.ops.gain import gain_of, remembers, scale_, scaled_and_summed
+from rankloom.ops.dropout import drop, masked
+from rankloom.ops.gain import by_norms, gain_of, remembers, scale_, scaled_and_summed
+from rankloom.ops.linalg import row_norms
 from rankloom.ops.order import Order, cheapest
 from rankloom.ops.rebuild import Origin
-from rankloom.ops.unpack import pack, unpack
 
 
 class Layer(NamedTuple):
     """One layer: `read(weight)` is its frozen matrix (out, in), unpacked only for the product; bias (out,); A (r, in),
-    B (out, r) of any dtype; `dropout` of the input of A; `magnitude` and `norms` (out,) for DoRA.
+    B (out, r) of any dtype; `dropout` of the input of A; `magnitude` and ‖W‖² by rows, `square`
+    (out,), for DoRA.
     """
 
     weight: Tensor
@@ -37,7 +40,7 @@ class Layer(NamedTuple):
     scale: float
     dropout: float = 0.0
     magnitude: Tensor | None = None
-    norms: Tensor | None = None
+    square: Tensor | None = None
 
 
 def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -52,7 +55,6 @@ def fused(x: Tensor, layers: Sequence[Layer], origin: Origin | None, dtype: torc
 
 
 _AS_IT_IS = nullcontext()
-_NONE = (None, None)
 
 
 class _Input(NamedTuple):
@@ -110,23 +112,25 @@ class _Fused(torch.autograd.Function):
         thin, masks = _down(flat, a, layers) if call.order is Order.THIN else (None, [])
         parts, own = _split(thin, layers), _split(a, layers, dim=0)
         gained = any(layer.magnitude is not None for layer in layers)
-        gains = [_gain(layer, dtype) for layer in layers]
-        ups = [
-            _up(x, flat, part, _matrix(call, layer, layer.weight, b, each), b, gain, layer)
-            for part, each, b, (gain, _), layer in zip(parts, own, bs, gains, layers)
-        ]
+        ys, rows = [], []
+        for layer, part, each, b in zip(layers, parts, own, bs):
+            matrix = layer.read(layer.weight)
+            gain, inverse = _gain(layer, matrix, dtype)
+            y, told = _up(x, flat, part, _matrix(call, matrix, b, each), b, gain, layer)
+            ys.append(y)
+            rows.append((gain, inverse, told))
         kept: tuple[Tensor, ...] = ()
         if (call.linked and any(needs)) or any(trains[0::3]):
             whole = tensors[0] if tensors[0].dtype == dtype else x
             kept = (whole,) if origins is None else origins
         h = thin if any(trains[1::3]) and not (kept and gained and not masks) else None
         columns: list[Sequence[Tensor | None]] = [[layer.weight for layer in layers], bs]
-        columns += [*zip(*gains), [told for _, told in ups]] if gained or masks else []
+        columns += zip(*rows) if gained or masks else []
         columns += [masks] if masks else []
         ctx.call, ctx.count, ctx.needs, ctx.trains = call, len(kept), needs, trains
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, h, a, *chain.from_iterable(columns))
-        return tuple(y for y, _ in ups)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
@@ -146,15 +150,12 @@ def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _down(flat: Tensor, a: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, list[Tensor | None]]:
-    """h (T, Σr) of all layers, whose A are stacked in `a` (Σr, in), and, if any drops, the packed mask of each."""
+    """h (T, Σr) of all layers, whose A are stacked in `a` (Σr, in), and, if any drops, what tells the mask of each."""
     if not any(layer.dropout for layer in layers):
         return flat @ a.T, []
     parts, masks = [], []
     for layer, own in zip(layers, _split(a, layers, dim=0)):
-        dropped, mask = flat, None
-        if layer.dropout:
-            dropped, mask = torch.native_dropout(flat, layer.dropout, True)
-            mask = pack(mask.flatten(), 1)
+        dropped, mask = drop(flat, layer.dropout) if layer.dropout else (flat, None)
         parts.append(dropped @ own.T)
         masks.append(mask)
     return torch.cat(parts, dim=1), masks
@@ -172,9 +173,9 @@ def _order(call: _Call, flat: Tensor, dx: bool, trains: Sequence[bool]) -> Order
     return cheapest(flat.shape[0], shapes, dx)
 
 
-def _matrix(call: _Call, layer: Layer, weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
+def _matrix(call: _Call, matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
     """W, or in the other orders W + s·B A, (out, in) in the dtype of the products."""
-    matrix = layer.read(weight).to(call.dtype)
+    matrix = matrix.to(call.dtype)
     return matrix if call.order is Order.THIN else torch.addmm(matrix, b, a)
 
 
@@ -274,15 +275,15 @@ def _sum(
     dx = _through_a(call, any(needs), trains, flat, a, own, plain, grads)
     if any(needs):
         for i, row, dy in wide:
-            matrix = _matrix(call, call.layers[i], row.weight, row.b, own[i])
+            matrix = _matrix(call, call.layers[i].read(row.weight), row.b, own[i])
             dx = dy @ matrix if dx is None else _add_product(dx, dy, matrix)
     for i, row, dh in thin:
-        if call.layers[i].dropout:
-            mask = _mask(row, call.layers[i], dh)
+        if row.mask is not None:
+            layer = call.layers[i]
             if dx is not None:
-                dx.addcmul_(dh @ own[i], mask)
+                masked(dh @ own[i], row.mask, layer.dropout, into=dx)
             if flat is not None and trains[3 * i]:
-                grads[3 * i] = _product(dh.T, flat * mask, call.layers[i].A.dtype)
+                grads[3 * i] = _product(dh.T, masked(flat, row.mask, layer.dropout), layer.A.dtype)
     return dx, grads
 
 
@@ -347,28 +348,22 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
 
 def _plainly(x: Tensor, layer: Layer, row: _Kept) -> Tensor:
     """The output of one layer, without anything in place."""
-    dropped = x if row.mask is None else x * _mask(row, layer, x)
-    b = (layer.B * layer.scale).to(x.dtype)
-    y = F.linear(x, layer.read(row.weight).to(x.dtype)) + dropped @ layer.A.to(x.dtype).T @ b.T
-    gain, _ = _gain(layer, x.dtype)
-    y = y if gain is None else y * gain
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = x if row.mask is None else x * masked(torch.ones_like(flat), row.mask, layer.dropout).view(x.shape)
+    a, b, matrix = layer.A.to(x.dtype), (layer.B * layer.scale).to(x.dtype), layer.read(row.weight)
+    y = F.linear(x, matrix.to(x.dtype)) + dropped @ a.T @ b.T
+    if layer.magnitude is not None:
+        norms = row_norms(matrix, layer.A.detach(), layer.B.detach(), layer.scale, layer.square)
+        y = y * by_norms(layer.magnitude, norms, x.dtype, gained=False)[0]
     return y if layer.bias is None else y + layer.bias.to(x.dtype)
 
 
-def _gain(layer: Layer, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """m/‖W'‖ (out,) with what belongs to it (`ops.gain.gain_of`); Nones without a magnitude."""
-    if layer.magnitude is None or layer.norms is None:
-        return _NONE
-    return gain_of(layer.magnitude, layer.norms, dtype, _tells(layer, dtype))
-
-
-def _mask(row: _Kept, layer: Layer, like: Tensor) -> Tensor:
-    """What dropout multiplied the input with: 0 or 1/(1 − p), (T, in)."""
-    assert row.mask is not None
-    width = layer.A.shape[-1]
-    count = like.numel() // like.shape[-1]
-    kept = unpack(row.mask, 1, count * width).view(*like.shape[:-1], width)
-    return kept.to(like.dtype).mul_(1 / (1 - layer.dropout))
+def _gain(layer: Layer, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """m/‖W'‖ (out,) with its `inverse` (`ops.gain.gain_of`); Nones without a magnitude."""
+    if layer.magnitude is None or layer.square is None:
+        return None, None
+    told = _tells(layer, dtype)
+    return gain_of(matrix, layer.A, layer.B, layer.scale, layer.square, layer.magnitude, dtype, told)
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> Tensor:

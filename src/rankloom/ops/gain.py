@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankloom.ops.linalg import row_norms
 from rankloom.ops.triton import usable
 
 FAINT = 2.0**-64
@@ -16,14 +17,30 @@ def remembers(dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).tiny < FAINT
 
 
-def gain_of(magnitude: Tensor, norms: Tensor, dtype: torch.dtype, gained: bool) -> tuple[Tensor, Tensor]:
-    """m/‖W'‖ (out,) in `dtype`: 1 where the norm is zero, `FAINT` where only the magnitude is. And what turns Σ_t dy∘y
-    into the magnitude's gradient, for y = W'x or, `gained`, that times the gain: (out,) in the dtype of the norms.
-    """
-    if usable(magnitude, dtype) and usable(norms, norms.dtype):
+def gain_of(
+    matrix: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    square: Tensor,
+    magnitude: Tensor,
+    dtype: torch.dtype,
+    gained: bool,
+) -> tuple[Tensor, Tensor]:
+    """m/‖W'‖ (out,) in `dtype` for W' = W + s·B A, W (out, in), A (r, in), B (out, r), with ‖W‖² by rows in `square`:
+    1 where the norm is zero, `FAINT` where only the magnitude is. And `inverse` (out,), which turns Σ_t dy∘y into the
+    magnitude's gradient, for y = W'x or, `gained`, that times the gain.
+    """  # fmt: skip
+    if usable(matrix, dtype) and usable(magnitude, magnitude.dtype):
         from rankloom.ops.triton import gain as kernels
 
-        return kernels.gain_of(magnitude, norms, dtype, FAINT, gained)
+        if len(a) <= kernels.WIDEST:
+            return kernels.gain_of(matrix, a, b, scale, square, magnitude, dtype, FAINT, gained)
+    return by_norms(magnitude, row_norms(matrix, a, b, scale, square), dtype, gained)
+
+
+def by_norms(magnitude: Tensor, norms: Tensor, dtype: torch.dtype, gained: bool) -> tuple[Tensor, Tensor]:
+    """The gain and its `inverse` where the norms are known; differentiable by the magnitude."""
     gone = norms == 0
     faint = torch.where(magnitude == 0, magnitude + FAINT * norms, magnitude)
     gain = torch.where(gone, 1.0, faint / norms).to(dtype)

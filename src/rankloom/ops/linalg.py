@@ -9,8 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rankloom.ops.triton import usable
-
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tensor | None = None) -> Tensor:
     """‖W + s·B A‖ by rows, shape (…, out), in float32 at least; W (…, out, in), A (…, r, in), B (…, out, r).
@@ -20,11 +18,6 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tens
     ‖w + s·bA‖² = ‖w‖² + 2s·⟨wAᵀ + s/2·b(AAᵀ), b⟩: O(out·in·r) operations, O(out·r) memory; at least 0 against
     cancellation, with gradient 0 there.
     """
-    if square is not None and not torch.is_grad_enabled() and weight.ndim == 2 and usable(weight, square.dtype):
-        from rankloom.ops.triton import norms as kernels
-
-        if len(a) <= kernels.WIDEST:
-            return kernels.row_norms(weight, a, b, scaling, square)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
     square = weight.square().sum(-1) if square is None else square

@@ -11,14 +11,35 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, STEPS = 32, 128, 8
+NORMED, TILE, WIDEST = 16, 2048, 64
+"""Rows of W, and numbers of A, that a program holds at a time; the largest rank whose Gram matrix it holds."""
 
 
-def gain_of(magnitude: Tensor, norms: Tensor, dtype: torch.dtype, faint: float, gained: bool) -> tuple[Tensor, Tensor]:
-    """m/‖W'‖ (out,) in `dtype`, and 1/‖W'‖ (out,), by the gain if y is `gained`."""
-    made, inverse, out = torch.empty_like(magnitude, dtype=dtype), torch.empty_like(norms), len(norms)
-    sizes = {"FAINT": faint, "GAINED": gained, "N": COLUMNS}
-    gains[(triton.cdiv(out, COLUMNS),)](magnitude, norms, made, inverse, out, **sizes)
-    return made, inverse
+def gain_of(
+    matrix: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    square: Tensor,
+    magnitude: Tensor,
+    dtype: torch.dtype,
+    faint: float,
+    gained: bool,
+) -> tuple[Tensor, Tensor]:
+    """m/‖W'‖ (out,) in `dtype`, and 1/‖W'‖ (out,) in float32, by the gain too if y is `gained`; one pass over W.
+
+    A is rounded to the dtype of W, as in the layer's own product.
+    """  # fmt: skip
+    matrix, a, b = matrix.contiguous(), a.contiguous(), b.contiguous()
+    (out, in_), rank = matrix.shape, a.shape[0]
+    gain = torch.empty(out, dtype=dtype, device=matrix.device)
+    inverse = torch.empty(out, dtype=torch.float32, device=matrix.device)
+    wide = max(16, triton.next_power_of_2(rank))
+    sizes = {"M": NORMED, "K": TILE // wide, "R": wide, "PRECISION": "ieee" if torch.version.hip else "tf32x3"}
+    normed[(triton.cdiv(out, NORMED),)](
+        matrix, a, b, square, magnitude, gain, inverse, out, in_, rank, scale, FAINT=faint, GAINED=gained, **sizes
+    )
+    return gain, inverse
 
 
 def scale_(y: Tensor, gain: Tensor) -> Tensor:
@@ -40,16 +61,31 @@ def scaled_and_summed(dy: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tens
 
 
 @triton.jit
-def gains(magnitude, norms, made, inverse, out, FAINT: tl.constexpr, GAINED: tl.constexpr, N: tl.constexpr):
-    """N of m/‖W'‖, and of what makes the sums the magnitude's gradient."""
-    column = tl.program_id(0) * N + tl.arange(0, N)
-    here = column < out
-    m, norm = tl.load(magnitude + column, here, 0.0).to(tl.float32), tl.load(norms + column, here, 1.0).to(tl.float32)
-    m = tl.where(m == 0, FAINT * norm, m)
-    gain = tl.where(norm == 0, 1.0, m / norm).to(made.dtype.element_ty)
-    tl.store(made + column, gain, here)
+def normed(
+    w, a, b, square, magnitude, made, inverse, out, in_, rank, scaling,
+    FAINT: tl.constexpr, GAINED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """M rows: ‖w‖² + 2s·⟨wAᵀ + s/2·b(AAᵀ), b⟩, the gain, and what makes the sums the magnitude's gradient."""
+    row, r = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, R)
+    along, gram = tl.zeros((M, R), dtype=tl.float32), tl.zeros((R, R), dtype=tl.float32)
+    there = row < out
+    for start in range(0, in_, K):
+        k = start + tl.arange(0, K)
+        within = (k < in_)[None, :]
+        rows = tl.load(w + row[:, None].to(tl.int64) * in_ + k[None, :], there[:, None] & within, 0.0)
+        thin = tl.load(a + r[:, None] * in_ + k[None, :], (r < rank)[:, None] & within, 0.0).to(rows.dtype)
+        along += tl.dot(rows, tl.trans(thin), input_precision=PRECISION)
+        gram += tl.dot(thin, tl.trans(thin), input_precision=PRECISION)
+    up = tl.load(b + row[:, None] * rank + r[None, :], there[:, None] & (r < rank)[None, :], 0.0).to(tl.float32)
+    along += 0.5 * scaling * tl.dot(up, gram, input_precision=PRECISION)
+    total = tl.load(square + row, there, 1.0) + 2 * scaling * tl.sum(along * up, axis=1)
+    norm = tl.sqrt(tl.where(total < 0, 0.0, total))
+    m = tl.load(magnitude + row, there, 0.0).to(tl.float32)
+    gain = tl.where(norm == 0, 1.0, tl.where(m == 0, FAINT, m / norm)).to(made.dtype.element_ty)
+    tl.store(made + row, gain, there)
     divisor = gain.to(tl.float32) * norm if GAINED else norm
-    tl.store(inverse + column, tl.where(norm == 0, 0.0, 1.0 / divisor).to(inverse.dtype.element_ty), here)
+    tl.store(inverse + row, tl.where(norm == 0, 0.0, 1.0 / divisor), there)
 
 
 @triton.jit
