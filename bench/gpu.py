@@ -3,7 +3,7 @@
 python bench/gpu.py [rows] [tokens]     8 × 1024 tokens by default; writes bench/results/gpu.json. Seconds are those of
 a whole step with the device awaited, as ratios to the limit; medians of interleaved rounds. A host that cannot keep up
 with the device is part of them; `captured` are forward and backward replayed as a CUDA graph, the limit's too: what the
-device alone takes. G7 and G8 are wall time on the 504 layers of `plumbing.py`. Without a GPU it says so.
+device alone takes. G7 and G8 are wall time on the 504 layers of `plumbing.py`, medians of 3. Without a GPU it says so.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def main() -> None:
     counted = flops.gate(plain, batch(1, tokens, SHAPE["vocab_size"]).cuda())
     record([*gates(found, replayed), counted], FILE)
     record(batches(), FILE)
-    record(plumbing.gates(plumbing.measured("cuda", clock), "ms"), FILE)
+    record(plumbing.gates(plumbing.measured("cuda", clock, rounds=3), "ms"), FILE)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ PEFT_THERE = {
 class Table:
     """Milliseconds of `clock` by what is done and who does it."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float], rounds: int) -> None:
+        self.clock, self.rounds = clock, rounds
         self.found: dict[str, dict[str, list[float]]] = {}
 
     def note(self, what: str, who: str, action: Callable[[], object]) -> None:
@@ -93,7 +93,7 @@ def shaken(model: torch.nn.Module, folder: str) -> str:
 
 def attach_and_load(table: Table, base: torch.nn.Module, folder: str) -> None:
     config = LoraConfig(r=8, target_modules=NAMES)
-    for _ in range(ROUNDS):
+    for _ in range(table.rounds):
         ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
         table.note("attach the first adapter", "ours", partial(rl.attach, ours, rl.LoRA(r=8), target_modules=NAMES))
         table.note("attach the first adapter", "peft", partial(get_peft_model, theirs, config))
@@ -119,7 +119,7 @@ def beside_sixteen(table: Table, base: torch.nn.Module, folder: str) -> tuple[rl
 
 
 def loads(table: Table, what: str, ours: torch.nn.Module, peft: PeftModel, folder: str) -> None:
-    for _ in range(ROUNDS):
+    for _ in range(table.rounds):
         table.note(what, "ours", lambda: rl.load(ours, folder, "new"))
         rl.detach(ours, "new")
     for _ in range(2):
@@ -130,7 +130,7 @@ def loads(table: Table, what: str, ours: torch.nn.Module, peft: PeftModel, folde
 @torch.no_grad()
 def switch_and_merge(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
     thin = [(f.base.matrix().clone(), f.adapter) for f in bank.fitted("a3")]
-    for i in range(ROUNDS):
+    for i in range(table.rounds):
         table.note("select one of 17", "ours", lambda i=i: bank.use(f"a{i}"))
         table.note("select one of 17", "peft", lambda i=i: peft.set_adapter(f"a{i}"))
         table.note("silence and back", "ours", lambda: silent_ours(bank))
@@ -145,8 +145,8 @@ def switch_and_merge(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
     table.note("svd of a weighted sum", "peft", lambda: peft.add_weighted_adapter([*SUM], [*SUM.values()], "sum"))
 
 
-def measured(device: str = "cpu", clock: Callable[[], float] = time.process_time) -> Table:
-    table, base = Table(clock), LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device).eval()
+def measured(device: str = "cpu", clock: Callable[[], float] = time.process_time, rounds: int = ROUNDS) -> Table:
+    table, base = Table(clock, rounds), LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device).eval()
     with tempfile.TemporaryDirectory() as room:
         folder = shaken(copy.deepcopy(base), str(Path(room) / "adapter"))
         attach_and_load(table, base, folder)
