@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,13 +87,15 @@ def answer(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Tensor
         if waiting is not None and waiting.dtype == _product_dtype(x):
             memo.plain = ""
             return waiting
-    part = _part(layer, x, voices, speaker)
+    why = _unfit_input(x)
+    seen = _Seen(x, why, not why and _autocast(x), voices, speaker)
+    part = _part(layer, seen)
     memo.plain = part if isinstance(part, str) else ""
     if isinstance(part, str):
         return None
     if _watched():
         return _run(x, [layer], [part])[0]
-    members = _members(layer, x, voices, speaker, part)
+    members = _members(layer, seen, part)
     outputs = _run(x, [member for member, _ in members], [p for _, p in members])
     if len(members) > 1:
         reader = _here.reader
@@ -102,18 +104,28 @@ def answer(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Tensor
     return outputs[0]
 
 
-def _members(
-    layer: nn.Module, x: Tensor, voices: Voices, speaker: Speaker, part: Layer
-) -> list[tuple[nn.Module, Layer]]:
+class _Seen(NamedTuple):
+    """What layers are called with, the same for all of a group: the input, why it cannot be fused ("": it can), whether
+    autocast is on for it, who speaks.
+    """
+
+    x: Any
+    why: str
+    casts: bool
+    voices: Voices
+    speaker: Speaker
+
+
+def _members(layer: nn.Module, seen: _Seen, part: Layer) -> list[tuple[nn.Module, Layer]]:
     """The layer with those of its group that can be fused now; notes the call where there is no group yet."""
     reader, memo = _here.reader, memo_of(layer)
-    if not reader.reads(x, voices):
+    if not reader.reads(seen.x, seen.voices):
         _close(reader)
-        reader = _here.reader = _Reader(weakref.ref(x), x._version, voices)
+        reader = _here.reader = _Reader(weakref.ref(seen.x), seen.x._version, seen.voices)
     reader.row.append(weakref.ref(layer))
     if not memo.fellows or memo.fellows[0] is not layer:
         return [(layer, part)]
-    parts = [(fellow, _part(fellow, x, voices, speaker)) for fellow in memo.fellows[1:]]
+    parts = [(fellow, _part(fellow, seen)) for fellow in memo.fellows[1:]]
     return [(layer, part), *((fellow, p) for fellow, p in parts if not isinstance(p, str))]
 
 
@@ -167,12 +179,13 @@ def _run(x: Tensor, layers: list[nn.Module], parts: list[Layer]) -> tuple[Tensor
     return fused(x, parts, origin(x, shortcut=len(parts) == 1 and not listened), _product_dtype(x))
 
 
-def _part(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Layer | str:
+def _part(layer: nn.Module, seen: _Seen) -> Layer | str:
     """The layer as the fused function takes it, or why it cannot."""
+    x, unfit, casts, voices, speaker = seen
     anchor = layer.__dict__.get("_rankloom")
     if anchor is None or anchor.kind is None:
         return "no adapter"
-    why = _unfit_layer(layer) or _unfit_input(x) or ("" if anchor.switch.fused else "switched off")
+    why = _unfit_layer(layer) or unfit or ("" if anchor.switch.fused else "switched off")
     found = why or speaker(layer, voices)
     if isinstance(found, str):
         return found
@@ -180,7 +193,7 @@ def _part(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Layer |
     if voice.rows is not None or not isinstance(voice.weight, (int, float)):
         return "weighted by rows or by a tensor"
     weight = anchor.kind.tensor(layer)
-    if weight.dtype != x.dtype and not _autocast(x):
+    if weight.dtype != x.dtype and not casts:
         return f"an input of {x.dtype} on weights of {weight.dtype}"
     if weight.device != x.device or x.shape[-1] != anchor.kind.shape(layer)[-1]:
         return "an input that does not fit"

@@ -81,7 +81,7 @@ class _Call:
 
     def rebuilt(self, kept: Sequence[Tensor]) -> Tensor:
         x = kept[0] if self.make is None else self.make(tuple(kept))
-        return x.to(self.dtype)
+        return _in(x, self.dtype)
 
 
 class _Kept(NamedTuple):
@@ -102,9 +102,10 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         assert call.given is not None
         (x, origins), call.given = call.given, None
-        x, layers, dtype = x.to(call.dtype), call.layers, call.dtype
+        layers, dtype = call.layers, call.dtype
+        x = _in(x, dtype)
         flat = x.reshape(-1, x.shape[-1])
-        a = _stacked([layer.A for layer in layers]).to(dtype)
+        a = _in(_stacked([layer.A for layer in layers]), dtype)
         bs = [_scaled(layer.B, layer.scale, dtype) for layer in layers]
         needed = ctx.needs_input_grad
         needs, trains = needed[1 : 1 + call.inputs], needed[1 + call.inputs :]
@@ -142,6 +143,10 @@ class _Fused(torch.autograd.Function):
         return _once(ctx, kept, h, a, rows, dys)
 
 
+def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """s·B in `dtype`, rounded once."""
     if scale == 1:
@@ -175,7 +180,7 @@ def _order(call: _Call, flat: Tensor, dx: bool, trains: Sequence[bool]) -> Order
 
 def _matrix(call: _Call, matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
     """W, or in the other orders W + s·B A, (out, in) in the dtype of the products."""
-    matrix = matrix.to(call.dtype)
+    matrix = _in(matrix, call.dtype)
     return matrix if call.order is Order.THIN else torch.addmm(matrix, b, a)
 
 
@@ -289,7 +294,7 @@ def _sum(
 
 def _times(found: Tensor, layer: Layer) -> Tensor:
     """The gradient of B from that of s·B."""
-    found = found.to(layer.B.dtype)
+    found = _in(found, layer.B.dtype)
     return found if layer.scale == 1 else found.mul_(layer.scale)
 
 
@@ -313,7 +318,7 @@ def _through_a(
         found = _product(dh.T, flat, call.layers[0].A.dtype)
         pieces = _split(found, [call.layers[i] for i, *_ in thin], dim=0)
         for (i, *_), piece in zip(thin, pieces):
-            grads[3 * i] = piece.to(call.layers[i].A.dtype) if trains[3 * i] else None
+            grads[3 * i] = _in(piece, call.layers[i].A.dtype) if trains[3 * i] else None
     if not dx or call.order is not Order.THIN:
         return None
     return dh @ (a if len(thin) == len(own) else _stacked([own[i] for i, *_ in thin]))
@@ -375,7 +380,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b in `dtype`; on a GPU 16-bit factors are summed up in it and not rounded between."""
     if a.is_cuda and dtype is torch.float32 and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    return _in(a @ b, dtype)
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:
