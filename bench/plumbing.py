@@ -9,6 +9,7 @@ shorter as PEFT's are.
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import os
 import statistics
@@ -38,6 +39,7 @@ SHAPE = {
     "vocab_size": 1000,
 }
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SUM = {"a0": 0.7, "a1": 0.3}
 PEFT_THERE = {
     "attach the first adapter": 379,
@@ -128,18 +130,37 @@ def loads(table: Table, what: str, ours: torch.nn.Module, peft: PeftModel, folde
 
 
 @torch.no_grad()
-def switch_and_merge(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
-    thin = [(f.base.matrix().clone(), f.adapter) for f in bank.fitted("a3")]
+def merge(table: Table, base: torch.nn.Module, folder: str) -> None:
+    """One adapter into the base: again and again, each with the memory that the one before it let go (glibc gives it
+    back to the system by luck; here it keeps it), and with none at hand, as the first merge of a process.
+    """
+    bank, peft = rl.load(copy.deepcopy(base), folder, "a"), PeftModel.from_pretrained(copy.deepcopy(base), folder, "a")
+    thin = [(f.base.matrix().clone(), f.adapter) for f in bank.fitted("a")]
+    libc = ctypes.CDLL(None)
+    trim = getattr(libc, "malloc_trim", lambda _: None)
+    for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        getattr(libc, "mallopt", lambda *_: None)(threshold, 1 << 30)
+    bank.merge("a")
+    bank.unmerge()
+    for what, let_go in (("merge one", lambda _: None), ("merge one, no memory at hand", trim)):
+        for _ in range(table.rounds):
+            let_go(0)
+            table.note(what, "ours", lambda: bank.merge("a"))
+            bank.unmerge()
+            let_go(0)
+            table.note(what, "peft", lambda: peft.merge_adapter(["a"]))
+            peft.unmerge_adapter()
+            let_go(0)
+            table.note(what, "limit", lambda: [torch.addmm(w, t.B, t.A, alpha=t.scaling) for w, t in thin])
+
+
+@torch.no_grad()
+def switch_and_combine(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
     for i in range(table.rounds):
         table.note("select one of 17", "ours", lambda i=i: bank.use(f"a{i}"))
         table.note("select one of 17", "peft", lambda i=i: peft.set_adapter(f"a{i}"))
         table.note("silence and back", "ours", lambda: silent_ours(bank))
         table.note("silence and back", "peft", lambda: silent_peft(peft))
-        table.note("merge one", "ours", lambda: bank.merge("a3"))
-        bank.unmerge()
-        table.note("merge one", "peft", lambda: peft.merge_adapter(["a3"]))
-        peft.unmerge_adapter()
-        table.note("merge one", "limit", lambda: [torch.addmm(w, t.B, t.A, alpha=t.scaling) for w, t in thin])
         table.note("svd of a weighted sum", "ours", lambda: combine(bank, SUM, "sum"))
         rl.detach(bank.model, "sum")
     table.note("svd of a weighted sum", "peft", lambda: peft.add_weighted_adapter([*SUM], [*SUM.values()], "sum"))
@@ -150,7 +171,8 @@ def measured(device: str = "cpu", clock: Callable[[], float] = time.process_time
     with tempfile.TemporaryDirectory() as room:
         folder = shaken(copy.deepcopy(base), str(Path(room) / "adapter"))
         attach_and_load(table, base, folder)
-        switch_and_merge(table, *beside_sixteen(table, base, folder))
+        merge(table, base, folder)
+        switch_and_combine(table, *beside_sixteen(table, base, folder))
     return table
 
 

@@ -8,6 +8,7 @@ from core_tiny import adapted, difference, nudge, tower, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankloom as rl
+from rankloom.errors import StateError
 
 NAMES = ["q_proj", "v_proj"]
 
@@ -34,9 +35,22 @@ def test_a_merge_is_one_product_into_a_fresh_tensor_and_nothing_else():
     with Operations() as seen:
         bank.merge("a")
     assert seen.counts["addmm"] == 4
-    finite = {"_local_scalar_dense", "abs", "amax", "aminmax", "stack"}  # asked of the thin factors
+    finite = {"_foreach_norm", "_local_scalar_dense", "amax", "stack"}  # asked of the thin factors
     assert set(seen.counts) <= {"addmm", "detach", "alias", "promote_types"} | finite
     assert max(seen.read[name] for name in finite) < min(f.base.matrix().numel() for f in bank.fitted("a"))
+
+
+@torch.no_grad()
+def test_values_whose_squares_overflow_are_merged_and_infinite_ones_are_not():
+    model = tower().float()
+    bank = rl.attach(model, rl.LoRA(r=2), "a", target_modules=NAMES)
+    factor = next(bank.adapters())[1].A
+    factor[0, 0] = 1e30
+    bank.merge("a")
+    bank.unmerge()
+    factor[0, 0] = -torch.inf
+    with pytest.raises(StateError, match=r"'.*:A' of the adapter 'a' has NaN or infinite values"):
+        bank.merge("a")
 
 
 @torch.no_grad()

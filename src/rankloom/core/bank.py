@@ -23,7 +23,7 @@ from rankloom.core.start import Started
 from rankloom.core.switch import Switch, Voice, Voices, Weight
 from rankloom.core.targets import Place
 from rankloom.errors import DeafError, NotMergeable, SettingsError, StateError, suggest
-from rankloom.ops.linalg import largest
+from rankloom.ops.linalg import largest, largest_norm
 from rankloom.ops.segments import segments
 from rankloom.store.bridges import bridge_of
 
@@ -311,12 +311,14 @@ class Bank:
         return lost
 
     def _finite(self, name: str, everything: Sequence[Fitted]) -> None:
-        modules = (*(fitted.adapter for fitted in everything), self._shared[name])
-        if math.isfinite(largest(p for module in modules for p in module.parameters() if _has_values(p))):
+        roots = (*(fitted.adapter for fitted in everything), self._shared[name])
+        tables = (module._parameters for root in roots for module in root.modules())
+        values = (p for table in tables for p in table.values() if p is not None and _has_values(p))
+        if math.isfinite(largest_norm(values)):
             return
-        found = ((key, parameter) for key, parameter, _ in self.tensors(name) if _has_values(parameter))
-        key = next(key for key, parameter in found if not math.isfinite(largest([parameter])))
-        raise StateError(f"{key!r} of the adapter {name!r} has NaN or infinite values: nothing is merged")
+        for key, parameter, _ in self.tensors(name):
+            if _has_values(parameter) and not math.isfinite(largest(parameter)):
+                raise StateError(f"{key!r} of the adapter {name!r} has NaN or infinite values: nothing is merged")
 
     def _known(self, name: str) -> None:
         if name not in self.plans:

@@ -32,8 +32,10 @@ def folded(
     place = parts[0][0].place
     layer, kind = place.layer, place.kind
     new: dict[str, Tensor] = {}
-    inside = [part for part in parts if part[0].place.slot == LAYER]
-    bare = [part for part in parts if part[0].place.slot != LAYER]
+    inside: list[tuple[Fitted, float]] = []
+    bare: list[tuple[Fitted, float]] = []
+    for part in parts:
+        (inside if part[0].place.slot == LAYER else bare).append(part)
     if inside:
         new[kind.parameter()] = kind.to_weight(layer, _changed_matrix(inside))
         _add_shifts(new, inside)
@@ -45,7 +47,9 @@ def folded(
         now = holder(layer, key).get(key)
         like = kind.tensor(layer) if now is None else now
         wanted = like.dtype if like.is_floating_point() else dtype or kind.weight(layer).dtype
-        yield layer, key, value.to(wanted, copy=True) if key in slots else value.to(wanted)
+        if key in slots or value.dtype != wanted:
+            value = value.to(wanted, copy=True)
+        yield layer, key, value
 
 
 def repacked(

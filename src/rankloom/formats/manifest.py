@@ -25,7 +25,7 @@ from rankloom.files.strict import parse
 from rankloom.formats.header import LENGTH, Header, header_size, read_header, tensors_in
 from rankloom.formats.limits import Limits
 from rankloom.formats.numbers import check_numbers
-from rankloom.ops.linalg import largest
+from rankloom.ops.linalg import largest, largest_norm
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -73,10 +73,10 @@ class Source:
         return found
 
     def _check_values(self, tensors: Mapping[str, Tensor]) -> None:
-        if largest(tensors.values()) <= self.limits.weight:
+        if largest_norm(tensors.values()) <= self.limits.weight:
             return
         for key, value in tensors.items():
-            size = largest([value])
+            size = largest(value)
             if not size < float("inf"):
                 raise FileError(f"{self.weights_file}: tensor {key!r} has NaN or infinite values")
             if size > self.limits.weight:

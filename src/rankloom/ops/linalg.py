@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
 
@@ -29,14 +30,26 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tens
 
 
 @torch.no_grad()
-def largest(tensors: Iterable[Tensor]) -> float:
-    """The largest size of any value in floating-point tensors: NaN or infinite where one is, 0 for none."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+def largest(tensor: Tensor) -> float:
+    """The largest size of any value of a floating-point tensor: NaN or infinite where one is, 0 for none."""
+    if not tensor.numel():
+        return 0.0
+    return float(torch.stack(torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())).abs().amax())
+
+
+@torch.no_grad()
+def largest_norm(tensors: Iterable[Tensor]) -> float:
+    """The largest Euclidean norm of any floating-point tensor, so no value is larger: NaN or infinite where one is, or
+    where squares overflow; 0 for none. Asked of all at once.
+    """
+    kinds: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        if tensor.numel():
-            wide = tensor if tensor.element_size() > 1 else tensor.float()
-            kinds.setdefault((wide.device, wide.dtype), []).extend(torch.aminmax(wide))
-    sizes = [float(torch.stack(ends).abs().amax()) for ends in kinds.values()]
+        wide = tensor if tensor.element_size() > 1 else tensor.float()
+        kinds[wide.device, wide.dtype].append(wide)
+    sizes = []
+    for (_, dtype), group in kinds.items():
+        norms = torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
+        sizes.append(float(torch.stack(norms).amax()))
     return next((size for size in sizes if math.isnan(size)), max(sizes, default=0.0))
 
 
