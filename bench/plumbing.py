@@ -69,6 +69,7 @@ class Table:
         pairs = {what: (self.of(what), self.of(what, "peft")) for what in self.found if "peft" in self.found[what]}
         return [
             {"what": what, "ours_ms": round(o, 3), "peft_ms": round(p, 3), "ratio": round(o / p, 4)}
+            | ({"limit_ms": round(self.of(what, "limit"), 3)} if "limit" in self.found[what] else {})
             for what, (o, p) in pairs.items()
         ]
 
