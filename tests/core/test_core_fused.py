@@ -351,6 +351,51 @@ def test_nothing_waits_after_a_pass():
     assert bank.names
 
 
+def test_backward_lets_go_of_what_was_kept_though_the_loss_lives():
+    model = llama(depth=1).train()
+    rl.attach(model, rl.LoRA(r=2), **ALL)
+    causal(model).backward()
+    kept = []
+    mlp = model.model.layers[0].mlp
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.register_forward_hook(lambda _m, _x, y: kept.append(weakref.ref(y)))
+    loss = causal(model)
+    loss.backward()
+    gc.collect()
+    assert kept
+    assert all(ref() is None for ref in kept)
+    assert loss.grad_fn is not None
+
+
+LAYOUTS = {
+    "transposed": lambda: torch.randn(7, 4, 6).transpose(0, 1),
+    "every_other": lambda: torch.randn(7, 4, 6)[:, ::2],
+    "repeated": lambda: torch.randn(1, 4, 6).expand(3, 4, 6),
+    "last_dim_apart": lambda: torch.randn(6, 7, 4).permute(1, 2, 0),
+    "four_dims": lambda: torch.randn(7, 4, 6, 3).permute(3, 0, 1, 2),
+    "rows": lambda: torch.randn(6, 4).t(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_inputs_of_any_layout(layout, method, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias, dtype=torch.float64)).train()
+    bank = rl.attach(model, METHODS[method], target_modules=["0"])
+    nudge(bank)
+    x, found = layout().double(), {}
+    for fused in (False, True):
+        bank.switch.fused, into = fused, x.detach().requires_grad_()
+        loss = model(into).sin().sum()
+        parameters = [p for _, p, _ in bank.trainable()]
+        found[fused] = [loss.detach(), *torch.autograd.grad(loss, [into, *parameters])]
+    assert memo(model[0]).plain == ""
+    for one, other in zip(*found.values()):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_model_that_is_gone_is_gone():
     model = llama().train()
     rl.attach(model, rl.LoRA(r=2), **ALL)
