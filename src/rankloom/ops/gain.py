@@ -30,7 +30,7 @@ def gain_of(
     """m/‖W'‖ (out,) in `dtype` for W' = W + s·B A, W (out, in), A (r, in), B (out, r), with ‖W‖² by rows in `square`:
     1 where the norm is zero, `FAINT` where only the magnitude is. And `inverse` (out,), which turns Σ_t dy∘y into the
     magnitude's gradient, for y = W'x or, `gained`, that times the gain.
-    """  # fmt: skip
+    """
     if usable(matrix, dtype) and usable(magnitude, magnitude.dtype):
         from rankloom.ops.triton import gain as kernels
 

@@ -29,7 +29,7 @@ def gain_of(
     """m/‖W'‖ (out,) in `dtype`, and 1/‖W'‖ (out,) in float32, by the gain too if y is `gained`; one pass over W.
 
     A is rounded to the dtype of W, as in the layer's own product.
-    """  # fmt: skip
+    """
     matrix, a, b = matrix.contiguous(), a.contiguous(), b.contiguous()
     (out, in_), rank = matrix.shape, a.shape[0]
     gain = torch.empty(out, dtype=dtype, device=matrix.device)
