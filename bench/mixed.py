@@ -46,8 +46,8 @@ def models(count: int, shape: Mapping[str, int] = SHAPE, dtype: torch.dtype = to
         if i:
             theirs.add_adapter(name, config)
         layers = dict(theirs.base_model.model.named_modules())
-        for fitted in bank.fitted(name):
-            mine, peer = fitted.adapter, layers[fitted.site.name]
+        for site in bank.sites(name):
+            mine, peer = site.adapter, layers[site.name]
             for own, other in ((mine.A, peer.lora_A[name]), (mine.B, peer.lora_B[name])):
                 torch.nn.init.normal_(own, std=0.02)
                 other.weight.data.copy_(own.data)

@@ -136,7 +136,7 @@ def merge(table: Table, base: torch.nn.Module, folder: str) -> None:
     back to the system by luck; here it keeps it), and with none at hand, as the first merge of a process.
     """
     bank, peft = rl.load(copy.deepcopy(base), folder, "a"), PeftModel.from_pretrained(copy.deepcopy(base), folder, "a")
-    thin = [(f.base.matrix().clone(), f.adapter) for f in bank.fitted("a")]
+    thin = [(f.base.matrix().clone(), f.adapter) for f in bank.sites("a")]
     libc = ctypes.CDLL(None)
     trim = getattr(libc, "malloc_trim", lambda _: None)
     for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):

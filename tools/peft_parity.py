@@ -22,7 +22,7 @@ DIRECTIONS = {"to": ("ours → PEFT", cases.to_peft), "from": ("PEFT → ours", 
 def kinds(one: cases.Case) -> str:
     """The kinds of the places that a case adapts."""
     adapted = view(cases.ours_adapted(one).rankloom, "default").adapted
-    return ", ".join(sorted({fitted.place.kind.name for fitted, _ in adapted}))
+    return ", ".join(sorted({site.kind.name for site, _ in adapted}))
 
 
 def rows(chosen: list[cases.Case] | None = None) -> list[tuple[str, str, str, str]]:

@@ -22,7 +22,7 @@ class NotMergeable(RankloomError, TypeError):
     """The change has no single matrix: it depends on the input, or it is not linear in it."""
 
 
-class DeafError(RankloomError, RuntimeError):
+class UnreachedError(RankloomError, RuntimeError):
     """An adapter is attached where the model never listens."""
 
 

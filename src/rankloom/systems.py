@@ -164,34 +164,22 @@ def _settings(method: Any) -> tuple[Setting, ...]:
 
 def _tried(method: Any) -> Mapping[str, bool]:
     """{kind: whether the change has a matrix} for each kind of layer that the method can be built on."""
-    from rankloom.core.kinds import Base
-    from rankloom.core.site import Shared, Site
+    from rankloom.core.site import LAYER, Site
     from rankloom.errors import NotMergeable, TargetError
 
     found: dict[str, bool] = {}
     for kind, layer in _specimens():
-        shape = kind.shape(layer)
         weight = kind.tensor(layer)
-        site = Site(
-            name=kind.name,
-            kind=kind,
-            shape=shape,
-            weight_shape=tuple(weight.shape),
-            has_bias=False,
-            index=0,
-            count=1,
-            widest=(shape[-2], shape[-1]),
-            dtype=weight.dtype,
-            device=weight.device,
-            shared=Shared(),
-        )
+        slot = kind.parameter() if kind.name == "parameter" else LAYER
+        site = Site.of(kind.name, layer, slot, kind)
+        site.widest, site.dtype, site.device = (site.out, site.in_), weight.dtype, weight.device
         try:
             adapter = method.build(site)
         except TargetError:
             continue
         if adapter is None:
             continue
-        base = Base(kind, layer)
+        base = site.base
         try:
             adapter.reset(base)
             adapter.delta(base)

@@ -57,7 +57,7 @@ def test_plan_counts_what_attach_makes(run, model):
     trainable = sum(p.numel() for _, p, _ in bank.trainable())
     assert found["trainable"] == trainable == 2 * 3 * ((16 + 16) + (16 + 8))
     assert found["total"] == base + trainable
-    assert [s["name"] for s in found["sites"]] == [f.site.name for f in bank.fitted("default")]
+    assert [s["name"] for s in found["sites"]] == [f.name for f in bank.sites("default")]
     assert "model.layers.0.self_attn.k_proj" in found["missed"]
     assert "lm_head" in found["missed"]
     assert found["memory"]["optimizer"] == 8 * trainable

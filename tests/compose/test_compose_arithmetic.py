@@ -79,7 +79,7 @@ def test_svd_is_the_best_part_of_the_dense_sum(r):
 def test_linear_adds_factors_and_states_what_the_cross_terms_cost():
     _, bank = two(rl.LoRA(r=3, lora_alpha=1.5))
     found = combine(bank, WEIGHTS, "new", how="linear")
-    a, b, new = ({f.site.name: f.adapter for f in bank.fitted(n)} for n in ("a", "b", "new"))
+    a, b, new = ({f.name: f.adapter for f in bank.sites(n)} for n in ("a", "b", "new"))
     for site, change in wanted(bank).items():
         p, q = (0.7 * 2.0) ** 0.5, (0.3 * 0.5) ** 0.5
         torch.testing.assert_close(new[site].A, p * a[site].A - q * b[site].A)
@@ -161,9 +161,9 @@ def test_the_peer_gets_the_same_matrices(how):
     rl.attach(ours, rl.LoRA(r=rank_b, lora_alpha=2, scaling="rslora"), "b", target_modules=["one", "two"])
     peers = {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
     for name in ("a", "b"):
-        for fitted in bank.fitted(name):
-            peer = peers[fitted.site.name]
-            for mine, other in ((fitted.adapter.A, peer.lora_A[name]), (fitted.adapter.B, peer.lora_B[name])):
+        for site in bank.sites(name):
+            peer = peers[site.name]
+            for mine, other in ((site.adapter.A, peer.lora_A[name]), (site.adapter.B, peer.lora_B[name])):
                 mine.data.normal_()
                 other.weight.data.copy_(mine.data)
     theirs.add_weighted_adapter(["a", "b"], [0.7, -0.3], "new", combination_type=how)

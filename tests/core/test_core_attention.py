@@ -8,7 +8,7 @@ from core_tiny import assert_lives, assert_untouched, difference, nudge, snapsho
 from torch import nn
 
 import rankloom as rl
-from rankloom.errors import DeafError
+from rankloom.errors import UnreachedError
 
 D = torch.float64
 X = torch.randn(2, 5, 8, dtype=D, generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ def test_attention_of_different_widths():
     run = lambda m: m.attn(X, k, v)[0]  # noqa: E731
     assert_lives(model, run, rl.LoRA(r=2), target_modules=["attn"])
     bank = rl.attach(model, rl.LoRA(r=2), target_modules=["attn"])
-    assert [f.site.name for f in bank.fitted("default")] == [
+    assert [f.name for f in bank.sites("default")] == [
         "attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight", "attn.out_proj.weight"
     ]  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_encoder_layer_with_attention_adapted_in_both_paths():
 def test_the_fast_path_is_deaf_to_layers_and_probe_says_so():
     model = encoder()
     before = snapshot(model)
-    with pytest.raises(DeafError, match=r"linear1.*target_parameters"):
+    with pytest.raises(UnreachedError, match=r"linear1.*target_parameters"):
         rl.attach(model, rl.LoRA(r=2), target_modules=["linear1", "linear2"], probe={"src": X})
     assert_untouched(model, before)
 
@@ -170,7 +170,7 @@ def test_gpt2_attention(method):
     ids = torch.randint(0, 32, (2, 5))
     assert_lives(model, lambda m: m(ids).logits, method, target_modules=["c_attn"])
     bank = rl.attach(model, method, target_modules=["c_attn"])
-    assert len(bank.fitted("default")) == 2
+    assert len(bank.sites("default")) == 2
 
 
 def test_gpt2_key_rows_stay_the_base_under_slices():

@@ -43,7 +43,7 @@ def test_copies_are_equal_and_independent(method, duplicate):
     twin = duplicate(model)
     assert torch.equal(twin(IDS), out)
     assert twin.rankloom.model is twin
-    assert twin.rankloom.switch is not bank.switch
+    assert twin.rankloom.selector is not bank.selector
     nudge(twin.rankloom, seed=9)
     twin.rankloom.use("b", a=0.3)
     assert torch.equal(model(IDS), out)

@@ -43,7 +43,7 @@ def test_every_experts_implementation_gives_the_same_answer(implementation):
 def test_experts_beside_attention_layers_and_generation():
     model = mixtral()
     bank = rl.attach(model, rl.LoRA(r=2), target_modules=["q_proj"], target_parameters=["gate_up_proj"])
-    assert [f.site.name for f in bank.fitted("default")] == [
+    assert [f.name for f in bank.sites("default")] == [
         *(f"model.layers.{i}.self_attn.q_proj" for i in range(2)),
         *(f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(2)),
     ]

@@ -17,7 +17,7 @@ IDS = words()
 
 class Broken(Adapter):
     def __init__(self, site, at):
-        super().__init__(site)
+        super().__init__(site.name)
         self.at = at
         self.w = nn.Parameter(torch.zeros(1))
 

@@ -45,7 +45,7 @@ def groups(model):
 
 
 def gradients(model, bank, run, fused=True):
-    bank.switch.fused = fused
+    bank.selector.fused = fused
     model.zero_grad()
     torch.manual_seed(5)
     loss = run(model)
@@ -152,7 +152,7 @@ def test_a_swiglu_lets_the_output_of_its_activation_go():
     bank = rl.attach(model, rl.LoRA(r=2), target_modules=["gate_proj", "up_proj", "down_proj"])
     sizes = {}
     for fused in (False, True):
-        bank.switch.fused = fused
+        bank.selector.fused = fused
         causal(model)
         sizes[fused] = kept_bytes([causal(model)], model.parameters())
     copies = sum(p.numel() * p.element_size() for _, p, _ in bank.trainable())  # of the factors, for the products
@@ -197,7 +197,7 @@ def test_the_output_of_a_norm_is_rebuilt(norm):
     assert_agree(model, bank, lambda m: m(x).sin().sum())
     sizes, curvatures = {}, {}
     for fused in (False, True):
-        bank.switch.fused = fused
+        bank.selector.fused = fused
         sizes[fused] = kept_bytes([model(x)], [*model.parameters(), x])
         parameters = [p for _, p, _ in bank.trainable()]
         first = torch.autograd.grad(model(x).sin().sum(), parameters, create_graph=True)
@@ -292,12 +292,12 @@ def test_switching_between_the_members_of_a_group():
     for _ in range(2):
         model(x.clone())
     assert groups(model) == [("q_proj", "v_proj")]
-    bank.switch.fused = False
+    bank.selector.fused = False
     mixed = model(x, lambda: bank.use("b"))
     bank.use("a")
     shifted = model(x, other=other)
     changed = model(x.clone(), other=x + 1)
-    bank.switch.fused = True
+    bank.selector.fused = True
     torch.testing.assert_close(model(x, lambda: bank.use("b")), mixed)
     bank.use("a")
     torch.testing.assert_close(model(x, other=other), shifted)
@@ -387,7 +387,7 @@ def test_inputs_of_any_layout(layout, method, bias):
     nudge(bank)
     x, found = layout().double(), {}
     for fused in (False, True):
-        bank.switch.fused, into = fused, x.detach().requires_grad_()
+        bank.selector.fused, into = fused, x.detach().requires_grad_()
         loss = model(into).sin().sum()
         parameters = [p for _, p, _ in bank.trainable()]
         found[fused] = [loss.detach(), *torch.autograd.grad(loss, [into, *parameters])]
@@ -453,9 +453,9 @@ def test_hooks_of_members_run():
     for _ in range(2):
         before = causal(model)
     k_proj.register_forward_hook(lambda _m, _x, y: 2 * y)
-    bank.switch.fused = False
+    bank.selector.fused = False
     expected = causal(model)
-    bank.switch.fused = True
+    bank.selector.fused = True
     torch.testing.assert_close(causal(model), expected)
     assert difference(expected, before) > 1e-6
 
@@ -482,7 +482,7 @@ def test_magnitude_zero(zero, bias):
     assert_agree(model, bank, lambda m: m(x).sin().sum())
     curvatures = []
     for fused in (False, True):
-        bank.switch.fused = fused
+        bank.selector.fused = fused
         (first,) = torch.autograd.grad(model(x).sin().sum(), adapter.magnitude, create_graph=True)
         curvatures.append(torch.autograd.grad(first.square().sum(), adapter.magnitude)[0])
     torch.testing.assert_close(*curvatures)
@@ -515,7 +515,7 @@ def test_derivatives_of_higher_order(method):
     parameters = [p for _, p, _ in bank.trainable()]
 
     def curvature(fused):
-        bank.switch.fused = fused
+        bank.selector.fused = fused
         causal(model)
         first = torch.autograd.grad(causal(model), parameters, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
@@ -596,7 +596,7 @@ def test_a_subclass_that_says_something_else_is_heard():
     for _, adapter in bank.adapters("a"):
         adapter.__class__ = Louder
     loud = model(words())
-    bank.switch.fused = False
+    bank.selector.fused = False
     torch.testing.assert_close(model(words()), loud)
     assert difference(loud, quiet) > 1e-3
 

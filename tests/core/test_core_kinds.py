@@ -74,8 +74,8 @@ def test_convolution_equals_torch_with_the_changed_kernel(name):
     kernel = 1.5 * (adapter.B @ adapter.A).reshape(plain.weight.shape)
     plain.weight.data += kernel.detach()
     torch.testing.assert_close(model(x), plain(x))
-    fitted = bank.fitted("default")[0]
-    torch.testing.assert_close(adapter(x, plain(x), fitted.base), fitted.base.apply(x, adapter.delta(fitted.base)))
+    site = bank.sites("default")[0]
+    torch.testing.assert_close(adapter(x, plain(x), site.base), site.base.apply(x, adapter.delta(site.base)))
 
 
 @pytest.mark.parametrize("method", [rl.DoRA(rl.LoRA(r=2)), rl.VeRA(r=3), rl.AdaLoRA(init_r=2, target_r=1)])

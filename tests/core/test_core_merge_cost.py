@@ -37,7 +37,7 @@ def test_a_merge_is_one_product_into_a_fresh_tensor_and_nothing_else():
     assert seen.counts["addmm"] == 4
     finite = {"_foreach_norm", "_local_scalar_dense", "amax", "stack"}  # asked of the thin factors
     assert set(seen.counts) <= {"addmm", "detach", "alias", "promote_types"} | finite
-    assert max(seen.read[name] for name in finite) < min(f.base.matrix().numel() for f in bank.fitted("a"))
+    assert max(seen.read[name] for name in finite) < min(f.base.matrix().numel() for f in bank.sites("a"))
 
 
 @torch.no_grad()
@@ -60,17 +60,17 @@ def test_merging_equals_adding_the_delta(dtype):
     bank = rl.attach(model, rl.LoRA(r=2, lora_alpha=6), "a", target_modules=[*NAMES, "embed"])
     rl.attach(model, rl.LoRA(r=3, lora_bias=True), "b", target_modules=["q_proj"])
     nudge(bank)
-    base = {f.site.name: f.base.matrix().double() for f in bank.fitted("a")}
+    base = {f.name: f.base.matrix().double() for f in bank.sites("a")}
     changes = {name: bank.delta(name) for name in ("a", "b")}
     kept = {n: p for n, p in model.named_parameters() if "adapters" not in n}
     bank.merge(a=0.7, b=-0.5)
-    for fitted in bank.fitted("a"):
-        site = fitted.site.name
+    for site in bank.sites("a"):
+        site = site.name
         wanted = base[site] + 0.7 * changes["a"][site].double()
         if site in changes["b"]:
             wanted = wanted - 0.5 * changes["b"][site].double()
-        assert fitted.base.matrix().dtype == dtype
-        assert difference(fitted.base.matrix().double(), wanted) < {8: 1e-14, 4: 1e-6, 2: 4e-3}[dtype.itemsize]
+        assert site.base.matrix().dtype == dtype
+        assert difference(site.base.matrix().double(), wanted) < {8: 1e-14, 4: 1e-6, 2: 4e-3}[dtype.itemsize]
     bank.unmerge()
     assert all(p is kept[n] for n, p in model.named_parameters() if n in kept)
 

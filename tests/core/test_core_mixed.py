@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankloom as rl
 from rankloom.core import bank as bank_module
-from rankloom.core import graft, mixed
+from rankloom.core import packing, slots
 from rankloom.core.adapter import Adapter
 
 NAMES = ["q_proj", "v_proj"]
@@ -104,8 +104,8 @@ def test_a_batch_is_sorted_once_and_not_in_every_layer(monkeypatch):
 @torch.no_grad()
 def test_stacks_are_kept_until_a_factor_changes(monkeypatch):
     made = []
-    real = mixed.stack
-    monkeypatch.setattr(mixed, "stack", lambda *a: (made.append(a), real(*a))[1])
+    real = packing.stack
+    monkeypatch.setattr(packing, "stack", lambda *a: (made.append(a), real(*a))[1])
     model, bank = many(3)
     ids, rows = words(batch=3), ["n0", "n1", "n2"]
 
@@ -221,7 +221,7 @@ def test_copies_and_pickles_carry_no_stacks():
     out = model(ids)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         anchor = again.layers[0].q_proj.__dict__["_rankloom"]
-        assert isinstance(anchor, graft.Anchor)
+        assert isinstance(anchor, slots.Anchor)
         assert not anchor.stacks._held
         assert not anchor.stacks._tensors
         assert torch.equal(again(ids), out)

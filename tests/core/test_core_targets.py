@@ -11,7 +11,7 @@ from rankloom.errors import SettingsError, TargetError
 
 def sites(model, method=None, **plan):
     bank = rl.attach(model, method or rl.LoRA(r=2), **plan)
-    return [f.site.name for f in bank.fitted("default")]
+    return [f.name for f in bank.sites("default")]
 
 
 def ranks(model, **plan):
@@ -185,7 +185,7 @@ def test_a_second_adapter_does_not_see_the_first_ones_modules():
     model = llama()
     first = sites(model)
     bank = rl.attach(model, rl.LoRA(r=2), "other")
-    assert [f.site.name for f in bank.fitted("other")] == first
+    assert [f.name for f in bank.sites("other")] == first
 
 
 def test_the_head_of_an_encoder_decoder_is_found_too():
@@ -199,7 +199,7 @@ def test_the_head_of_an_encoder_decoder_is_found_too():
 
 def test_site_facts():
     bank = rl.attach(tower(depth=2), rl.LoRA(r=2), target_modules=["q_proj", "v_proj", "head"])
-    facts = [(f.site.name, f.site.shape, f.site.index, f.site.count, f.site.widest) for f in bank.fitted("default")]
+    facts = [(f.name, f.shape, f.index, f.count, f.widest) for f in bank.sites("default")]
     assert [(i, n) for _, _, i, n, _ in facts] == [(i, 5) for i in range(5)]
     assert {w for *_, w in facts} == {(11, 8)}
     nudge(bank)

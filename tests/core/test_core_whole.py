@@ -43,7 +43,7 @@ def test_modules_to_save(saved):
 
 def test_modules_to_save_own_every_tensor_inside_and_only_those():
     bank = rl.attach(net(), rl.LoRA(r=2), target_modules=["body"], modules_to_save=["head", "bn"])
-    assert [f.site.name for f in bank.fitted("default")] == [
+    assert [f.name for f in bank.sites("default")] == [
         "body", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked",
         "head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias",
     ]  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_fold_copies_so_that_later_training_leaves_the_base_alone():
 
 
 def bias_names(bank):
-    return {f.site.name for f in bank.fitted("default") if f.site.bare}
+    return {f.name for f in bank.sites("default") if f.bare}
 
 
 def test_bias_all_and_lora_only_are_the_parameters_that_peft_trains():
@@ -308,7 +308,7 @@ def test_layer_replication_agrees_with_peft(ranges):
     ids = tokens()
     model, theirs, bank = replicated_with_peft(ranges)
     depth = sum(b - a for a, b in ranges)
-    assert len(bank.fitted("default")) == 2 * depth
+    assert len(bank.sites("default")) == 2 * depth
     assert model.config.num_hidden_layers == depth
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-8, atol=1e-8)
 
@@ -365,7 +365,7 @@ def test_a_second_adapter_on_a_deeper_model():
     before = snapshot(model)
     rl.attach(model, rl.LoRA(r=2), "deep", target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)])
     bank = rl.attach(model, rl.LoRA(r=2), "more", target_modules=["q_proj"])
-    assert len(bank.fitted("more")) == 4
+    assert len(bank.sites("more")) == 4
     with pytest.raises(rl.RankloomError, match="made the model deeper; detach 'more'"):
         rl.detach(model, "deep")
     with pytest.raises(rl.RankloomError, match="first adapter"):

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.rule import Rule, Run
+from rankloom.core.selection import Weight
 from rankloom.core.site import Site
-from rankloom.core.switch import Weight
 from rankloom.errors import NotMergeable, TargetError
 
 FAKES: dict[str, tuple[type[Method], dict[str, str]]] = {}
@@ -42,7 +42,7 @@ class HonestAdapter(Adapter):
     roles = {"A": "in", "B": "out"}
 
     def __init__(self, site: Site, method: Any) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.scale = method.scale
         self.A = site.empty(method.r, site.in_)
         self.B = site.empty(site.out, method.r)

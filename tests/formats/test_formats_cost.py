@@ -33,7 +33,7 @@ def test_loading_costs_the_same_however_many_adapters_there_are(others, tmp_path
     for i in range(1, others):
         rl.load(model, folder, f"n{i}")
     planted, copied = [], []
-    plant, meta = graft.plant, base._meta
+    plant, meta = graft.add_adapter, base._meta
     monkeypatch.setattr("rankloom.core.attach.plant", lambda *a: (planted.append(a), plant(*a))[1])
     monkeypatch.setattr(base, "_meta", lambda t: (copied.append(t), meta(t))[1])
     rl.load(model, folder, "last")

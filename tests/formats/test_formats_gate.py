@@ -267,7 +267,7 @@ def test_a_regular_expression_from_a_file_never_hangs(tmp_path):
     start = time.monotonic()
     bank = rl.load(net(), folder)
     assert time.monotonic() - start < 5
-    assert len(bank.fitted("default")) == 4
+    assert len(bank.sites("default")) == 4
     assert bank.plans["default"].target_modules == config(folder)["target_modules"]
 
 

@@ -58,7 +58,7 @@ def same(folder, model=None, **more):
 def test_the_smallest_config(tmp_path):
     model = net()
     bank = rl.attach(model, rl.LoRA(r=8), target_modules=["q"])
-    bank.fitted("default")[0].adapter.B.data.normal_()
+    bank.sites("default")[0].adapter.B.data.normal_()
     rl.save(model, tmp_path / "a")
     (tmp_path / "a" / "manifest.json").unlink()
     (tmp_path / "a" / "README.md").unlink()

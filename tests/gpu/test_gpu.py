@@ -130,9 +130,9 @@ def test_fused_gradients_are_the_plain_ones_and_those_of_the_cpu(method, base):
     model = packed(model, NormalFloat()) if base == "nf4" else model
     bank = rl.attach(model, method, **ALL)
     nudge(bank)
-    bank.switch.fused = False
+    bank.selector.fused = False
     loss, wanted = grads(model, bank, loss_of)
-    bank.switch.fused = True
+    bank.selector.fused = True
     for _ in range(3):
         found_loss, found = grads(model, bank, loss_of)
         assert abs(found_loss - loss) < 1e-4 * abs(loss)

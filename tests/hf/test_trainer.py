@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import rankloom as rl
 import rankloom.hf.trainer as bridge
 from rankloom.core.rule import Rule
-from rankloom.errors import DeafError, FileError, MissingExtra, SettingsError, StateError
+from rankloom.errors import FileError, MissingExtra, SettingsError, StateError, UnreachedError
 from rankloom.hf.trainer import RankloomCallback, optimizer_for
 from rankloom.methods.adalora import AdaLoRA, AdaLoRAAdapter
 from rankloom.presets import lora_fa
@@ -429,7 +429,7 @@ def test_deaf_tensors_stop_the_run(tmp_path):
     model = _llama()
     model.unused = nn.Linear(3, 3)
     rl.attach(model, rl.LoRA(r=2), target_modules=["q_proj", "unused"])
-    with pytest.raises(DeafError, match="unused"):
+    with pytest.raises(UnreachedError, match="unused"):
         Trainer(model, _args(tmp_path), train_dataset=_examples(4), callbacks=[RankloomCallback()]).train()
 
 

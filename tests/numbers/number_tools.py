@@ -37,8 +37,8 @@ def linear(in_: int = 6, out: int = 5, *, bias: bool = True, dtype: torch.dtype 
 
 def only(bank: Bank, name: str = "default") -> Adapter:
     """The adapter of a bank that has one site."""
-    (fitted,) = bank.fitted(name)
-    return fitted.adapter
+    (site,) = bank.sites(name)
+    return site.adapter
 
 
 def nudge(bank: Bank, std: float = 0.3, name: str = "default") -> None:
@@ -124,13 +124,13 @@ def pair(base: nn.Module, ours: Any, theirs: Any, **targets: Any) -> tuple[nn.Mo
 def peft_state(bank: Bank, name: str = "default") -> dict[str, Tensor]:
     """Our tensors under PEFT's keys."""
     state = {}
-    for fitted in bank.fitted(name):
-        for path, module in fitted.adapter.named_modules():
+    for site in bank.sites(name):
+        for path, module in site.adapter.named_modules():
             assert isinstance(module, Adapter), path
             for own, theirs in type(module).peft_names.items():
                 tensor = getattr(module, own)
                 if tensor is not None:
-                    state[f"base_model.model.{fitted.site.name}.{theirs}"] = tensor.detach().clone()
+                    state[f"base_model.model.{site.name}.{theirs}"] = tensor.detach().clone()
     return state
 
 

@@ -360,8 +360,8 @@ def test_layers_count_and_merge(kind):
     model, x = Net(layer=make()).eval(), batch()
     before = model(x)
     bank = rl.attach(model, DyLoRA(r=3), target_modules=["layer"])
-    (fitted,) = bank.fitted("default")
-    assert count(bank) == 3 * (fitted.site.in_ + fitted.site.out)
+    (site,) = bank.sites("default")
+    assert count(bank) == 3 * (site.in_ + site.out)
     for b in (1, 3):
         set_rank(bank, b)
         assert torch.equal(model(x), before)

@@ -35,7 +35,7 @@ def test_merges_without_loss(pool, bits):
     nudge(bank)
     x = torch.randn(4, 32).double()
     spoken, before = model(x), model.fc.weight
-    merged = adapter.merged(bank.fitted("default")[0].base)
+    merged = adapter.merged(bank.sites("default")[0].base)
     assert isinstance(merged, Packed)
     assert torch.equal(merged.parts["codes"], before.parts["codes"])
     assert torch.equal(merged.parts["scale"], before.parts["scale"])
@@ -65,7 +65,7 @@ def test_equation_by_hand(pool):
     share = 1.0 if pool == "sum" else 0.5
     change = 5 * 3 * (1 * (1 + 2) - 2 * (4 + 6)) * share
     assert model(x).item() == pytest.approx(100 + 6 + 40 + 96 + change)
-    parts = adapter.merged(bank.fitted("default")[0].base).parts
+    parts = adapter.merged(bank.sites("default")[0].base).parts
     assert parts["scale"].tolist() == [[1.0, 2.0]]  # 3/3 and 6/3
     assert parts["zero"].tolist() == [[0 - 15 * share / 1, -5 + 30 * share / 2]]
 
@@ -139,7 +139,7 @@ def test_learns_a_planted_change():
     assert losses[-1] < 1e-3 * losses[0]
     assert torch.equal(model.fc.weight.parts["codes"], codes)
     assert torch.allclose(
-        adapter.merged(bank.fitted("default")[0].base).unpack(), dense(model.fc.weight) + planted, atol=0.1
+        adapter.merged(bank.sites("default")[0].base).unpack(), dense(model.fc.weight) + planted, atol=0.1
     )
 
 
@@ -175,7 +175,7 @@ def test_refuses_by_name():
         QALoRA(group_size=0)
     model = linear(32, 10)
     bank = rl.attach(model, QALoRA(r=2, group_size=8))
-    base = bank.fitted("default")[0].base
+    base = bank.sites("default")[0].base
     with pytest.raises(StateError, match="'fc' is not packed"):
         only(bank).merged(base)
     keep(model, {"fc.weight": Uniform(4, 16)})

@@ -150,7 +150,7 @@ def test_trains_and_merges_like_its_dense_twin(backend, method):
         assert mine.abs().max() > 0
         assert torch.allclose(mine, theirs, rtol=2e-3, atol=1e-5)
     assert torch.allclose(before, say(twin), atol=1e-4)
-    layers = [f.place.layer for f in banks[0].fitted("default")]
+    layers = [f.layer for f in banks[0].site("default")]
     classes, weights = [type(m) for m in layers], [m.weight for m in layers]
     banks[0].merge()
     for layer in layers:
@@ -175,7 +175,7 @@ def test_merge_into_the_store(backend):
     bank = rl.attach(model, rl.LoRA(r=4), target_modules=TARGETS)
     nudge(bank)
     said = say(model).detach()
-    layers = {f.site.name: f.place.layer for f in bank.fitted("default")}
+    layers = {f.name: f.layer for f in bank.sites("default")}
     old = {name: m.weight for name, m in layers.items()}
     wanted = {n: kind_of(m).weight(m) + bank.delta("default")[n] for n, m in layers.items()}
     classes = [type(m) for m in layers.values()]
@@ -251,7 +251,7 @@ def test_rows_of_broken_blocks_merge_exactly(width, method, everywhere, monkeypa
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         bank = rl.attach(model, method(), target_modules=["2"])
-        bank.switch.fused = False
+        bank.selector.fused = False
         for _ in range(2):
             assert torch.allclose(model[2](h), h @ weight.T + bias, atol=1e-4)
     wrong = everywhere or not torch.allclose(own, h @ weight.T + bias, atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankloom.errors import DeafError, StateError
+from rankloom.errors import StateError, UnreachedError
 from rankloom.store.calibrate import activation_scales, balanced, fisher
 from rankloom.store.model import keep
 from rankloom.store.normalfloat import NormalFloat
@@ -26,7 +26,7 @@ def test_scales_by_hooks_equal_manual():
 
 def test_scales_need_the_layer_to_be_called():
     model = nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(4, 6)})
-    with pytest.raises(DeafError, match="no batch reached the layer 'b'"):
+    with pytest.raises(UnreachedError, match="no batch reached the layer 'b'"):
         activation_scales(dict(model.items()), [torch.randn(1, 4)], model["a"])
     assert not model["a"]._forward_pre_hooks
 

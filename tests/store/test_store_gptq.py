@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rankloom as rl
-from rankloom.errors import DeafError, SettingsError, TargetError
+from rankloom.errors import SettingsError, TargetError, UnreachedError
 from rankloom.methods.qalora import QALoRA
 from rankloom.ops.affine import gptq
 from rankloom.store import dense
@@ -141,7 +141,7 @@ def test_refusals():
     model = net()
     with pytest.raises(TargetError, match=r"'0\.bias' is no weight of a linear layer"):
         keep_gptq(model, {"0.bias": Uniform(4, 32)}, [], model)
-    with pytest.raises(DeafError, match="no batch reached the layer '0.weight'"):
+    with pytest.raises(UnreachedError, match="no batch reached the layer '0.weight'"):
         keep_gptq(model, {"0.weight": Uniform(4, 32)}, [], model)
     with pytest.raises(SettingsError, match="do not fit"):
         gptq(torch.randn(4, 30), torch.eye(30), 4, 32)

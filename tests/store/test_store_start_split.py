@@ -30,7 +30,7 @@ def test_split(how):
     bank = rl.attach(model, rl.LoRA(r=16, lora_alpha=32))
     splits = split_base(bank, how, NormalFloat(2))
     assert isinstance(model[0].weight, Packed)
-    ad = bank.fitted("default")[0].adapter
+    ad = bank.sites("default")[0].adapter
     got = (w - dense(model[0].weight) - 2.0 * ad.B @ ad.A).norm().item()
     assert got == pytest.approx(splits["0"].error, rel=1e-3)
     assert (model(x) - before).norm() < 0.9 * (qlora(x) - before).norm()
@@ -45,10 +45,10 @@ def test_split(how):
 def test_zero_rounds_is_qlora():
     model = net()
     bank = rl.attach(model, rl.LoRA(r=4))
-    a = bank.fitted("default")[0].adapter.A.detach().clone()
+    a = bank.sites("default")[0].adapter.A.detach().clone()
     split_base(bank, LoftQ(iters=0), NormalFloat())
-    assert torch.equal(bank.fitted("default")[0].adapter.A, a)
-    assert not bank.fitted("default")[0].adapter.B.any()
+    assert torch.equal(bank.sites("default")[0].adapter.A, a)
+    assert not bank.sites("default")[0].adapter.B.any()
 
 
 def test_refuses():

@@ -13,7 +13,7 @@ from train_world import Interrupted, attached, base_of, llama, mlp, points, sett
 import rankloom as rl
 from rankloom.core.plan import Plan
 from rankloom.core.rule import Rule
-from rankloom.errors import DataError, DeafError, SettingsError, StateError
+from rankloom.errors import DataError, SettingsError, StateError, UnreachedError
 from rankloom.train.fit import fit
 from rankloom.train.guard import DivergedError
 from rankloom.train.loss import count, shares, tokens
@@ -291,7 +291,7 @@ def test_a_dead_tensor_stops_the_run_before_its_first_step() -> None:
     model = Half()
     rl.attach(model, rl.LoRA(r=2))
     before = tensors_of(model)
-    with pytest.raises(DeafError, match=r"in 2 of 4 tensors: 'default/unused:A', 'default/unused:B'.*probe=batch"):
+    with pytest.raises(UnreachedError, match=r"in 2 of 4 tensors: 'default/unused:A', 'default/unused:B'.*probe=batch"):
         fit(model, points(), steps=3)
     assert all(torch.equal(before[k], v) for k, v in tensors_of(model).items())
     with pytest.warns(UserWarning, match="no gradient after the first step in 2 of 4"):
@@ -305,7 +305,7 @@ def test_zero_is_a_gradient() -> None:
 
 
 def test_a_loss_without_a_graph_is_told() -> None:
-    with pytest.raises(DeafError, match="does not depend on any trainable tensor"):
+    with pytest.raises(UnreachedError, match="does not depend on any trainable tensor"):
         fit(mlp(), points(), steps=2, loss=lambda m, b: m(b[0]).detach().mean())
     with pytest.raises(rl.RankloomError, match=r"the loss has shape \(8,\)"):
         fit(mlp(), points(), steps=2, loss=lambda m, b: m(b[0]).mean(-1))

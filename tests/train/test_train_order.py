@@ -89,8 +89,8 @@ def test_rules_come_from_method_plan_and_call_in_that_order() -> None:
     spy = Spy()
     driver = Rules(model.rankloom, [spy])
     assert [type(r).__name__ for r in driver.each] == ["Budget", "Orthogonal", "LoRAPlus", "Spy"]
-    assert driver.hears("after_backward")
-    assert not Rules(model.rankloom, []).hears("finish")
+    assert driver.uses("after_backward")
+    assert not Rules(model.rankloom, []).uses("finish")
 
 
 def test_equal_rules_act_once_and_different_ones_are_refused() -> None:

@@ -16,11 +16,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rankloom.core.adapter import Thin, thin_of
+from rankloom.core import thin as forms
 from rankloom.core.attach import attach, check_name
 from rankloom.core.bank import Bank
-from rankloom.core.fitted import Fitted
 from rankloom.core.plan import Plan
+from rankloom.core.site import Site
+from rankloom.core.thin import Thin
 from rankloom.errors import NotMergeable, SettingsError, suggest
 from rankloom.formats.patterns import exactly
 from rankloom.formats.peft.reading import exact
@@ -44,15 +45,15 @@ class Combined:
     error: float
 
 
-_Place = tuple[int, str]
-_Part = tuple[Fitted, Thin, float]
-"""An adapter in its place, its factors, and its weight times its scale."""
+_Slot = tuple[int, str]
+_Part = tuple[Site, Thin, float]
+"""A site, the factors of the adapter there, and its weight times its scale."""
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Places whose parts are alike, stacked: of each part the factors (places, …, r, in) and (places, …, out, r), and
-    weight times scale (places, 1 …).
+    """Sites whose parts are alike, stacked: of each part the factors (sites, …, r, in) and (sites, …, out, r), and
+    weight times scale (sites, 1 …).
     """
 
     a: list[Tensor]
@@ -62,7 +63,7 @@ class _Parts:
 
 @dataclass(frozen=True)
 class _Made:
-    """New factors, stacked, and two Frobenius norms of each place: of the sum, and of what is lost of it."""
+    """New factors, stacked, and two Frobenius norms of each site: of the sum, and of what is lost of it."""
 
     a: Tensor
     b: Tensor
@@ -72,33 +73,33 @@ class _Made:
 
 @torch.no_grad()
 def combine(bank: Bank, weights: Mapping[str, float], name: str, how: How = "svd", r: int | None = None) -> Combined:
-    """Attach the LoRA `name` = Σ weights[i]·i at every site that one of the adapters has; it does not speak yet.
+    """Attach the LoRA `name` = Σ weights[i]·i at every site that one of the adapters has; it is not active yet.
 
     `r`: rank for "svd", by default the largest of the parts. Its scale is 1 (`lora_alpha` = `r`), it has no dropout,
     and it trains, merges and saves as any other. Raises `SettingsError` where "linear" meets different ranks, and
-    `NotMergeable` for an adapter that is more than factor pairs (a bias after B, DoRA, tensors trained whole); nothing
+    `NotMergeable` for one that is more than thin factors (a bias after B, DoRA, a router, whole tensors). Nothing
     is attached then.
     """
     _check(weights, how, r)
     check_name(name, bank)
     views = {each: view(bank, each) for each in weights}
-    parts = _by_place(views, weights)
-    site = {key: at[0][0].site.name for key, at in parts.items()}
+    parts = _by_site(views, weights)
+    names = {key: at[0][0].name for key, at in parts.items()}
     rank = r or max(thin.A.shape[-2] for at in parts.values() for _, thin, _ in at)
-    made: dict[_Place, tuple[Tensor, Tensor, float, float]] = {}
+    made: dict[_Slot, tuple[Tensor, Tensor, float, float]] = {}
     for keys in _alike(parts):
         stacked = _stacked([parts[key] for key in keys])
         found = _svd(stacked, rank) if how == "svd" else _linear(stacked) if how == "linear" else _side_by_side(stacked)
         made |= zip(keys, zip(found.a, found.b, found.size.tolist(), found.lost.tolist()))
-    ranks = {site[key]: a.shape[-2] for key, (a, *_) in made.items()}
+    ranks = {names[key]: a.shape[-2] for key, (a, *_) in made.items()}
     _attach(bank, name, list(views.values()), ranks)
-    for fitted in bank.fitted(name):
-        thin = thin_of(fitted.adapter, fitted.base)
+    for site in bank.sites(name):
+        thin = site.adapter.thin(site.base, None)
         assert thin is not None
-        a, b, *_ = made[_place(fitted)]
+        a, b, *_ = made[_slot(site)]
         thin.A.copy_(a)
         thin.B.copy_(b)
-    norms = {site[key]: (size, lost) for key, (_, _, size, lost) in made.items()}
+    norms = {names[key]: (size, lost) for key, (_, _, size, lost) in made.items()}
     errors = {at: lost / size if size else 0.0 for at, (size, lost) in norms.items()}
     whole, lost = (math.hypot(*each) for each in zip(*norms.values()))
     return Combined(name, ranks, errors, lost / whole if whole else 0.0)
@@ -118,36 +119,37 @@ def _check(weights: Mapping[str, float], how: str, r: int | None) -> None:
             raise SettingsError(f"combine: r={r} belongs to how='svd'; {how!r} has the rank that its parts give it")
 
 
-def _by_place(views: Mapping[str, View], weights: Mapping[str, float]) -> dict[_Place, list[_Part]]:
-    """The parts that meet at each place."""
-    parts: dict[_Place, list[_Part]] = {}
+def _by_site(views: Mapping[str, View], weights: Mapping[str, float]) -> dict[_Slot, list[_Part]]:
+    """The parts that meet at each site."""
+    parts: dict[_Slot, list[_Part]] = {}
     for name, found in views.items():
-        for fitted in found.fitted:
-            thin = thin_of(fitted.adapter, fitted.base)
-            if thin is None or thin.magnitude is not None:
+        for site in found.sites:
+            thin = site.adapter.thin(site.base, None)
+            if thin is None or thin.magnitude is not None or thin.bias is not None:
                 raise NotMergeable(
-                    f"combine: adapter {name!r} at {fitted.site.name!r} is {type(fitted.adapter).__name__}, no plain "
+                    f"combine: adapter {name!r} at {site.name!r} is {type(site.adapter).__name__}, no plain "
                     "factor pair: merge it with weights, or export it as LoRA first"
                 )
-            parts.setdefault(_place(fitted), []).append((fitted, thin, weights[name] * thin.scale))
+            a, b = forms.factors(thin)
+            parts.setdefault(_slot(site), []).append((site, Thin(a, b), weights[name] * thin.scale))
     return parts
 
 
-def _place(fitted: Fitted) -> _Place:
-    return id(fitted.place.layer), fitted.place.slot
+def _slot(site: Site) -> _Slot:
+    return id(site.layer), site.slot
 
 
-def _alike(parts: Mapping[_Place, list[_Part]]) -> list[list[_Place]]:
+def _alike(parts: Mapping[_Slot, list[_Part]]) -> list[list[_Slot]]:
     """Places whose factors have the same shapes, types and devices: they are computed together."""
-    found: dict[object, list[_Place]] = {}
+    found: dict[object, list[_Slot]] = {}
     for key, at in parts.items():
         kind = tuple((t.shape, t.dtype, t.device) for _, thin, _ in at for t in (thin.A, thin.B))
         found.setdefault(kind, []).append(key)
     return list(found.values())
 
 
-def _stacked(places: Sequence[Sequence[_Part]]) -> _Parts:
-    columns = list(zip(*places))
+def _stacked(sites: Sequence[Sequence[_Part]]) -> _Parts:
+    columns = list(zip(*sites))
     a = [torch.stack([thin.A for _, thin, _ in column]) for column in columns]
     b = [torch.stack([thin.B for _, thin, _ in column]) for column in columns]
     w = [t.new_tensor([w for *_, w in column]).reshape(-1, *(1,) * (t.ndim - 1)) for t, column in zip(a, columns)]
@@ -196,7 +198,7 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def _attach(bank: Bank, name: str, views: Sequence[View], ranks: Mapping[str, int]) -> None:
-    """A LoRA of these ranks and of scale 1 at every place of the views, worded as the first one where that fits."""
+    """A LoRA of these ranks and of scale 1 at every site of the views, worded as the first one where that fits."""
     first = views[0].plan
     layers, parameters = (set().union(*found) for found in zip(*map(our_targets, views)))
     r = max(ranks.values())

@@ -1,94 +1,108 @@
-"""An adapter is a change: `forward` changes a layer's output, `delta` changes its matrix, and the two must agree."""
+"""An adapter is a change: `forward` changes a layer's output, `delta` changes its matrix, and the two agree."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.kinds import Base
-from rankloom.core.site import Shared, Site
-from rankloom.core.switch import Weight
+from rankloom.core import thin as forms
+from rankloom.core.base import Base
+from rankloom.core.selection import Weight
+from rankloom.core.shared import Shared
+from rankloom.core.thin import Thin
 from rankloom.errors import NotMergeable
-
-
-class Thin(NamedTuple):
-    """A change as thin factors: s·B A on the dropped input, and for DoRA the rows' lengths.
-
-    A (r, in), B (out, r); `dropout` as it acts now; `magnitude` (out,) replaces the lengths of the rows of W + s·B A,
-    which are constants; `square` (out,) is ‖W‖² by rows.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    dropout: float = 0.0
-    magnitude: Tensor | None = None
-    square: Tensor | None = None
 
 
 class Adapter(nn.Module):
     """The change at one site.
 
-    `roles` tags each own parameter or submodule (in, out, core, gate, singular, coefficient, scale, magnitude, router,
-    whole); rules find parameters by role. `peft_names` maps own parameters to the checkpoint vocabulary of PEFT.
-    `dropout`: probability of dropping elements of the change's input in training.
+    An adapter states its thin form (`thin`) and has all else from it, or, where it is more than that, `forward` and
+    `delta` (`delta` alone is enough for a fixed matrix). `roles` tags each own parameter or submodule (in, out, core,
+    gate, singular, coefficient, scale, magnitude, router, whole); rules find parameters by role. `peft_names` maps own
+    parameters to the checkpoint vocabulary of PEFT. `dropout`: probability of dropping elements of the change's input
+    in training.
     """
 
     roles: ClassVar[Mapping[str, str]] = {}
     peft_names: ClassVar[Mapping[str, str]] = {}
     dropout: float = 0.0
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site_name: str) -> None:
         super().__init__()
-        self.site_name = site.name
+        self.site_name = site_name
         self._borrowed: dict[str, tuple[Shared, str]] = {}
 
     def reset(self, base: Base) -> None:
         """Fill the tensors so that the change is zero for this base (done again after a fold)."""
 
-    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        """Δy for input `x` and base output `y`; by default through `delta`."""
-        return base.apply(x, self.delta(base).to(y.dtype))
+    def thin(self, base: Base, x: Any) -> Thin | None:
+        """The thin form for the input `x`; None where the change is, or is now, more than that.
 
-    def delta(self, base: Base) -> Tensor:
-        """ΔW of shape (…, out, in). Raises `NotMergeable` where the change has no single matrix."""
-        raise NotMergeable(
-            f"{type(self).__name__} at {self.site_name!r} depends on its input: there is no single matrix to merge"
-        )
-
-    def thin(self, base: Base) -> Thin | None:
-        """What `forward` says, as thin factors, at a linear layer; None where it is more than that.
-
-        Two factors without a magnitude depend on own tensors, `training`, `dropout`, `scaling` and the layer alone.
+        `x` is None where there is no input: for the matrix, and at a bare parameter. A change that depends on its
+        input raises `NotMergeable` there (`needs_input`).
         """
         return None
 
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        """Δy for input `x` and base output `y`."""
+        thin = self.thin(base, x)
+        if thin is not None:
+            return forms.change(thin, x, y, base)
+        moved = base.apply(x, self.delta(base).to(y.dtype))
+        shift = self.delta_bias(base)
+        return moved if shift is None else moved + base.shift(y, shift.to(y.dtype))
+
+    def delta(self, base: Base) -> Tensor:
+        """ΔW of shape (…, out, in). Raises `NotMergeable` where the change has no single matrix."""
+        thin = self.thin(base, None)
+        if thin is None:
+            raise NotMergeable(
+                f"{type(self).__name__} at {self.site_name!r} has no single matrix to merge: its change depends on "
+                "its input"
+            )
+        return forms.matrix(thin, base)
+
     def delta_bias(self, base: Base) -> Tensor | None:
         """Δb of shape (out,), or None."""
-        return None
+        thin = self.thin(base, None)
+        return None if thin is None else forms.shift(thin, base)
+
+    def row_norms(self, base: Base) -> Tensor:
+        """‖W + ΔW‖ by rows, shape (…, out)."""
+        thin = self.thin(base, None)
+        if thin is not None:
+            return forms.norms(thin, base)
+        lengths: Tensor = torch.linalg.vector_norm(base.matrix() + self.delta(base), dim=-1)
+        return lengths
 
     def repacked(self, base: Base, weight: float) -> Tensor | None:
         """The packed base weight with weight·ΔW in the same store, without loss; None where it cannot be."""
         return None
 
-    def row_norms(self, base: Base) -> Tensor:
-        """‖W + ΔW‖ by rows, shape (…, out)."""
-        norms: Tensor = torch.linalg.vector_norm(base.matrix() + self.delta(base), dim=-1)
-        return norms
-
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
-        """out + weight·Δy; override only for speed or exactness."""
+        """out + weight·Δy; override only for exactness."""
         change = self.forward(x, y, base)
         if isinstance(weight, Tensor):
             return out + weight.to(change).reshape(*weight.shape, *(1,) * (change.ndim - weight.ndim)) * change
         return out + (change if weight == 1 else weight * change)
 
+    def fit_to(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take these shapes for own tensors (by path) before values are loaded; a file's ranks may be smaller than the
+        plan's. Shapes that the adapter cannot have are left to the loader to refuse.
+        """
+
+    def needs_input(self, x: Any) -> None:
+        """Raise `NotMergeable` where there is no input to depend on."""
+        if x is None:
+            raise NotMergeable(
+                f"{type(self).__name__} at {self.site_name!r} depends on its input: there is no single matrix to merge"
+            )
+
     def borrow(self, shared: Shared, **keys: str) -> None:
-        """Read the shared tensor `keys[attribute]` as `self.attribute` without owning it."""
+        """Read the shared tensor or module `keys[attribute]` as `self.attribute` without owning it."""
         for attribute, key in keys.items():
             self._borrowed[attribute] = (shared, key)
 
@@ -96,34 +110,8 @@ class Adapter(nn.Module):
         borrowed = self.__dict__.get("_borrowed")
         if borrowed and name in borrowed:
             shared, key = borrowed[name]
-            return shared.tensor(key)
+            return getattr(shared, key)
         return super().__getattr__(name)
-
-
-_SILENT = {"__init__", "reset", "extra_repr"}
-"""What a subclass may replace without saying something else."""
-
-
-def thin_of(adapter: Adapter, base: Base) -> Thin | None:
-    """`adapter.thin`, unless a subclass or the object itself has replaced what the class of `thin` says."""
-    cls: Any = type(adapter)
-    own = adapter.__dict__
-    replaced = not _thin_speaks(cls) or "forward" in own or "add" in own
-    return None if replaced else adapter.thin(base)
-
-
-@cache
-def _thin_speaks(cls: Any) -> bool:
-    owner = next(c for c in cls.__mro__ if "thin" in vars(c))
-    said = {name for name, value in vars(owner).items() if callable(value)} | {"forward", "add"}
-    below = cls.__mro__[: cls.__mro__.index(owner)]
-    return owner is not Adapter and not any((said - _SILENT) & vars(c).keys() for c in below)
-
-
-def pair_of(adapter: Adapter, base: Base) -> Thin | None:
-    """The two factors of a change that is now nothing but their product; else None."""
-    thin = thin_of(adapter, base)
-    return None if thin is None or thin.magnitude is not None or thin.dropout else thin
 
 
 def take_dropout(adapter: Adapter) -> float:
@@ -155,13 +143,18 @@ def tensors_by_role(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter, str]]
 class Sum(Adapter):
     """Several changes at one site under one name: changes add up."""
 
-    def __init__(self, site: Site, parts: list[Adapter]) -> None:
-        super().__init__(site)
+    def __init__(self, site_name: str, parts: list[Adapter]) -> None:
+        super().__init__(site_name)
         self.parts = nn.ModuleList(parts)
 
     def reset(self, base: Base) -> None:
         for part in self._each():
             part.reset(base)
+
+    def thin(self, base: Base, x: Any) -> Thin | None:
+        found = [part.thin(base, x) for part in self._each()]
+        known = [(thin, 1.0) for thin in found if thin is not None]
+        return forms.joined(known) if len(known) == len(found) else None
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         first, *rest = self._each()

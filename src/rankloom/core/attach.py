@@ -1,4 +1,4 @@
-"""Attaching and detaching: a plan becomes adapters in their places, and leaves no trace when it goes."""
+"""Attaching and detaching: a plan becomes adapters at its sites, and leaves no trace when it goes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rankloom.core.adapter import Adapter, Sum
 from rankloom.core.bank import NAME, Bank
 from rankloom.core.burst import burst
 from rankloom.core.fingerprint import fingerprint
-from rankloom.core.fitted import Fitted
-from rankloom.core.graft import check_forward, own, plant, present, slot_table, uproot
-from rankloom.core.kinds import Base
+from rankloom.core.graft import add_adapter, add_shared, check_forward, remove_adapter
 from rankloom.core.method import Method
 from rankloom.core.plan import Plan
 from rankloom.core.prepare import kept_layers, prepare
 from rankloom.core.replicate import replicate
-from rankloom.core.site import Shared, Site
+from rankloom.core.selection import Active, Selection
+from rankloom.core.shared import Shared
+from rankloom.core.site import Site
+from rankloom.core.slots import present
 from rankloom.core.start import Calibration
-from rankloom.core.switch import Voice, Voices
-from rankloom.core.targets import Place, base_tensors, pattern_key, resolve
+from rankloom.core.targets import base_tensors, block_index, pattern_key, resolve
 from rankloom.core.undriven import watch
 from rankloom.core.whole import TokenRows, Whole
 from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
@@ -42,10 +42,10 @@ def attach(
 ) -> Bank:
     """Adapt `model` in place by a plan, or by a method and the plan's settings as keywords; returns `model.rankloom`.
 
-    The base is frozen, every change starts at zero, and the first adapter of a model speaks at once. `probe`: a batch
-    of keyword arguments for the model; sites that it never reaches are refused (`DeafError`). A plan with a store packs
-    the weights of the base for good; `calibration`: batches of keyword arguments for a start that looks at data. Raises
-    `TargetError`, `SettingsError` before anything is touched.
+    The base is frozen, every change starts at zero, and the first adapter of a model is active at once. `probe`: a
+    batch of keyword arguments for the model; sites that it never reaches are refused (`UnreachedError`). A plan with a
+    store packs the weights of the base for good; `calibration`: batches of keyword arguments for a start that
+    looks at data. Raises `TargetError`, `SettingsError` before anything is touched.
     """
     plan = as_plan(plan, overrides)
     bank = getattr(model, "rankloom", None)
@@ -58,7 +58,7 @@ def attach(
     undo = [replicate(model, plan.layer_replication)] if plan.layer_replication else []
     try:
         kept_layers(model, plan)
-        fitted, shared = build(model, plan)
+        sites, shared = build(model, plan)
     except BaseException:
         for step in undo:
             step()
@@ -69,14 +69,14 @@ def attach(
         vars(model)["rankloom"] = bank
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-    _plant(bank, name, plan, fitted, shared, undo)
+    _add(bank, name, plan, sites, shared, undo)
     try:
         bank.reset(name)
         undo.append(plan.method.patch(model))
         watch(bank, name, plan)
         if probe is not None:
             with bank.using(name):
-                bank.require_heard(**probe)
+                bank.require_reached(**probe)
         if plan.store is not None:
             bank.handed = bank.handed or fingerprint(model)
             bank._requires_grad.update({f"{path}.weight": False for path in prepare(bank, name, calibration)})
@@ -84,7 +84,7 @@ def attach(
         detach(model, name)
         raise
     if len(bank.names) == 1:
-        bank.switch.default = Voices((Voice(name),))
+        bank.selector.default = Selection((Active(name),))
     return bank
 
 
@@ -102,13 +102,13 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in gone:
         for undo in reversed(bank._undo.pop(each)):
             undo()
-        for place, _ in bank._fitted.pop(each):
-            uproot(place.layer, place.slot, each)
+        for site in bank._sites.pop(each):
+            remove_adapter(site.layer, site.slot, each)
         del bank.plans[each], bank._shared[each]
         bank.started.pop(each, None)
-        left = tuple(v for v in bank.switch.default.speakers if v.name != each)
-        if left != bank.switch.default.speakers:
-            bank.switch.default = dataclasses.replace(bank.switch.default, speakers=left, segments=None)
+        left = tuple(v for v in bank.selector.default.active if v.name != each)
+        if left != bank.selector.default.active:
+            bank.selector.default = dataclasses.replace(bank.selector.default, active=left, segments=None)
     if not bank.names:
         for path, _, key, value in base_tensors(model):
             value.requires_grad_(bank._requires_grad[f"{path}.{key}"])
@@ -121,8 +121,8 @@ def _check_detachable(bank: Bank, gone: list[str]) -> None:
     for name in gone:
         if staying and bank.plans[name].layer_replication:
             raise StateError(f"adapter {name!r} made the model deeper; detach {staying[0]!r}, which needs that, first")
-        for place, _ in bank._fitted[name]:
-            check_forward(place.layer, place.path)
+        for site in bank._sites[name]:
+            check_forward(site.layer, site.path)
 
 
 def bank_of(model: nn.Module) -> Bank:
@@ -161,7 +161,7 @@ def _frozen(value: Any) -> Any:
 
 def check_name(name: str, bank: Bank | None) -> None:
     """Refuse what cannot name an adapter (`SettingsError`), and a name that is taken (`StateError`)."""
-    if not NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name) or name in ("rows", "context"):
+    if not NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name) or name in ("rows", "context", "of"):
         raise SettingsError(
             f"{name!r} cannot name an adapter: letters, digits, '_' and '-', at most 64, "
             "and none that modules or use() keep for themselves"
@@ -170,43 +170,47 @@ def check_name(name: str, bank: Bank | None) -> None:
         raise StateError(f"there is an adapter {name!r} already: detach(model, {name!r}) first, or choose another name")
 
 
-def build(model: nn.Module, plan: Plan) -> tuple[list[Fitted], Shared]:
-    """The adapters of `plan` for their places, unfilled and not yet planted, and what they share."""
+def build(model: nn.Module, plan: Plan) -> tuple[list[Site], Shared]:
+    """The sites of `plan` with their adapters, unfilled and not yet added to the model, and what they share."""
     resolution = resolve(model, plan)
     shared = Shared()
-    shapes = [p.kind.shape(p.layer) for p in resolution.adapted]
+    shapes = [site.shape for site in resolution.adapted]
     widest = (max((s[-2] for s in shapes if len(s) > 1), default=0), max((s[-1] for s in shapes), default=0))
-    parts: list[tuple[Place, Method, Site]] = []
-    for index, place in enumerate(resolution.adapted):
-        site = _site(place, index, len(shapes), widest, plan, shared)
-        parts.append((place, _method_at(plan, place.name), site))
-    parts += [(p, Whole(), _site(p, 0, 1, widest, plan, shared)) for p in resolution.whole]
-    for place, indices, source in resolution.tokens:
-        parts.append((place, TokenRows(indices, source), _site(place, 0, 1, widest, plan, shared)))
+    tokens = [site for site, _, _ in resolution.tokens]
+    for sites in (resolution.adapted, resolution.whole, tokens):
+        for index, site in enumerate(sites):
+            _ready(site, plan, shared, widest)
+            if sites is resolution.adapted:
+                site.index, site.count = index, len(shapes)
+    parts: list[tuple[Site, Method]] = [(site, _method_at(plan, site.name)) for site in resolution.adapted]
+    parts += [(site, Whole()) for site in resolution.whole]
+    parts += [(site, TokenRows(indices, source)) for site, indices, source in resolution.tokens]
     if resolution.whole:
         _warn_of_ties(model, resolution.whole)
-    built: dict[tuple[int, str], tuple[Place, Site, list[Adapter]]] = {}
+    built: dict[tuple[int, str], tuple[Site, list[Adapter]]] = {}
     checked: set[type[Method]] = set()
-    for place, method, site in parts:
+    for site, method in parts:
         adapter = method.build(site)
         if adapter is None:
             continue
         if site.bare and type(method) not in checked:
-            _check_bare(adapter, place, method)
+            _check_bare(adapter, site, method)
             checked.add(type(method))
-        built.setdefault((id(place.layer), place.slot), (place, site, []))[2].append(adapter)
+        built.setdefault((id(site.layer), site.slot), (site, []))[1].append(adapter)
     if not built:
         raise TargetError(f"method {type(plan.method).__name__} left every one of the {len(parts)} targets alone")
-    return [Fitted(p, s, found[0] if len(found) == 1 else Sum(s, found)) for p, s, found in built.values()], shared
+    for site, found in built.values():
+        site.adapter = found[0] if len(found) == 1 else Sum(site.name, found)
+    return [site for site, _ in built.values()], shared
 
 
-def _check_bare(adapter: Adapter, place: Place, method: Method) -> None:
+def _check_bare(adapter: Adapter, site: Site, method: Method) -> None:
     try:
-        with torch.no_grad(), present(place.layer):
-            adapter.delta(Base(place.kind, place.layer))
+        with torch.no_grad(), present(site.layer):
+            adapter.delta(site.base)
     except NotMergeable as error:
         raise TargetError(
-            f"site {place.name!r} is a bare parameter, and {type(method).__name__} has no single matrix for it: {error}"
+            f"site {site.name!r} is a bare parameter, and {type(method).__name__} has no single matrix for it: {error}"
         ) from error
 
 
@@ -218,29 +222,19 @@ def _method_at(plan: Plan, name: str) -> Method:
     return plan.method.override(**changes) if changes else plan.method
 
 
-def _site(place: Place, index: int, count: int, widest: tuple[int, int], plan: Plan, shared: Shared) -> Site:
-    weight = place.kind.tensor(place.layer)
-    hook = place.layer.__dict__.get("_hf_hook")
+def _ready(site: Site, plan: Plan, shared: Shared, widest: tuple[int, int]) -> None:
+    """Fill in what the plan adds to a site."""
+    weight = site.kind.tensor(site.layer)
+    hook = site.layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None) if weight.device.type == "meta" and hook is not None else None
-    return Site(
-        name=place.name,
-        kind=place.kind,
-        shape=place.kind.shape(place.layer),
-        weight_shape=tuple(weight.shape),
-        has_bias=place.layer._parameters.get("bias") is not None,
-        index=index,
-        count=count,
-        widest=widest,
-        dtype=_dtype(plan, place, weight),
-        device=torch.device(device) if device is not None else weight.device,
-        shared=shared,
-        buffer=place.slot in place.layer._buffers,
-        groups=place.kind.groups(place.layer),
-    )
+    site.block = block_index(site.path, plan.layers_pattern)
+    site.widest, site.shared = widest, shared
+    site.dtype = _dtype(plan, site, weight)
+    site.device = torch.device(device) if device is not None else weight.device
 
 
-def _dtype(plan: Plan, place: Place, weight: torch.Tensor) -> torch.dtype:
-    if place.slot in place.layer._buffers:
+def _dtype(plan: Plan, site: Site, weight: torch.Tensor) -> torch.dtype:
+    if site.buffer:
         return weight.dtype
     if plan.dtype is not None:
         dtype = getattr(torch, plan.dtype, None)
@@ -250,36 +244,34 @@ def _dtype(plan: Plan, place: Place, weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _plant(bank: Bank, name: str, plan: Plan, fitted: list[Fitted], shared: Shared, undo: list[Any]) -> None:
+def _add(bank: Bank, name: str, plan: Plan, sites: list[Site], shared: Shared, undo: list[Any]) -> None:
     bank.plans[name] = plan
     bank._shared[name] = shared
     bank._undo[name] = undo
-    bank._fitted[name] = []
+    bank._sites[name] = []
     try:
-        for each in fitted:
-            place = each.place
-            each.adapter.train(bank.model.training)
-            with present(place.layer):
-                plant(place.layer, place.slot, name, each.adapter, bank.switch, place.path, place.kind)
-            bank._fitted[name].append((place, each.site))
-        if len(shared._parameters):
-            own(fitted[0].place.layer, name, shared)
+        for site in sites:
+            site.adapter.train(bank.model.training)
+            with present(site.layer):
+                add_adapter(site.layer, site.slot, name, site.adapter, bank.selector, site.path, site.kind)
+            bank._sites[name].append(site)
+        if len(shared._parameters) or len(shared._modules):
+            add_shared(sites[0].layer, name, shared)
     except BaseException:
         detach(bank.model, name)
         raise
-    assert all(name in slot_table(p.layer, p.slot) for p, _ in bank._fitted[name])
 
 
-def _warn_of_ties(model: nn.Module, whole: tuple[Place, ...]) -> None:
+def _warn_of_ties(model: nn.Module, whole: tuple[Site, ...]) -> None:
     owners: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
     mine = {p.name for p in whole}
-    for place in whole:
-        others = [n for n in owners.get(id(place.kind.tensor(place.layer)), []) if n not in mine]
-        if others and not place.name.endswith("bias"):
+    for site in whole:
+        others = [n for n in owners.get(id(site.kind.tensor(site.layer)), []) if n not in mine]
+        if others and not site.name.endswith("bias"):
             warnings.warn(
-                f"{place.name!r} is trained whole but tied to {others[0]!r}, which keeps the base value; "
+                f"{site.name!r} is trained whole but tied to {others[0]!r}, which keeps the base value; "
                 "name both in modules_to_save, or train rows with trainable_token_indices",
                 stacklevel=4,
             )

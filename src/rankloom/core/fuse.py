@@ -1,4 +1,4 @@
-"""The fused path: one autograd function for the layers that read the same input, where they say thin changes.
+"""The fused path: one autograd function for the layers that read the same input, where their changes are thin.
 
 Which layers read the same input is seen while they run: sites that are called one after the other with the very same
 tensor are a group from the next pass on. The first of a group computes the outputs of all; the others take theirs from
@@ -20,33 +20,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rankloom.core.adapter import Adapter, thin_of
-from rankloom.core.kinds import Base, product
-from rankloom.core.switch import Voice, Voices
+from rankloom.core.adapter import Adapter
+from rankloom.core.base import Base
+from rankloom.core.kinds import product
+from rankloom.core.memo import Memo
+from rankloom.core.selection import Active, Selection
 from rankloom.ops.autocast import autocasts
 from rankloom.ops.fused import Layer, fused
 from rankloom.ops.rebuild import origin
 from rankloom.store.base import Packed
 
-Speaker = Callable[[nn.Module, Voices], tuple[Voice, Adapter] | str]
-"""The one adapter that speaks at a layer, and how; or why there is no such."""
-
-
-class Memo:
-    """What a site has learnt while running; copies and pickles start anew.
-
-    `fellows`: the layers of its group, in order, itself among them; `settled`: it is not to be grouped any more;
-    `plain`: why its last training forward took the plain path, "" where it was fused, None before.
-    """
-
-    def __init__(self) -> None:
-        self.fellows: tuple[nn.Module, ...] = ()
-        self.settled = False
-        self.plain: str | None = None
-        self.square: tuple[weakref.ref[Tensor], tuple[int, int, torch.device], Tensor] | None = None
-
-    def __reduce__(self) -> Any:
-        return Memo, ()
+Chooser = Callable[[nn.Module, Selection], tuple[Active, Adapter] | str]
+"""The one active adapter of a layer; or why there is no such."""
 
 
 def memo_of(layer: nn.Module) -> Memo:
@@ -61,13 +46,13 @@ class _Reader:
 
     seen: Callable[[], Tensor | None] = lambda: None
     version: int = 0
-    voices: Voices | None = None
+    selection: Selection | None = None
     row: list[weakref.ref[nn.Module]] = field(default_factory=list)
     parked: dict[int, Tensor] = field(default_factory=dict)
     held: Tensor | None = None
 
-    def reads(self, x: Tensor, voices: Voices) -> bool:
-        return self.seen() is x and self.version == x._version and self.voices is voices
+    def reads(self, x: Tensor, selection: Selection) -> bool:
+        return self.seen() is x and self.version == x._version and self.selection is selection
 
 
 class _Here(threading.local):
@@ -78,17 +63,17 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def answer(layer: nn.Module, x: Any, voices: Voices, speaker: Speaker) -> Tensor | None:
+def answer(layer: nn.Module, x: Any, selection: Selection, chooser: Chooser) -> Tensor | None:
     """The layer's output with its one adapter's change, fused; None where it has to take the plain path."""
     memo, reader = memo_of(layer), _here.reader
-    if reader.parked and isinstance(x, Tensor) and reader.reads(x, voices):
+    if reader.parked and isinstance(x, Tensor) and reader.reads(x, selection):
         waiting = reader.parked.pop(id(layer), None)
         reader.held = reader.held if reader.parked else None
         if waiting is not None and waiting.dtype == _product_dtype(x):
             memo.plain = ""
             return waiting
     why = _unfit_input(x)
-    seen = _Seen(x, why, not why and _autocast(x), voices, speaker)
+    seen = _Seen(x, why, not why and _autocast(x), selection, chooser)
     part = _part(layer, seen)
     memo.plain = part if isinstance(part, str) else ""
     if isinstance(part, str):
@@ -112,16 +97,16 @@ class _Seen(NamedTuple):
     x: Any
     why: str
     casts: bool
-    voices: Voices
-    speaker: Speaker
+    selection: Selection
+    chooser: Chooser
 
 
 def _members(layer: nn.Module, seen: _Seen, part: Layer) -> list[tuple[nn.Module, Layer]]:
     """The layer with those of its group that can be fused now; notes the call where there is no group yet."""
     reader, memo = _here.reader, memo_of(layer)
-    if not reader.reads(seen.x, seen.voices):
+    if not reader.reads(seen.x, seen.selection):
         _close(reader)
-        reader = _here.reader = _Reader(weakref.ref(seen.x), seen.x._version, seen.voices)
+        reader = _here.reader = _Reader(weakref.ref(seen.x), seen.x._version, seen.selection)
     reader.row.append(weakref.ref(layer))
     if not memo.fellows or memo.fellows[0] is not layer:
         return [(layer, part)]
@@ -181,33 +166,35 @@ def _run(x: Tensor, layers: list[nn.Module], parts: list[Layer]) -> tuple[Tensor
 
 def _part(layer: nn.Module, seen: _Seen) -> Layer | str:
     """The layer as the fused function takes it, or why it cannot."""
-    x, unfit, casts, voices, speaker = seen
+    x, unfit, casts, selection, chooser = seen
     anchor = layer.__dict__.get("_rankloom")
     if anchor is None or anchor.kind is None:
         return "no adapter"
-    why = _unfit_layer(layer) or unfit or ("" if anchor.switch.fused else "switched off")
-    found = why or speaker(layer, voices)
+    why = _unfit_layer(layer) or unfit or ("" if anchor.selector.fused else "switched off")
+    found = why or chooser(layer, selection)
     if isinstance(found, str):
         return found
-    voice, adapter = found
-    if voice.rows is not None or not isinstance(voice.weight, (int, float)):
+    active, adapter = found
+    if active.rows is not None or not isinstance(active.weight, (int, float)):
         return "weighted by rows or by a tensor"
     weight = anchor.kind.tensor(layer)
     if weight.dtype != x.dtype and not casts:
         return f"an input of {x.dtype} on weights of {weight.dtype}"
     if weight.device != x.device or x.shape[-1] != anchor.kind.shape(layer)[-1]:
         return "an input that does not fit"
-    thin = thin_of(adapter, Base(anchor.kind, layer, voices.context))
-    if thin is None:
+    base = Base(anchor.kind, layer, selection.context, anchor.selector.notes, anchor.name)
+    thin = adapter.thin(base, x)
+    if thin is None or thin.inner is not None or thin.outer is not None or thin.bias is not None:
         return f"{type(adapter).__name__} is not, or not now, a pair of thin factors"
     magnitude = thin.magnitude
     if not (thin.A.requires_grad or thin.B.requires_grad or (magnitude is not None and magnitude.requires_grad)):
         return "nothing trains"
-    if magnitude is not None and voice.weight != 1:
-        return "a weighted magnitude"
+    if magnitude is not None and (active.weight != 1 or thin.dropout):
+        return "a magnitude with a weight or with dropout"
+    square = None if magnitude is None else square_norms(base)
     bias = layer._parameters.get("bias")
-    scale = thin.scale * voice.weight
-    return Layer(weight, anchor.kind.read, bias, thin.A, thin.B, scale, thin.dropout, magnitude, thin.square)
+    scale = thin.scale * active.weight
+    return Layer(weight, anchor.kind.read, bias, thin.A, thin.B, scale, thin.dropout, magnitude, square)
 
 
 _plain = cache(product)

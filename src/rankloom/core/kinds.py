@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,11 +44,11 @@ class Kind(ABC):
         """The class that the layer needs once its parameter is a plain one; None: its own will do."""
         return None
 
-    def settle(self, layer: nn.Module) -> None:  # noqa: B027
+    def normalise(self, layer: nn.Module) -> None:  # noqa: B027
         """Have the parameter alone say what the base is, in every forward to come; done again when it is replaced."""
 
     def release(self, layer: nn.Module) -> None:  # noqa: B027
-        """Undo what `settle` forbids."""
+        """Undo what `normalise` forbids."""
 
     @abstractmethod
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
@@ -144,8 +142,8 @@ class FourBit(Bitsandbytes):
     def weight(self, layer: nn.Module) -> Tensor:
         return super().weight(layer) if self.tensor(layer).is_floating_point() else fourbit.weight_of(layer)
 
-    def settle(self, layer: nn.Module) -> None:
-        fourbit.settle(layer)
+    def normalise(self, layer: nn.Module) -> None:
+        fourbit.normalise(layer)
 
     def release(self, layer: nn.Module) -> None:
         fourbit.release(layer)
@@ -157,8 +155,8 @@ class EightBit(Bitsandbytes):
     def weight(self, layer: nn.Module) -> Tensor:
         return super().weight(layer) if self.tensor(layer).is_floating_point() else eightbit.weight_of(layer)
 
-    def settle(self, layer: nn.Module) -> None:
-        eightbit.settle(layer)
+    def normalise(self, layer: nn.Module) -> None:
+        eightbit.normalise(layer)
 
 
 class TransposedDense(Dense):
@@ -370,47 +368,3 @@ def _first_kind(layer: type) -> Kind | None:
 
 def _kind(cls: type) -> Kind | None:
     return KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
-
-
-class Base:
-    """What an adapter sees of the frozen layer that it changes: the layer, spoken to through its kind."""
-
-    __slots__ = ("context", "kind", "layer")
-
-    def __init__(self, kind: Kind, layer: nn.Module, context: Mapping[str, Any] = MappingProxyType({})) -> None:
-        self.kind = kind
-        self.layer = layer
-        self.context = context
-
-    def matrix(self) -> Tensor:
-        """The base matrix (…, out, in), dense."""
-        return self.kind.matrix(self.layer)
-
-    def bias(self) -> Tensor | None:
-        """The base bias (out,) or None."""
-        return self.kind.bias(self.layer)
-
-    def down(self, x: Any, a: Tensor) -> Tensor:
-        """x through a (r, in) matrix."""
-        return self.kind.down(self.layer, x, a)
-
-    def up(self, h: Tensor, b: Tensor) -> Tensor:
-        """What `down` gave through a (out, r) matrix."""
-        return self.kind.up(self.layer, h, b)
-
-    def scale(self, y: Tensor, v: Tensor) -> Tensor:
-        """Channels of y times v."""
-        return self.kind.scale(y, v)
-
-    def shift(self, y: Tensor, v: Tensor) -> Tensor:
-        """v shaped to add to the channels of y."""
-        return self.kind.shift(y, v)
-
-    def unbiased(self, y: Tensor) -> Tensor:
-        """The base output without the bias: W x."""
-        bias = self.bias()
-        return y if bias is None else y - self.shift(y, bias.to(y.dtype))
-
-    def apply(self, x: Any, matrix: Tensor) -> Tensor:
-        """x through a full (out, in) matrix."""
-        return self.kind.apply(self.layer, x, matrix)

@@ -7,42 +7,41 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.adapter import pair_of
-from rankloom.core.fitted import Fitted
-from rankloom.core.graft import LAYER
-from rankloom.core.targets import Place, base_tensors
+from rankloom.core import thin as forms
+from rankloom.core.site import LAYER, Site
+from rankloom.core.targets import base_tensors
 from rankloom.errors import NotMergeable, StateError
 from rankloom.store.base import Packed, dense
 from rankloom.store.bridges import bridge_of
 
 
-def check_in_memory(place: Place) -> None:
+def check_in_memory(site: Site) -> None:
     """Refuse a layer whose weights an offload hook keeps elsewhere."""
-    if getattr(place.layer.__dict__.get("_hf_hook"), "offload", False):
-        raise StateError(f"{place.name!r} is offloaded: load the model without offloading to merge into it")
+    if getattr(site.layer.__dict__.get("_hf_hook"), "offload", False):
+        raise StateError(f"{site.name!r} is offloaded: load the model without offloading to merge into it")
 
 
 def folded(
-    parts: list[tuple[Fitted, float]], dtype: torch.dtype | None = None
+    parts: list[tuple[Site, float]], dtype: torch.dtype | None = None
 ) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """The new tensors of one layer, whose adapters with their weights are given: (layer, parameter name, value).
 
     Changes of one tensor add up. `dtype`: of what replaces a weight that has none of its own. Nothing is written.
     """
-    place = parts[0][0].place
-    layer, kind = place.layer, place.kind
+    first = parts[0][0]
+    layer, kind = first.layer, first.kind
     new: dict[str, Tensor] = {}
-    inside: list[tuple[Fitted, float]] = []
-    bare: list[tuple[Fitted, float]] = []
+    inside: list[tuple[Site, float]] = []
+    bare: list[tuple[Site, float]] = []
     for part in parts:
-        (inside if part[0].place.slot == LAYER else bare).append(part)
+        (inside if part[0].slot == LAYER else bare).append(part)
     if inside:
         new[kind.parameter()] = kind.to_weight(layer, _changed_matrix(inside))
         _add_shifts(new, inside)
-    for fitted, weight in bare:
-        slot, old = fitted.place.slot, fitted.place.kind.tensor(layer)
-        new[slot] = fitted.adapter.add(new.get(slot, old), None, old, fitted.base, weight)
-    slots = {fitted.place.slot for fitted, _ in bare}
+    for site, weight in bare:
+        slot, old = site.slot, site.kind.tensor(layer)
+        new[slot] = site.adapter.add(new.get(slot, old), None, old, site.base, weight)
+    slots = {site.slot for site, _ in bare}
     for key, value in new.items():
         now = holder(layer, key).get(key)
         like = kind.tensor(layer) if now is None else now
@@ -53,7 +52,7 @@ def folded(
 
 
 def repacked(
-    parts: list[tuple[Fitted, float]], entry: tuple[nn.Module, str, Tensor], lost: dict[str, float]
+    parts: list[tuple[Site, float]], entry: tuple[nn.Module, str, Tensor], lost: dict[str, float]
 ) -> tuple[nn.Module, str, Tensor]:
     """The new value in the store of the old one, where that is packed; what it lost goes to `lost`."""
     layer, key, value = entry
@@ -61,39 +60,40 @@ def repacked(
     bridge = None if old is None else bridge_of(old)
     if old is None or (bridge is None and not isinstance(old, Packed)):
         return entry
-    (fitted, weight), *others = parts
-    made = fitted.adapter.repacked(fitted.base, weight) if not others and fitted.place.kind.parameter() == key else None
+    (site, weight), *others = parts
+    made = site.adapter.repacked(site.base, weight) if not others and site.kind.parameter() == key else None
     if made is None:
         made = old.repack(value) if isinstance(old, Packed) else bridge.repack(old, value)  # type: ignore[union-attr]
-    change = torch.linalg.vector_norm(value - fitted.place.kind.weight(layer)).clamp_min(1e-38)
-    lost[fitted.place.name] = float(torch.linalg.vector_norm(dense(made) - value) / change)
+    change = torch.linalg.vector_norm(value - site.kind.weight(layer)).clamp_min(1e-38)
+    lost[site.name] = float(torch.linalg.vector_norm(dense(made) - value) / change)
     return layer, key, made
 
 
-def _changed_matrix(parts: list[tuple[Fitted, float]]) -> Tensor:
+def _changed_matrix(parts: list[tuple[Site, float]]) -> Tensor:
     """A layer's matrix (out, in) with every change added, in float32 at least: one pass for each thin change."""
     base = parts[0][0].base
     matrix = base.matrix()
     matrix = matrix if matrix.element_size() > 2 else matrix.float()
-    for (_, _, adapter), weight in parts:
-        thin = pair_of(adapter, base)
-        if thin is None:
-            matrix = torch.add(matrix, adapter.delta(base).to(matrix), alpha=weight)
+    for site, weight in parts:
+        thin = site.adapter.thin(base, None)
+        if thin is None or thin.magnitude is not None:
+            matrix = torch.add(matrix, site.adapter.delta(base).to(matrix), alpha=weight)
         else:
-            matrix = torch.addmm(matrix, thin.B.to(matrix), thin.A.to(matrix), alpha=weight * thin.scale)
+            a, b = forms.factors(thin)
+            matrix = torch.addmm(matrix, b.to(matrix), a.to(matrix), alpha=weight * thin.scale)
     return matrix
 
 
-def _add_shifts(new: dict[str, Tensor], parts: list[tuple[Fitted, float]]) -> None:
+def _add_shifts(new: dict[str, Tensor], parts: list[tuple[Site, float]]) -> None:
     """Add the changes of a layer's bias to the values that are to be written."""
-    for fitted, weight in parts:
-        layer, shift = fitted.place.layer, fitted.adapter.delta_bias(fitted.base)
+    for site, weight in parts:
+        layer, shift = site.layer, site.adapter.delta_bias(site.base)
         if shift is None:
             continue
         if "bias" not in layer._parameters:
             raise NotMergeable(
-                f"{type(fitted.adapter).__name__} at {fitted.site.name!r} changes the bias, and a "
-                f"{fitted.place.kind.name} layer has none to merge it into"
+                f"{type(site.adapter).__name__} at {site.name!r} changes the bias, and a "
+                f"{site.kind.name} layer has none to merge it into"
             )
         bias = new.get("bias", layer._parameters.get("bias"))
         new["bias"] = weight * shift if bias is None else bias + weight * shift

@@ -5,20 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from functools import partial
+from typing import Any, Self
 
+from torch import nn
+
+from rankloom.core.adapter import Adapter
+from rankloom.core.rule import Rule
+from rankloom.core.site import Site
 from rankloom.errors import SettingsError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from rankloom.core.adapter import Adapter
-    from rankloom.core.rule import Rule
-    from rankloom.core.site import Site
 
 
 def _nothing() -> None:
     return None
+
+
+def _each(undo: list[Callable[[], None]]) -> None:
+    for step in reversed(undo):
+        step()
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,15 @@ class Method(ABC):
         """Allocate the adapter for `site`; None leaves the site alone. Values are filled by `Adapter.reset`."""
 
     def rules(self) -> list[Rule]:
-        """What the method does to training beyond gradient descent."""
-        return []
+        """What the method does to training beyond gradient descent; by default what the methods inside it do."""
+        return [rule for inner in self.inner_methods() for rule in inner.rules()]
 
     def patch(self, model: nn.Module) -> Callable[[], None]:
-        """Change the model beyond its matrices (attention, positions) and hand back the undo (picklable)."""
-        return _nothing
+        """Change the model beyond its matrices (attention, positions) and hand back the undo (picklable); by default
+        what the methods inside it change.
+        """
+        undo = [inner.patch(model) for inner in self.inner_methods()]
+        return partial(_each, [step for step in undo if step is not _nothing]) if undo else _nothing
 
     def inner_methods(self) -> list[Method]:
         """The methods that this one combines; empty for a leaf."""

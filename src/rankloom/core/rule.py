@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    import torch
-
-    from rankloom.core.bank import Bank
+from rankloom.core.notes import Notes
+from rankloom.core.view import BankView
 
 
 class Run(Protocol):
-    """What a rule may see of a training, whoever drives it (our loop, or a Trainer through the callback)."""
+    """What a rule may see of a training, whoever drives it (our loop, or a Trainer through the callback).
+
+    `step`: optimizer steps done so far, 0 in the first step; `parameters`: the tensors that train, by key; `batch`,
+    `output`: of the forward pass that `Rule.loss` is called for, None outside of it; `notes`: what adapters said in
+    it, of the kinds that the rules read.
+    """
 
     model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+    total_steps: int
+    parameters: dict[str, nn.Parameter]
+    device: torch.device
+    batch: Any
+    output: Any
+    notes: Notes
 
     @property
-    def bank(self) -> Bank:
+    def bank(self) -> BankView:
         """The model's bank; raises `StateError` for a model without adapters."""
         ...
 
-    optimizer: torch.optim.Optimizer
-    step: int
-    """Optimizer steps done so far: 0 in the first step."""
-    total_steps: int
+    def forward(self, batch: Any, *names: str) -> Any:
+        """The model's output for `batch` with these adapters active, the base alone without any; with gradients as
+        they are enabled here. It disturbs neither notes nor hooks of the running step.
+        """
+        ...
+
+    def replace(self, parameter: nn.Parameter, new: Tensor) -> nn.Parameter:
+        """Put a tensor of another shape in the place of a trained parameter, wherever it is registered, in the
+        optimizer and in `parameters`; its optimizer state starts anew. Returns the new parameter.
+        """
+        ...
 
 
 class Rule:
@@ -33,8 +52,10 @@ class Rule:
 
     groups → start → [ before_step → forward → loss → backward → after_backward → clip → optimizer step → after_step
     → zero_grad ]* → finish. `start` makes all memory afresh; `state`/`restore` carry it through a checkpoint.
-    A rule finds parameters by role, never by name.
+    A rule finds parameters by role, never by name. `reads`: kinds of notes that it looks at in `loss`.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def groups(self, run: Run, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Split or change the optimizer's parameter groups."""
@@ -43,11 +64,17 @@ class Rule:
     def start(self, run: Run) -> None:
         """Make the memory; the optimizer exists."""
 
+    def rate(self, run: Run) -> float:
+        """Factor on the learning rate of the coming step, beside the schedule's."""
+        return 1.0
+
     def before_step(self, run: Run) -> None:
         """Before the first forward of a step: sample ranks, masks."""
 
     def loss(self, run: Run, loss: Tensor) -> Tensor:
-        """The loss with this rule's penalties added."""
+        """The loss of one forward pass with this rule's penalties; the graph is alive, `run.batch` and `run.output`
+        are those of this pass.
+        """
         return loss
 
     def after_backward(self, run: Run) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from rankloom.core.bank import Bank
-    from rankloom.store.base import Store
+from rankloom.core.view import BankView
+from rankloom.store.base import Store
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ class Start(ABC):
         return False
 
     def gather(self, model: nn.Module, layers: Mapping[str, nn.Module], batches: Calibration) -> Evidence:
-        """Look at data; the model's adapters are silent."""
+        """Look at data; the model is the base only."""
         return Evidence()
 
     @abstractmethod
-    def check(self, bank: Bank, name: str) -> int:
+    def check(self, bank: BankView, name: str) -> int:
         """Refuse adapters that it cannot fill, before anything is touched; the largest rank among them."""
 
     @abstractmethod
-    def apply(self, bank: Bank, name: str, stores: Mapping[str, Store], evidence: Evidence) -> dict[str, Started]:
+    def apply(self, bank: BankView, name: str, stores: Mapping[str, Store], evidence: Evidence) -> dict[str, Started]:
         """Fill the adapters of `name` and pack the weights below them, each in its store; by site name."""

@@ -1,4 +1,4 @@
-"""From names to places: which layers and parameters of a model a plan means. Whatever matches nothing is an error."""
+"""From names to sites: which layers and parameters of a model a plan means. Whatever matches nothing is an error."""
 
 from __future__ import annotations
 
@@ -8,35 +8,21 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rankloom.core.graft import LAYER, Grafted
-from rankloom.core.kinds import Bare, Kind, kind_of
+from rankloom.core.graft import Grafted
+from rankloom.core.kinds import Bare, kind_of
 from rankloom.core.plan import Plan
+from rankloom.core.site import LAYER, Site
 from rankloom.errors import SettingsError, TargetError, suggest
 from rankloom.store.bridges import bridge_of
 
 
 @dataclass(frozen=True)
-class Place:
-    """One slot of one layer: `slot` is "layer" or the name of a parameter of `layer`."""
-
-    path: str
-    layer: nn.Module
-    slot: str
-    kind: Kind
-
-    @property
-    def name(self) -> str:
-        """Dotted name of the layer or of the parameter."""
-        return self.path if self.slot == LAYER else ".".join(filter(None, (self.path, self.slot)))
-
-
-@dataclass(frozen=True)
 class Resolution:
-    """The places of a plan: adapted, trained whole, and (by embedding name) with trained rows."""
+    """The sites of a plan: adapted, trained whole, and (by embedding name) with trained rows."""
 
-    adapted: tuple[Place, ...]
-    whole: tuple[Place, ...]
-    tokens: tuple[tuple[Place, tuple[int, ...], str], ...]
+    adapted: tuple[Site, ...]
+    whole: tuple[Site, ...]
+    tokens: tuple[tuple[Site, tuple[int, ...], str], ...]
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -70,27 +56,27 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def resolve(model: nn.Module, plan: Plan) -> Resolution:
-    """Every place that `plan` means in `model`. Raises `TargetError` with near matches for a name that hit nothing."""
+    """Every site that `plan` means in `model`. Raises `TargetError` with near matches for a name that hit nothing."""
     modules = dict(base_modules(model))
     saved = _saved_modules(modules, plan)
     named, parameters = _target_layers(model, modules, plan, saved), _target_parameters(modules, plan)
     kept = _in_blocks([*named, *parameters], plan)
     layers = [name for name in named if name in kept]
-    places = [place for path in layers for place in _places(path, modules)]
-    adapted = tuple(_unique(places + [place for name, place in parameters.items() if name in kept]))
+    sites = [site for path in layers for site in _sites_of(path, modules)]
+    adapted = tuple(_unique(sites + [site for name, site in parameters.items() if name in kept]))
     if not adapted and not saved and not plan.trainable_token_indices:
         raise TargetError(
             "the plan adapts nothing: target_modules, target_parameters and modules_to_save are all empty"
         )
     _check_patterns(plan, adapted)
-    whole = [place for path in saved for place in _all_tensors(path, modules[path])]
+    whole = [site for path in saved for site in _all_tensors(path, modules[path])]
     if plan.bias != "none":
         owners = modules if plan.bias == "all" else layers
-        whole += [place for path in owners for place in _biases(path, modules[path])]
+        whole += [site for path in owners for site in _biases(path, modules[path])]
     tokens = tuple(_tokens(model, modules, plan))
-    for place, _, _ in tokens:
-        if any(place.layer is w.layer for w in whole):
-            raise TargetError(f"{place.path!r} is trained whole and by rows (trainable_token_indices): drop one")
+    for site, _, _ in tokens:
+        if any(site.layer is w.layer for w in whole):
+            raise TargetError(f"{site.path!r} is trained whole and by rows (trainable_token_indices): drop one")
     return Resolution(adapted, tuple(_unique(whole)), tokens)
 
 
@@ -174,33 +160,33 @@ def _adaptable(name: str, modules: dict[str, nn.Module]) -> None:
     )
 
 
-def _places(path: str, modules: dict[str, nn.Module]) -> list[Place]:
-    """The place of a layer; attention that reads its weights without calling a layer becomes parameter places."""
+def _sites_of(path: str, modules: dict[str, nn.Module]) -> list[Site]:
+    """The site of a layer; attention that reads its weights without calling a layer becomes parameter sites."""
     module = modules[path]
     if isinstance(module, nn.MultiheadAttention):
         keys = [k for k in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight") if _has(module, k)]
-        own = [Place(path, module, key, Bare(key)) for key in keys]
-        return [*own, Place(f"{path}.out_proj" if path else "out_proj", module.out_proj, "weight", Bare("weight"))]
+        own = [Site.of(path, module, key, Bare(key)) for key in keys]
+        return [*own, Site.of(f"{path}.out_proj" if path else "out_proj", module.out_proj, "weight", Bare("weight"))]
     parent = modules.get(path.rpartition(".")[0]) if path else None
     if isinstance(parent, nn.MultiheadAttention):
-        return [Place(path, module, "weight", Bare("weight"))]
+        return [Site.of(path, module, "weight", Bare("weight"))]
     kind = kind_of(module)
     assert kind is not None
-    return [Place(path, module, LAYER, kind)]
+    return [Site.of(path, module, LAYER, kind)]
 
 
 def _has(module: nn.Module, key: str) -> bool:
     return module._parameters.get(key) is not None
 
 
-def _biases(path: str, module: nn.Module) -> list[Place]:
+def _biases(path: str, module: nn.Module) -> list[Site]:
     return [_bare(path, module, "bias")] if _has(module, "bias") else []
 
 
-def _bare(path: str, module: nn.Module, key: str) -> Place:
+def _bare(path: str, module: nn.Module, key: str) -> Site:
     if isinstance(module, nn.RNNBase):
         raise TargetError(
-            f"{path!r} is an {type(module).__name__}, which keeps its own list of weights and would not hear a change "
+            f"{path!r} is an {type(module).__name__}, which keeps its own list of weights and would not get a change "
             f"of {key!r}: leave it out, or train it beside the adapters by requires_grad_(True) after attach"
         )
     bridge = bridge_of(module._parameters.get(key))  # type: ignore[arg-type]
@@ -209,20 +195,20 @@ def _bare(path: str, module: nn.Module, key: str) -> Place:
             f"{'.'.join(filter(None, (path, key)))!r} is kept in few bits by {bridge.library}, which reads it past any "
             f"change: adapt the layer itself, target_modules=[{path!r}], or load the model in 16 bits"
         )
-    return Place(path, module, key, Bare(key))
+    return Site.of(path, module, key, Bare(key))
 
 
-def _target_parameters(modules: dict[str, nn.Module], plan: Plan) -> dict[str, Place]:
+def _target_parameters(modules: dict[str, nn.Module], plan: Plan) -> dict[str, Site]:
     if not plan.target_parameters:
         return {}
-    places = {
+    sites = {
         ".".join(filter(None, (path, key))): (path, module, key)
         for path, module in modules.items()
         for key, value in module._parameters.items()
         if value is not None
     }
-    _each_matches("target_parameters", plan.target_parameters, list(places))
-    return {name: _bare(*found) for name, found in places.items() if matches(plan.target_parameters, name)}
+    _each_matches("target_parameters", plan.target_parameters, list(sites))
+    return {name: _bare(*found) for name, found in sites.items() if matches(plan.target_parameters, name)}
 
 
 def _saved_modules(modules: dict[str, nn.Module], plan: Plan) -> list[str]:
@@ -233,16 +219,14 @@ def _saved_modules(modules: dict[str, nn.Module], plan: Plan) -> list[str]:
     return [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
 
 
-def _all_tensors(path: str, module: nn.Module) -> Iterator[Place]:
+def _all_tensors(path: str, module: nn.Module) -> Iterator[Site]:
     for inner, owner in base_modules(module, path):
         keys = [k for k, v in owner._parameters.items() if v is not None]
         keys += [k for k, v in owner._buffers.items() if v is not None and k not in owner._non_persistent_buffers_set]
         yield from (_bare(inner, owner, key) for key in keys)
 
 
-def _tokens(
-    model: nn.Module, modules: dict[str, nn.Module], plan: Plan
-) -> Iterator[tuple[Place, tuple[int, ...], str]]:
+def _tokens(model: nn.Module, modules: dict[str, nn.Module], plan: Plan) -> Iterator[tuple[Site, tuple[int, ...], str]]:
     wanted = plan.trainable_token_indices
     if not wanted:
         return
@@ -256,12 +240,12 @@ def _tokens(
     for target, indices in wanted.items():
         _each_matches("trainable_token_indices", (target,), list(modules))
         for name in [n for n in modules if matches((target,), n)]:
-            yield from _token_places(name, modules, tuple(indices))
+            yield from _token_sites_of(name, modules, tuple(indices))
 
 
-def _token_places(
+def _token_sites_of(
     name: str, modules: dict[str, nn.Module], indices: tuple[int, ...]
-) -> Iterator[tuple[Place, tuple[int, ...], str]]:
+) -> Iterator[tuple[Site, tuple[int, ...], str]]:
     module = modules[name]
     kind = kind_of(module)
     if kind is None or kind.name != "embedding":
@@ -272,13 +256,13 @@ def _token_places(
         raise TargetError(
             f"trainable_token_indices: {bad or 'repeated indices'} in an embedding of {rows} rows ({name!r})"
         )
-    yield Place(name, module, LAYER, kind), indices, name
+    yield Site.of(name, module, LAYER, kind), indices, name
     for other, tied in modules.items():
         if tied is not module and tied._parameters.get("weight") is module._parameters["weight"]:
             head = kind_of(tied)
             if head is None or head.name != "linear":
                 raise TargetError(f"trainable_token_indices: {other!r} is tied to {name!r} and is no linear layer")
-            yield Place(other, tied, LAYER, head), indices, name
+            yield Site.of(other, tied, LAYER, head), indices, name
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -312,11 +296,11 @@ def leaves(names: list[str]) -> set[str]:
     }
 
 
-def _check_patterns(plan: Plan, adapted: Sequence[Place]) -> None:
+def _check_patterns(plan: Plan, adapted: Sequence[Site]) -> None:
     for setting, patterns in (("rank_pattern", plan.rank_pattern), ("alpha_pattern", plan.alpha_pattern)):
         for key in patterns:
             try:
-                hit = any(pattern_key((key,), place.name) for place in adapted)
+                hit = any(pattern_key((key,), site.name) for site in adapted)
             except re.error as error:
                 raise SettingsError(f"{setting}: {key!r} is not a regular expression ({error})") from error
             if not hit:
@@ -325,10 +309,10 @@ def _check_patterns(plan: Plan, adapted: Sequence[Place]) -> None:
                 )
 
 
-def _unique(places: Iterable[Place]) -> Iterator[Place]:
+def _unique(sites: Iterable[Site]) -> Iterator[Site]:
     seen = set()
-    for place in places:
-        key = (id(place.layer), place.slot)
+    for site in sites:
+        key = (id(site.layer), site.slot)
         if key not in seen:
             seen.add(key)
-            yield place
+            yield site

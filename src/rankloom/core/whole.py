@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
+from rankloom.core.selection import Weight
 from rankloom.core.site import Site
-from rankloom.core.switch import Weight
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class WholeAdapter(Adapter):
     roles = {"value": "whole"}
 
     def __init__(self, site: Site) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         value = torch.empty(site.weight_shape, dtype=site.dtype, device=site.device)
         if site.buffer:
             self.register_buffer("value", value)
@@ -65,7 +65,7 @@ class TokenRowsAdapter(Adapter):
     """`rows` (n, dim): the new values of the embedding rows `indices`, borrowed by the embedding and its tied head."""
 
     def __init__(self, site: Site, method: TokenRows) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.lookup = site.kind.name == "embedding"
         dim = site.out if self.lookup else site.in_
         key = tokens_key(method.source)

@@ -50,7 +50,7 @@ def check_base(source: Source, model: nn.Module, copy: View, unknown: UnknownBas
     wrong = check_print(source.base)
     if wrong is not None:
         raise FileError(f"{source.folder / MANIFEST}: 'base' is no fingerprint: {wrong}")
-    skip = {_name(fitted.place.path, fitted.place.slot) for fitted, _ in copy.whole}
+    skip = {_name(site.path, site.slot) for site, _ in copy.whole}
     now = fingerprint(model)
     if isinstance(bank, Bank) and bank.handed is not None and now["packed"] != source.base["packed"]:
         now = bank.handed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankloom.core.attach import attach, bank_of, detach
 from rankloom.core.bank import Bank
-from rankloom.core.graft import present
+from rankloom.core.slots import present
 from rankloom.core.whole import tokens_key
 from rankloom.errors import SettingsError, suggest
 from rankloom.formats.peft.reading import exact
@@ -59,10 +59,10 @@ def export(
     plan = exact(source.plan, *map(sorted, our_targets(source)))
     method = LoRA(r=r, lora_alpha=float(r), lora_bias=bool(shifts))
     plan = dataclasses.replace(plan, method=method, rank_pattern={}, alpha_pattern={}, rules=(), layer_replication=())
-    speaking = bank.switch.default
+    speaking = bank.selector.default
     attach(model, plan, BORROWED)
     try:
-        bank.switch.default = speaking
+        bank.selector.default = speaking
         errors = _fill(bank, changes, shifts)
         _copy_rest(bank, name)
         bank.plans[BORROWED] = dataclasses.replace(
@@ -80,43 +80,43 @@ _KEPT = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_par
 def _changes(source: View) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     changes, shifts = {}, {}
     with torch.no_grad():
-        for fitted, adapter in source.adapted:
-            with present(fitted.place.layer):
-                changes[fitted.place.name] = adapter.delta(fitted.base).float()
-                shift = adapter.delta_bias(fitted.base)
+        for site, adapter in source.adapted:
+            with present(site.layer):
+                changes[site.name] = adapter.delta(site.base).float()
+                shift = adapter.delta_bias(site.base)
             if shift is not None:
-                shifts[fitted.place.name] = shift
+                shifts[site.name] = shift
     return changes, shifts
 
 
 def _fill(bank: Bank, changes: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     """Put the truncated changes in; (relative error, ‖ΔW‖) of each site."""
     errors = {}
-    for fitted, adapter in view(bank, BORROWED).adapted:
+    for site, adapter in view(bank, BORROWED).adapted:
         assert isinstance(adapter, LoRAAdapter)
-        change = changes[fitted.place.name]
+        change = changes[site.name]
         with torch.no_grad():
             u, s, vh = truncated_svd(change, adapter.A.shape[-2])
             adapter.A.zero_()[..., : vh.shape[-2], :] = s.sqrt()[..., None] * vh
             adapter.B.zero_()[..., : u.shape[-1]] = u * s.sqrt()[..., None, :]
-            if adapter.bias is not None and fitted.place.name in shifts:
-                adapter.bias.copy_(shifts[fitted.place.name])
+            if adapter.bias is not None and site.name in shifts:
+                adapter.bias.copy_(shifts[site.name])
             size = float(change.norm())
-            left = float((change - adapter.delta(fitted.base).float()).norm())
-        errors[fitted.place.name] = (left / size if size else 0.0, size)
+            left = float((change - adapter.delta(site.base).float()).norm())
+        errors[site.name] = (left / size if size else 0.0, size)
     return errors
 
 
 def _copy_rest(bank: Bank, name: str) -> None:
     """Tensors trained whole and token rows, as they are."""
     old, new = view(bank, name), view(bank, BORROWED)
-    values = {fitted.place.name: adapter.value for fitted, adapter in old.whole}
+    values = {site.name: adapter.value for site, adapter in old.whole}
     with torch.no_grad():
-        for fitted, adapter in new.whole:
-            adapter.value.copy_(values[fitted.place.name])
-        for fitted, rows in new.tokens:
+        for site, adapter in new.whole:
+            adapter.value.copy_(values[site.name])
+        for site, rows in new.tokens:
             if rows.lookup:
-                key = tokens_key(fitted.place.path)
+                key = tokens_key(site.path)
                 bank.shared_of(BORROWED).tensor(key).copy_(bank.shared_of(name).tensor(key))
 
 

@@ -153,8 +153,8 @@ def _arranged(reader: Reader, source: Source, copy: nn.Module, plan: Plan, name:
         warnings.simplefilter("ignore")
         if plan.layer_replication:
             replicate(copy, plan.layer_replication)
-        fitted, shared = build(copy, plan)
-    sorted_ = arranged(copy, name, plan, fitted, shared)
+        site, shared = build(copy, plan)
+    sorted_ = arranged(copy, name, plan, site, shared)
     reader.prepare(sorted_, source)
     return sorted_
 

@@ -41,9 +41,9 @@ class Native:
     def entries(self, view: View) -> list[Entry]:
         """Parameters and kept buffers of every adapter as "site:path", shared tensors as "shared:key"."""
         found = [
-            plain(f"{fitted.site.name}:{path}", tensor)
-            for fitted in view.fitted
-            for path, tensor in fitted.adapter.state_dict(keep_vars=True).items()
+            plain(f"{site.name}:{path}", tensor)
+            for site in view.sites
+            for path, tensor in site.adapter.state_dict(keep_vars=True).items()
         ]
         return [*found, *(plain(f"shared:{key}", tensor) for key, tensor in _shared(view))]
 
@@ -67,9 +67,9 @@ class Native:
 
     def prepare(self, view: View, source: Source) -> None:
         """Give AdaLoRA adapters the number of triplets that the file has."""
-        for fitted in view.fitted:
-            for path, module in fitted.adapter.named_modules():
-                said = source.header.get(f"{fitted.site.name}:{path}{'.' if path else ''}E")
+        for site in view.sites:
+            for path, module in site.adapter.named_modules():
+                said = source.header.get(f"{site.name}:{path}{'.' if path else ''}E")
                 if not isinstance(module, AdaLoRAAdapter) or said is None or len(said.shape) != 2:
                     continue
                 if said.shape[0] < module.E.shape[0]:
@@ -92,7 +92,7 @@ def portable(view: View) -> Plan:
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(plan, field)
         if not all(map(simple, patterns)):
-            names = [fitted.site.name for fitted, _ in view.adapted]
+            names = [site.name for site, _ in view.adapted]
             hits = {name: key for name in names if (key := pattern_key(patterns, name)) is not None}
             changes[field] = {exactly(name): patterns[key] for name, key in hits.items()}
     return dataclasses.replace(plan, **changes)

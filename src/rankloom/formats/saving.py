@@ -108,7 +108,7 @@ def parcel_of(view: View) -> Parcel:
         "base": saved_print(view),
     }
     config = writer.config(view)
-    verdict = compat(config, {fitted.place.kind.name for fitted, _ in view.adapted}, problems)
+    verdict = compat(config, {site.kind.name for site, _ in view.adapted}, problems)
     about = {
         **_described(view, bool(native)),
         "compat": verdict,

@@ -8,29 +8,28 @@ from torch import nn
 
 from rankloom.core.adapter import Adapter, Sum
 from rankloom.core.bank import Bank
-from rankloom.core.fitted import Fitted
-from rankloom.core.graft import LAYER
 from rankloom.core.plan import Plan
-from rankloom.core.site import Shared
+from rankloom.core.shared import Shared
+from rankloom.core.site import LAYER, Site
 from rankloom.core.targets import base_modules, matches
 from rankloom.core.whole import TokenRowsAdapter, WholeAdapter
 
 
 @dataclass(frozen=True)
 class View:
-    """`adapted`, `whole`, `tokens`: (place, the part of the adapter there) out of `fitted`; `shared`: what all of them
+    """`adapted`, `whole`, `tokens`: (site, the part of the adapter there) out of `sites`; `shared`: what all of them
     use; `modules`: the base's, by name.
     """
 
     model: nn.Module
     name: str
     plan: Plan
-    fitted: list[Fitted]
+    sites: list[Site]
     shared: Shared
     modules: dict[str, nn.Module]
-    adapted: list[tuple[Fitted, Adapter]]
-    whole: list[tuple[Fitted, WholeAdapter]]
-    tokens: list[tuple[Fitted, TokenRowsAdapter]]
+    adapted: list[tuple[Site, Adapter]]
+    whole: list[tuple[Site, WholeAdapter]]
+    tokens: list[tuple[Site, TokenRowsAdapter]]
 
     def saved_whole(self, path: str) -> bool:
         """Whether the module `path` lies in one of `modules_to_save`."""
@@ -40,31 +39,31 @@ class View:
 
 def view(bank: Bank, name: str) -> View:
     """The adapter `name` of `bank`, sorted."""
-    everything = bank.fitted(name)
+    everything = bank.sites(name)
     return arranged(bank.model, name, bank.plans[name], everything, bank.shared_of(name))
 
 
-def arranged(model: nn.Module, name: str, plan: Plan, everything: list[Fitted], shared: Shared) -> View:
-    """Adapters in their places (planted or not), sorted."""
+def arranged(model: nn.Module, name: str, plan: Plan, everything: list[Site], shared: Shared) -> View:
+    """The adapters of sites (added to the model or not), sorted."""
     found = View(model, name, plan, everything, shared, dict(base_modules(model)), [], [], [])
-    for fitted in everything:
-        parts = list(fitted.adapter.parts) if isinstance(fitted.adapter, Sum) else [fitted.adapter]
+    for site in everything:
+        parts = list(site.adapter.parts) if isinstance(site.adapter, Sum) else [site.adapter]
         for part in parts:
             if isinstance(part, WholeAdapter):
-                found.whole.append((fitted, part))
+                found.whole.append((site, part))
             elif isinstance(part, TokenRowsAdapter):
-                found.tokens.append((fitted, part))
+                found.tokens.append((site, part))
             else:
                 assert isinstance(part, Adapter)
-                found.adapted.append((fitted, part))
+                found.adapted.append((site, part))
     return found
 
 
-def attention_of(fitted: Fitted, modules: dict[str, nn.Module]) -> str | None:
+def attention_of(site: Site, modules: dict[str, nn.Module]) -> str | None:
     """Name of the `nn.MultiheadAttention` whose own weight this place is, else None."""
-    if fitted.place.slot == LAYER:
+    if site.slot == LAYER:
         return None
-    if isinstance(fitted.place.layer, nn.MultiheadAttention):
-        return fitted.place.path
-    parent = fitted.place.path.rpartition(".")[0]
+    if isinstance(site.layer, nn.MultiheadAttention):
+        return site.path
+    parent = site.path.rpartition(".")[0]
     return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else None

@@ -181,8 +181,8 @@ def _why_tied(bank: Bank, name: str, missing: set[str]) -> str:
     owners: dict[int, set[str]] = {}
     for path, parameter in bank.model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(path)
-    for fitted in bank.fitted(name):
-        place = fitted.place
+    for site in bank.sites(name):
+        place = site
         for key, tensor in place.layer._parameters.items():
             if tensor is not None and (f"{place.path}.{key}" in missing or len(owners[id(tensor)]) > 1):
                 return f"{place.path}.{key} is tied, or in no file under that name"

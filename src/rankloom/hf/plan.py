@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from rankloom.core.attach import attach
 from rankloom.core.bank import Bank
 from rankloom.core.fuse import memo_of
-from rankloom.core.graft import LAYER
 from rankloom.core.kinds import kind_of
 from rankloom.core.plan import Plan
 from rankloom.core.prepare import kept_layers
+from rankloom.core.site import LAYER
 from rankloom.core.targets import base_modules
 from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
@@ -188,7 +188,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
     mergeable, why = _mergeable(bank, config.name)
     notes = [f"{', '.join(loaded.heads)} starts at random and is trained whole"] if loaded.heads else []
     notes += [why] if why else []
-    fitted = bank.fitted(config.name)
+    site = bank.sites(config.name)
     sites, missed = tuple(_sites(bank, config.name)), tuple(_missed(model, bank, config.name))
     rows = config.data.batch_size if config.data is not None else 1
     length = length or _length(model, config)
@@ -202,7 +202,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
         rules=rules,
         sites=sites,
         missed=missed,
-        whole=tuple(f.site.name for f in fitted if isinstance(f.adapter, WholeAdapter)),
+        whole=tuple(f.name for f in site if isinstance(f.adapter, WholeAdapter)),
         trainable=sum(t.numel() for t in trained),
         total=total + sum(t.numel() for t in tensors),
         mergeable=mergeable,
@@ -240,14 +240,14 @@ def by_store(model: nn.Module, plan: Plan) -> tuple[StoreCost, ...]:
 
 
 def _sites(bank: Bank, name: str) -> Iterator[PlannedSite]:
-    for fitted in bank.fitted(name):
-        if not isinstance(fitted.adapter, WholeAdapter):
-            count = sum(p.numel() for p in fitted.adapter.parameters() if p.requires_grad)
-            yield PlannedSite(fitted.site.name, fitted.site.kind.name, fitted.site.shape, count)
+    for site in bank.sites(name):
+        if not isinstance(site.adapter, WholeAdapter):
+            count = sum(p.numel() for p in site.adapter.parameters() if p.requires_grad)
+            yield PlannedSite(site.name, site.kind.name, site.shape, count)
 
 
 def _missed(model: nn.Module, bank: Bank, name: str) -> Iterator[str]:
-    hit = {id(f.place.layer) for f in bank.fitted(name)}
+    hit = {id(f.layer) for f in bank.sites(name)}
     for path, module in base_modules(model):
         kind = kind_of(module)
         if kind is not None and kind.linear and id(module) not in hit:
@@ -269,8 +269,8 @@ def _conflicts(model: nn.Module, config: RunConfig) -> tuple[tuple[str, ...], tu
 
 def _mergeable(bank: Bank, name: str) -> tuple[bool, str]:
     try:
-        for fitted in bank.fitted(name):
-            fitted.adapter.delta(fitted.base)
+        for site in bank.sites(name):
+            site.adapter.delta(site.base)
     except NotMergeable as error:
         return False, f"not mergeable: {error}"
     return True, ""
@@ -315,11 +315,11 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 def _paths(bank: Bank, name: str, checkpointing: bool) -> list[str]:
     """Which layers the traced forward computed fused and which together; which took the plain path, and why."""
-    layers = [f.place.layer for f in bank.fitted(name) if f.place.slot == LAYER]
+    layers = [f.layer for f in bank.sites(name) if f.slot == LAYER]
     memos = [memo_of(layer) for layer in layers]
     if not any(memo.plain is not None for memo in memos):
         return []
-    leaf = {id(f.place.layer): f.site.name.rsplit(".", 1)[-1] for f in bank.fitted(name)}
+    leaf = {id(f.layer): f.name.rsplit(".", 1)[-1] for f in bank.sites(name)}
     groups = Counter(
         f"({', '.join(leaf[id(f)] for f in m.fellows)})" for layer, m in zip(layers, memos) if m.fellows[:1] == (layer,)
     )

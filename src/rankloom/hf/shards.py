@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.bank import Bank
-from rankloom.core.fitted import Fitted
-from rankloom.core.graft import present
 from rankloom.core.merging import folded
+from rankloom.core.site import Site
+from rankloom.core.slots import present
 from rankloom.core.targets import base_modules
 from rankloom.hf.packed import GLOB
 from rankloom.store.base import Packed, dense
@@ -96,12 +96,12 @@ def hang(model: nn.Module, shards: Shards, dtype: torch.dtype | None) -> list[st
 @torch.no_grad()
 def merged(bank: Bank, name: str, shards: Shards, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the files, dense, with the changes of the adapter `name` added, one layer after the other."""
-    layers: dict[str, list[tuple[Fitted, float]]] = {}
-    for fitted in bank.fitted(name):
-        layers.setdefault(fitted.place.path, []).append((fitted, 1.0))
+    layers: dict[str, list[tuple[Site, float]]] = {}
+    for site in bank.sites(name):
+        layers.setdefault(site.path, []).append((site, 1.0))
     done: set[str] = set()
     for path, parts in layers.items():
-        with present(parts[0][0].place.layer):
+        with present(parts[0][0].layer):
             for _, key, value in folded(parts):
                 done.add(f"{path}.{key}")
                 yield f"{path}.{key}", value

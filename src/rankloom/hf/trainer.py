@@ -85,7 +85,7 @@ def optimizer_for(
     optimizer = make(groups, lr=lr, **settings)
     made = _Made(driver)
     _MADE[optimizer] = made
-    if any(driver.hears(hook) for hook in DRIVEN):
+    if any(driver.uses(hook) for hook in DRIVEN):
         optimizer.register_step_pre_hook(functools.partial(_refuse_undriven, made))
     return optimizer
 
@@ -149,7 +149,7 @@ class RuleDriver:
             return
         _add_penalties(rules, run)
         rules.after_backward(run)
-        if args.max_grad_norm and (rules.hears("loss") or rules.hears("after_backward")):
+        if args.max_grad_norm and (rules.uses("loss") or rules.uses("after_backward")):
             guard.scale_gradients(run.parameters, float(guard.total_norm(run.parameters)), args.max_grad_norm)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
@@ -258,7 +258,7 @@ def _check_adds(rules: Rules, run: TrainRun) -> None:
 
 
 def _add_penalties(rules: Rules, run: TrainRun) -> None:
-    if not rules.hears("loss"):
+    if not rules.uses("loss"):
         return
     with torch.enable_grad():
         penalty = rules.loss(run, torch.zeros((), device=run.device))

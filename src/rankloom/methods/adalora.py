@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.rule import Rule
 from rankloom.core.site import Site
+from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError
-from rankloom.methods.lora import check_dropout, check_rank, drop
-from rankloom.ops.linalg import row_norms
+from rankloom.methods.lora import check_dropout, check_rank
 from rankloom.rules.budget import Budget
 from rankloom.rules.orthogonal import Orthogonal
 
@@ -71,7 +71,7 @@ class AdaLoRAAdapter(Adapter):
     peft_names = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
 
     def __init__(self, site: Site, method: AdaLoRA) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         alpha = method.lora_alpha if method.lora_alpha > 0 else method.init_r
         self.scaling = alpha / (method.init_r + 1e-5)
         self.dropout = method.lora_dropout
@@ -87,15 +87,9 @@ class AdaLoRAAdapter(Adapter):
         nn.init.zeros_(self.E)
         nn.init.normal_(self.B, std=0.02)
 
-    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        h = base.down(drop(x, y, self.dropout, self.training), (self.A * self.E).to(y.dtype))
-        return base.up(h, self.B.to(y.dtype) * self.scaling)
-
-    def delta(self, base: Base) -> Tensor:
-        return self.scaling * (self.B @ (self.E * self.A))
-
-    def row_norms(self, base: Base) -> Tensor:
-        return row_norms(base.matrix(), self.E * self.A, self.B, self.scaling)
+    def thin(self, base: Base, x: Any) -> Thin:
+        p = self.dropout if self.training else 0.0
+        return Thin(self.A, self.B, self.scaling, inner=self.E.squeeze(-1), dropout=p)
 
 
 def compact(adapter: AdaLoRAAdapter) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.errors import SettingsError

@@ -17,15 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter, Thin, take_dropout, thin_of
-from rankloom.core.fuse import square_norms
-from rankloom.core.kinds import Base
+from rankloom.core.adapter import Adapter, take_dropout
+from rankloom.core.base import Base
 from rankloom.core.method import Method
-from rankloom.core.rule import Rule
 from rankloom.core.site import Site
 from rankloom.core.targets import matches
+from rankloom.core.thin import Thin, dropped, gain
 from rankloom.errors import TargetError, suggest
-from rankloom.methods.lora import LoRA, drop
+from rankloom.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,7 @@ class DoRA(Method):
             if not any(matches((wanted,), name) for name in names):
                 leaves = {name.rsplit(".", 1)[-1] for name in names}
                 raise TargetError(f"magnitude_only_modules: {wanted!r} matches nothing{suggest(wanted, leaves)}")
-        return self.inner.patch(model)
-
-    def rules(self) -> list[Rule]:
-        """The inner method's rules."""
-        return self.inner.rules()
+        return super().patch(model)
 
 
 class DoRAAdapter(Adapter):
@@ -71,36 +66,32 @@ class DoRAAdapter(Adapter):
     peft_names = {"magnitude": "lora_magnitude_vector"}
 
     def __init__(self, site: Site, method: DoRA, inner: Adapter) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.detach_norm = method.detach_norm
         self.dropout = take_dropout(inner)
         self.inner = inner
-        self.magnitude = site.empty(site.out, 1)
-        self.magnitude.data = self.magnitude.data.squeeze(-1)
+        self.magnitude = site.vector(site.out)
 
     def reset(self, base: Base) -> None:
         self.inner.reset(base)
         with torch.no_grad():
             self.magnitude.copy_(self.inner.row_norms(base))
 
-    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        factor = self._gain(base).to(y.dtype)
-        dropped = drop(x, y, self.dropout, self.training)
-        plain = self._plain(dropped, y, base)
-        change: Tensor = base.scale(plain, factor - 1) + base.scale(self.inner(dropped, y, base), factor)
-        return change
-
-    def thin(self, base: Base) -> Thin | None:
-        inner = thin_of(self.inner, base)
-        if inner is None or not self.detach_norm or (self.dropout and self.training):
+    def thin(self, base: Base, x: Any) -> Thin | None:
+        """None where the norm has a gradient, or the inner change is more than thin or depends on its input."""
+        inner = self.inner.thin(base, x) if self.detach_norm else None
+        if inner is None or inner.by_token or inner.magnitude is not None:
             return None
-        return inner._replace(magnitude=self.magnitude, square=square_norms(base))
+        return inner._replace(magnitude=self.magnitude, dropout=self.dropout if self.training else 0.0)
 
-    def _plain(self, dropped: Any, y: Tensor, base: Base) -> Tensor:
-        """W x without bias: the output at hand, or computed again where dropout changed the input."""
-        if self.dropout and self.training:
-            return base.apply(dropped, base.matrix().to(y.dtype))
-        return base.unbiased(y)
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        if self.thin(base, x) is not None:
+            return super().forward(x, y, base)
+        p = self.dropout if self.training else 0.0
+        x, factor = dropped(x, y, p), self._gain(base).to(y.dtype)
+        plain = base.apply(x, base.matrix().to(y.dtype)) if p else base.unbiased(y)
+        change: Tensor = base.scale(plain, factor - 1) + base.scale(self.inner(x, y, base), factor)
+        return change
 
     def delta(self, base: Base) -> Tensor:
         matrix = base.matrix().to(self.magnitude.dtype)
@@ -122,11 +113,11 @@ class ColumnDoRAAdapter(Adapter):
     roles = {"magnitude": "magnitude"}
 
     def __init__(self, site: Site, method: DoRA, inner: Adapter) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.detach_norm = method.detach_norm
         self.dropout = take_dropout(inner)
         self.inner = inner
-        self.magnitude = nn.Parameter(site.empty(site.in_, 1).data.squeeze(-1))
+        self.magnitude = site.vector(site.in_)
 
     def reset(self, base: Base) -> None:
         self.inner.reset(base)
@@ -134,7 +125,7 @@ class ColumnDoRAAdapter(Adapter):
             self.magnitude.copy_(torch.linalg.vector_norm(base.matrix().to(self.magnitude.dtype), dim=-2))
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        change = base.apply(drop(x, y, self.dropout, self.training), self.delta(base).to(y.dtype))
+        change = base.apply(dropped(x, y, self.dropout if self.training else 0.0), self.delta(base).to(y.dtype))
         shift = self.delta_bias(base)
         return change if shift is None else change + base.shift(y, shift.to(y.dtype))
 
@@ -146,9 +137,3 @@ class ColumnDoRAAdapter(Adapter):
         turned = matrix + self.inner.delta(base)
         norms = torch.linalg.vector_norm(turned.detach() if self.detach_norm else turned, dim=-2)
         return turned * gain(self.magnitude, norms)[..., None, :] - matrix
-
-
-def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """magnitude / norms, and 1 where the norm is zero."""
-    living = norms > 0
-    return torch.where(living, magnitude / torch.where(living, norms, 1.0), 1.0)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.bank import Bank
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.rule import Rule
 from rankloom.core.site import Site
+from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError
-from rankloom.methods.lora import check_dropout, check_rank, drop
-from rankloom.ops.linalg import row_norms
+from rankloom.methods.lora import check_dropout, check_rank
 from rankloom.rules.sampling import Distribution, Elastic, RankSampling, probabilities
 from rankloom.starts.plain import NONZERO, Factors, check_start, fill
 
@@ -80,7 +80,7 @@ class DyLoRAAdapter(Elastic):
     peft_names = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
     def __init__(self, site: Site, method: DyLoRA) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.r, self.unit, self.frozen = method.r, method.unit, method.frozen
         self.alpha, self.rule = method.lora_alpha, method.scaling
         self.start = method.init_lora_weights
@@ -112,18 +112,9 @@ class DyLoRAAdapter(Elastic):
     def reset(self, base: Base) -> None:
         fill(self.start, cast(Factors, self), base)
 
-    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+    def thin(self, base: Base, x: Any) -> Thin:
         a, b = self._factors()
-        h = base.down(drop(x, y, self.dropout, self.training), a.to(y.dtype))
-        return base.up(h, b.to(y.dtype) * self.scaling)
-
-    def delta(self, base: Base) -> Tensor:
-        a, b = self._factors()
-        return self.scaling * (b @ a)
-
-    def row_norms(self, base: Base) -> Tensor:
-        a, b = self._factors()
-        return row_norms(base.matrix(), a, b, self.scaling)
+        return Thin(a, b, self.scaling, dropout=self.dropout if self.training else 0.0)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A[:b], B[:, :b]; rows that may not learn in this step are cut out of the graph."""

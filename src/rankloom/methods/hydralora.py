@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
+from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError, TargetError
-from rankloom.methods.lora import check_dropout, check_rank, drop
+from rankloom.methods.lora import check_dropout, check_rank
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class HydraLoRAAdapter(Adapter):
     roles = {"A": "in", "B": "out", "router": "router"}
 
     def __init__(self, site: Site, method: HydraLoRA) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.scaling = method.lora_alpha / method.r
         self.dropout = method.lora_dropout
         self.infer = method.infer
@@ -71,11 +72,17 @@ class HydraLoRAAdapter(Adapter):
         nn.init.uniform_(self.router, -bound, bound)
         nn.init.zeros_(self.B)
 
-    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        h = base.down(drop(x, y, self.dropout, self.training), self.A.to(y.dtype))
-        mixed = (self.weights(x).to(y.dtype)[..., None] * h[..., None, :]).flatten(-2)
-        heads = self.B.transpose(0, 1).flatten(1)
-        return base.up(mixed, heads.to(y.dtype) * self.scaling)
+    def thin(self, base: Base, x: Any) -> Thin:
+        self.needs_input(x)
+        heads = self.weights(x)
+        n, r = heads.shape[-1], self.A.shape[0]
+        return Thin(
+            self.A.repeat(n, 1),
+            self.B.transpose(0, 1).flatten(1),
+            self.scaling,
+            inner=heads.repeat_interleave(r, dim=-1),
+            dropout=self.dropout if self.training else 0.0,
+        )
 
     def weights(self, x: Tensor) -> Tensor:
         """Mixing weights (…, n_b) of the heads for input (…, in), in float32."""

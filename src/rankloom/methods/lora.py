@@ -10,18 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from rankloom.core.adapter import Adapter, Thin
-from rankloom.core.kinds import Base
+from rankloom.core.adapter import Adapter
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
+from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError, TargetError
 from rankloom.methods.residual import ResidualAdapter
-from rankloom.ops.autocast import autocasts
-from rankloom.ops.linalg import row_norms
 from rankloom.starts.plain import NONZERO, check_start, fill
 
 
@@ -66,7 +63,7 @@ class LoRAAdapter(Adapter):
     peft_names = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}
 
     def __init__(self, site: Site, method: LoRA) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.start = method.init_lora_weights
         self.scaling = scale_of(method.lora_alpha, method.r, method.scaling)
         self.dropout = method.lora_dropout
@@ -82,37 +79,14 @@ class LoRAAdapter(Adapter):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        h = base.down(drop(x, y, self.dropout, self.training), self.A.to(y.dtype))
-        change = base.up(h, self.B.to(y.dtype) * self.scaling)
-        return change if self.bias is None else change + base.shift(y, self.bias.to(y.dtype) * self.scaling)
-
-    def thin(self, base: Base) -> Thin | None:
-        p = self.dropout if self.training else 0.0
-        return Thin(self.A, self.B, self.scaling, p) if self.bias is None else None
-
-    def delta(self, base: Base) -> Tensor:
-        return (self.scaling * self.B) @ self.A
-
-    def delta_bias(self, base: Base) -> Tensor | None:
-        return None if self.bias is None else self.scaling * self.bias
-
-    def row_norms(self, base: Base) -> Tensor:
-        return row_norms(base.matrix(), self.A, self.B, self.scaling)
+    def thin(self, base: Base, x: Any) -> Thin:
+        bias = None if self.bias is None else self.scaling * self.bias
+        return Thin(self.A, self.B, self.scaling, bias=bias, dropout=self.dropout if self.training else 0.0)
 
 
 def scale_of(alpha: float, r: int, scaling: str) -> float:
     """lora_alpha/r, or lora_alpha/√r for "rslora"."""
     return alpha / (math.sqrt(r) if scaling == "rslora" else r)
-
-
-def drop(x: Any, y: Tensor, p: float, training: bool) -> Any:
-    """The input of the change: in the output's dtype, dropped out in training. Token ids and no input pass through."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        return x
-    if not autocasts(x):
-        x = x.to(y.dtype)
-    return F.dropout(x, p, training) if p and training else x
 
 
 def check_rank(r: int) -> None:

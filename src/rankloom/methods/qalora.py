@@ -13,11 +13,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
+from rankloom.core.thin import Thin, dropped
 from rankloom.errors import SettingsError, StateError, TargetError
-from rankloom.methods.lora import check_dropout, check_rank, drop
+from rankloom.methods.lora import check_dropout, check_rank
 from rankloom.store.base import Packed
 from rankloom.store.uniform import Uniform, fold_into_zeros
 
@@ -60,7 +61,7 @@ class QALoRAAdapter(Adapter):
     peft_names = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
     def __init__(self, site: Site, method: QALoRA) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.group = method.group_size
         self.scaling = method.lora_alpha / method.r
         self.share = 1 / method.group_size if method.pool == "mean" else 1.0
@@ -75,9 +76,15 @@ class QALoRAAdapter(Adapter):
         nn.init.xavier_uniform_(self.A)
         nn.init.zeros_(self.B)
 
+    def thin(self, base: Base, x: Any) -> Thin | None:
+        """None where what was pooled is dropped out: that is no dropout of the input."""
+        if self.dropout and self.training:
+            return None
+        return Thin(self.share * self.A.repeat_interleave(self.group, dim=-1), self.B, self.scaling)
+
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         pooled = x.unflatten(-1, (-1, self.group)).sum(-1) * self.share
-        h = base.down(drop(pooled, y, self.dropout, self.training), self.A.to(y.dtype))
+        h = base.down(dropped(pooled, y, self.dropout if self.training else 0.0), self.A.to(y.dtype))
         return base.up(h, self.B.to(y.dtype) * self.scaling)
 
     def by_group(self) -> Tensor:

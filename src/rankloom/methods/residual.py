@@ -12,15 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from rankloom.core.adapter import Adapter, take_dropout
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.site import Site
+from rankloom.core.thin import Thin, joined
 
 
 class ResidualAdapter(Adapter):
     """`inner` is trained; `start` is a frozen copy of it, taken at reset."""
 
     def __init__(self, site: Site, inner: Adapter) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.inner = inner
         self.start = copy.deepcopy(inner).requires_grad_(False)
         take_dropout(self.start)
@@ -28,6 +29,10 @@ class ResidualAdapter(Adapter):
     def reset(self, base: Base) -> None:
         self.inner.reset(base)
         self.start.load_state_dict(self.inner.state_dict())
+
+    def thin(self, base: Base, x: Any) -> Thin | None:
+        now, start = self.inner.thin(base, x), self.start.thin(base, x)
+        return None if now is None or start is None else joined([(now, 1.0), (start, -1.0)])
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         change: Tensor = self.inner(x, y, base) - self.start(x, y, base)

@@ -6,7 +6,6 @@ W = [W_1; …; W_parts]; each block in `on` gets its own inner adapter, as LoRA'
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
-from rankloom.core.rule import Rule
 from rankloom.core.site import Site
 from rankloom.errors import SettingsError, TargetError
 from rankloom.methods.lora import LoRA
@@ -45,23 +43,18 @@ class Slices(Method):
             raise TargetError(f"slices: {site.name!r} has {site.out} rows, not a multiple of parts={self.parts}")
         return SlicesAdapter(site, self)
 
-    def rules(self) -> list[Rule]:
-        """The inner method's rules."""
-        return self.inner.rules()
-
 
 class SlicesAdapter(Adapter):
     """`blocks`: the inner adapter of each block in `on`, by number."""
 
     def __init__(self, site: Site, method: Slices) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.parts = method.parts
         rows = site.out // method.parts
         self.blocks = nn.ModuleDict()
         for number in method.on:
             shape = (*site.shape[:-2], rows, site.in_)
-            part = dataclasses.replace(site, name=f"{site.name}[{number}]", shape=shape, weight_shape=shape)
-            inner = method.inner.build(part)
+            inner = method.inner.build(site.part(f"{site.name}[{number}]", shape))
             if inner is not None:
                 self.blocks[str(number)] = inner
 
@@ -78,15 +71,15 @@ class SlicesAdapter(Adapter):
 
     def delta(self, base: Base) -> Tensor:
         changes = {number: block.delta(self._cut(base, number)) for number, block in self._each()}
-        silent = torch.zeros_like(next(iter(changes.values())))
-        return torch.cat([changes.get(number, silent) for number in range(self.parts)], dim=-2)
+        zero = torch.zeros_like(next(iter(changes.values())))
+        return torch.cat([changes.get(number, zero) for number in range(self.parts)], dim=-2)
 
     def delta_bias(self, base: Base) -> Tensor | None:
         shifts = {n: s for n, block in self._each() if (s := block.delta_bias(self._cut(base, n))) is not None}
         if not shifts:
             return None
-        silent = torch.zeros_like(next(iter(shifts.values())))
-        return torch.cat([shifts.get(number, silent) for number in range(self.parts)])
+        zero = torch.zeros_like(next(iter(shifts.values())))
+        return torch.cat([shifts.get(number, zero) for number in range(self.parts)])
 
     def _each(self) -> list[tuple[int, Adapter]]:
         return [(int(n), block) for n, block in self.blocks.items()]  # type: ignore[misc]
@@ -101,7 +94,7 @@ class Cut(Base):
     __slots__ = ("number", "parts")
 
     def __init__(self, base: Base, parts: int, number: int) -> None:
-        super().__init__(base.kind, base.layer, base.context)
+        super().__init__(base.kind, base.layer, base.context, base.notes, f"{base.name}[{number}]")
         self.parts = parts
         self.number = number
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.errors import TargetError
@@ -47,7 +47,7 @@ class UnrolledLoRAAdapter(Adapter):
     roles = {"A": "in", "B": "out"}
 
     def __init__(self, site: Site, method: UnrolledLoRA) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         out, in_, k, _ = site.weight_shape
         self.scaling = scale_of(method.lora_alpha, method.r, "standard")
         make = partial(torch.empty, dtype=site.dtype, device=site.device)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
+from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError
-from rankloom.methods.lora import check_dropout, check_rank, drop
-from rankloom.ops.linalg import row_norms
+from rankloom.methods.lora import check_dropout, check_rank
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class VeRAAdapter(Adapter):
     peft_names = {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"}
 
     def __init__(self, site: Site, method: VeRA) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.dropout = method.vera_dropout
         self.d_initial = method.d_initial
-        self.lambda_b = nn.Parameter(site.empty(site.out, 1).data.squeeze(-1))
-        self.lambda_d = nn.Parameter(site.empty(method.r, 1).data.squeeze(-1))
+        self.lambda_b = site.vector(site.out)
+        self.lambda_d = site.vector(method.r)
         out, in_ = site.widest
         for key, shape in (("vera_A", (method.r, in_)), ("vera_B", (out, method.r))):
             make = partial(torch.empty, shape, dtype=site.dtype, device=site.device)
@@ -78,22 +78,10 @@ class VeRAAdapter(Adapter):
                 for shared in (self.A, self.B):
                     shared.copy_(projection(tuple(shared.shape), generator))
 
-    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        a, b = self._pair()
-        h = base.down(drop(x, y, self.dropout, self.training), a.to(y.dtype))
-        h = base.up(base.scale(h, self.lambda_d.to(y.dtype)), b.to(y.dtype))
-        return base.scale(h, self.lambda_b.to(y.dtype))
-
-    def delta(self, base: Base) -> Tensor:
-        a, b = self._pair()
-        return (self.lambda_b[..., None] * b) @ (self.lambda_d[..., None] * a)
-
-    def row_norms(self, base: Base) -> Tensor:
-        a, b = self._pair()
-        return row_norms(base.matrix(), self.lambda_d[..., None] * a, self.lambda_b[..., None] * b, 1.0)
-
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        return self.A[:, : self.in_], self.B[: self.out]
+    def thin(self, base: Base, x: Any) -> Thin:
+        p = self.dropout if self.training else 0.0
+        a, b = self.A[:, : self.in_], self.B[: self.out]
+        return Thin(a, b, inner=self.lambda_d, outer=self.lambda_b, dropout=p)
 
 
 def projection(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

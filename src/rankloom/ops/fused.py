@@ -332,7 +332,7 @@ def _twice(ctx: Any, kept: Sequence[Tensor], rows: list[_Kept], dys: Sequence[Te
         if x is None or (any(ctx.needs) and not x.requires_grad):
             raise RuntimeError(
                 "derivatives of higher order need the layer's input, which a frozen A and autocast let go: "
-                "set `model.rankloom.switch.fused = False` for them"
+                "set `model.rankloom.selector.fused = False` for them"
             )
         inputs = kept if call.linked else (x,)
         ys = [_plainly(x, layer, row) for layer, row in zip(call.layers, rows)]

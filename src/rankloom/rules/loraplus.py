@@ -29,8 +29,8 @@ class LoRAPlus(Rule):
         embeddings = {
             id(p)
             for name in run.bank.active
-            for f in run.bank.fitted(name)
-            if f.site.kind.name == "embedding"
+            for f in run.bank.sites(name)
+            if f.kind.name == "embedding"
             for p in f.adapter.parameters()
         }
         if self.loraplus_lr_embedding is None:

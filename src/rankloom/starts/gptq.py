@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.bank import Bank
 from rankloom.core.start import Calibration, Evidence, Start, Started
+from rankloom.core.view import BankView
 from rankloom.errors import SettingsError
 from rankloom.store.base import Packed, Store, dense
 from rankloom.store.calibrate import hessians
@@ -38,7 +38,7 @@ class GPTQ(Start):
         """Σ x xᵀ of every kept layer's input."""
         return Evidence(hessians=hessians(layers, batches, lambda batch: model(**batch)))
 
-    def check(self, bank: Bank, name: str) -> int:
+    def check(self, bank: BankView, name: str) -> int:
         if not isinstance(bank.plans[name].store, Uniform):
             raise SettingsError(
                 f"start=gptq rounds affine codes, and the store is {bank.plans[name].store}: use uniform"
@@ -46,7 +46,7 @@ class GPTQ(Start):
         return 0
 
     @torch.no_grad()
-    def apply(self, bank: Bank, name: str, stores: Mapping[str, Store], evidence: Evidence) -> dict[str, Started]:
+    def apply(self, bank: BankView, name: str, stores: Mapping[str, Store], evidence: Evidence) -> dict[str, Started]:
         found = {}
         for layer, store in stores.items():
             assert isinstance(store, Uniform)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.errors import SettingsError, suggest
 from rankloom.ops.linalg import orthonormal_rows, truncated_svd
 

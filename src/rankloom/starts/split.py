@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.bank import Bank
-from rankloom.core.fitted import Fitted
-from rankloom.core.graft import LAYER
+from rankloom.core.site import LAYER, Site
 from rankloom.core.start import Calibration, Evidence, Start, Started
+from rankloom.core.view import BankView
 from rankloom.errors import SettingsError, StateError, TargetError, suggest
 from rankloom.methods.lora import LoRAAdapter
 from rankloom.ops.decompose import SVD, Split, loftq, lq, lqer
@@ -36,10 +35,10 @@ class Splitter(Start):
         """The part of the evidence that `split` looks at."""
         return {}
 
-    def check(self, bank: Bank, name: str) -> int:
-        return max(map(_rank, bank.fitted(name)))
+    def check(self, bank: BankView, name: str) -> int:
+        return max(map(_rank, bank.sites(name)))
 
-    def apply(self, bank: Bank, name: str, stores: Mapping[str, Store], evidence: Evidence) -> dict[str, Started]:
+    def apply(self, bank: BankView, name: str, stores: Mapping[str, Store], evidence: Evidence) -> dict[str, Started]:
         splits = split_base(bank, self, stores, name, self.known(evidence) if self.calibrated else None)
         return {site: Started(made.errors, made.best) for site, made in splits.items()}
 
@@ -107,7 +106,7 @@ class LQER(Splitter):
 
 @torch.no_grad()
 def split_base(
-    bank: Bank,
+    bank: BankView,
     how: Splitter,
     store: Store | Mapping[str, Store],
     name: str = "default",
@@ -119,19 +118,19 @@ def split_base(
     weight's matrix (out, in), or (in,). Factors stay at their start where the split has nothing to say. The base stays
     split after `detach`. Returns the splits by site name. Raises before anything is replaced.
     """
-    found = bank.fitted(name)
-    for fitted in found:
-        _check(fitted, store, evidence)
-    return {f.site.name: _split_one(f, how, store, evidence) for f in found}
+    found = bank.sites(name)
+    for site in found:
+        _check(site, store, evidence)
+    return {f.name: _split_one(f, how, store, evidence) for f in found}
 
 
 def _split_one(
-    fitted: Fitted, how: Splitter, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None
+    site: Site, how: Splitter, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None
 ) -> Split:
-    layer, kind, adapter = fitted.place.layer, fitted.place.kind, fitted.adapter
+    layer, kind, adapter = site.layer, site.kind, site.adapter
     assert isinstance(adapter, LoRAAdapter)
-    one = store if isinstance(store, Store) else store[fitted.site.name]
-    known = None if evidence is None else evidence[fitted.site.name]
+    one = store if isinstance(store, Store) else store[site.name]
+    known = None if evidence is None else evidence[site.name]
     made = how.split(dense(kind.tensor(layer)), one, adapter.A.shape[-2], adapter.scaling, known)
     layer._parameters[kind.parameter()] = nn.Parameter(made.q, requires_grad=False)
     if made.b.any():
@@ -140,23 +139,23 @@ def _split_one(
     return made
 
 
-def _check(fitted: Fitted, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None) -> None:
-    site = fitted.site
-    _rank(fitted)
+def _check(site: Site, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None) -> None:
+    site = site
+    _rank(site)
     for what, table in (("store", store), ("evidence", evidence)):
         if isinstance(table, Mapping) and site.name not in table:
             raise SettingsError(f"no {what} for the site {site.name!r}{suggest(site.name, table)}")
 
 
-def _rank(fitted: Fitted) -> int:
+def _rank(site: Site) -> int:
     """The rank of a site. Refuses anything but LoRA on a linear layer, and a weight that is packed already."""
-    site = fitted.site
-    if not isinstance(fitted.adapter, LoRAAdapter) or fitted.place.slot != LAYER or site.kind.name != "linear":
+    site = site
+    if not isinstance(site.adapter, LoRAAdapter) or site.slot != LAYER or site.kind.name != "linear":
         raise TargetError(
-            f"{site.name!r} ({site.kind.name}) has a {type(fitted.adapter).__name__}: a base is split for LoRA on "
+            f"{site.name!r} ({site.kind.name}) has a {type(site.adapter).__name__}: a base is split for LoRA on "
             "linear layers; leave this site out, or pack it without a split"
         )
-    weight = fitted.place.kind.tensor(fitted.place.layer)
+    weight = site.kind.tensor(site.layer)
     if isinstance(weight, Packed):
         raise StateError(
             f"the weight of {site.name!r} is packed already ({weight.store}): a split needs the dense base; load it "
@@ -165,7 +164,7 @@ def _rank(fitted: Fitted) -> int:
     bridge = bridge_of(weight)
     if bridge is not None:
         raise TargetError(f"{site.name!r} is kept in few bits by {bridge.library} already: split a base in 16 bits")
-    return int(fitted.adapter.A.shape[-2])
+    return int(site.adapter.A.shape[-2])
 
 
 def _rows(batches: Calibration) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloom.errors import DeafError, StateError
+from rankloom.errors import StateError, UnreachedError
 from rankloom.store.base import Packed
 
 FLOOR = 1e-4
@@ -20,7 +20,7 @@ def activation_scales(
 ) -> dict[str, Tensor]:
     """c (in,) float32 for each layer: max over batches of mean over tokens |x_j|, at least 1e-4, over √(min·max).
 
-    LQER, arXiv 2402.02446 and released code. `run(batch)` calls the model. Raises `DeafError` for a layer that no
+    LQER, arXiv 2402.02446 and released code. `run(batch)` calls the model. Raises `UnreachedError` for a layer that no
     batch reaches.
     """
     found = _gathered(layers, batches, run, lambda x: x.abs().mean(0), torch.maximum)
@@ -31,7 +31,7 @@ def activation_scales(
 def hessians(layers: Mapping[str, nn.Module], batches: Iterable[Any], run: Callable[[Any], Any]) -> dict[str, Tensor]:
     """Σ x xᵀ (in, in) over every input row of each layer, float32: the Hessian of its squared output error, halved.
 
-    GPTQ, arXiv 2210.17323. `run(batch)` calls the model. Raises `DeafError` for a layer that no batch reaches.
+    GPTQ, arXiv 2210.17323. `run(batch)` calls the model. Raises `UnreachedError` for a layer that no batch reaches.
     """
     return _gathered(layers, batches, run, lambda x: x.T @ x, torch.add)
 
@@ -68,7 +68,7 @@ def _gathered(
         for hook in hooks:
             hook.remove()
     for name in layers.keys() - found.keys():
-        raise DeafError(f"no batch reached the layer {name!r}: its input is not known; leave it out, or call it")
+        raise UnreachedError(f"no batch reached the layer {name!r}: its input is not known; leave it out, or call it")
     return found
 
 

@@ -39,7 +39,7 @@ def keep_gptq(
 
     `stores`: by weight name, in the order of the layers; `sequential`: every layer sees what the rounded layers before
     it give, at the cost of a pass over `batches` for each; otherwise one pass for all. Raises `TargetError`,
-    `DeafError` before the weights that they are about are packed.
+    `UnreachedError` before the weights that they are about are packed.
     """
     layers = {name: _layer(model, name) for name in stores}
     batches = list(batches)

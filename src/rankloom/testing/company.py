@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankloom.core.bank import Bank
 from rankloom.errors import StateError
-from rankloom.testing.subject import Heard, Subject, has_bare_sites, heard, rows_of, same
+from rankloom.testing.subject import Reached, Subject, has_bare_sites, reached_sites, rows_of, same
 from rankloom.testing.trace import assert_unchanged, snapshot
 
 
@@ -25,15 +25,15 @@ def _pair(subject: Subject) -> tuple[nn.Module, Bank]:
 def adds(subject: Subject) -> None:
     """two adapters at once add up their changes, each seeing the base alone"""
     model, bank = _pair(subject)
-    for site in heard(subject, model, bank, "a"):
+    for site in reached_sites(subject, model, bank, "a"):
         y, a, b, both = (_said(bank, site, *names) for names in ((), ("a",), ("b",), ("a", "b")))
-        name = site.fitted.site.name
+        name = site.site.name
         subject.near(both, a + b - y, f"site {name!r} under use('a', 'b'), against the base and the two changes")
         turned = _said(bank, site, "b", "a")
         subject.near(turned, both, f"site {name!r}: the order of two adapters must not matter")
 
 
-def _said(bank: Bank, site: Heard, *names: str, **weights: Any) -> Tensor:
+def _said(bank: Bank, site: Reached, *names: str, **weights: Any) -> Tensor:
     with bank.using(*names, **weights):
         return site.answer()
 
@@ -43,8 +43,8 @@ def weights(subject: Subject) -> None:
     """a weight scales the change: as a number, as a tensor, and by batch row"""
     model, bank = subject.nudged("a")
     bare = has_bare_sites(bank, "a")
-    for site in heard(subject, model, bank, "a"):
-        name = f"site {site.fitted.site.name!r}"
+    for site in reached_sites(subject, model, bank, "a"):
+        name = f"site {site.site.name!r}"
         y, full = _said(bank, site), _said(bank, site, "a")
         for weight in (0.0, 0.5, -2.0):
             wanted = y + weight * (full - y)
@@ -111,7 +111,7 @@ def _refused_at_parameters(subject: Subject, model: nn.Module, bank: Bank, rows:
     if not has_bare_sites(bank, "a"):
         return False
     bank.use(rows=rows)
-    names = [f.site.name for f in bank.fitted("a") if f.site.bare]
+    names = [f.name for f in bank.sites("a") if f.bare]
     try:
         subject.output(model)
     except StateError as refusal:

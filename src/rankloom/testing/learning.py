@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from rankloom.core.adapter import Adapter
 from rankloom.core.attach import attach
 from rankloom.core.bank import Bank
-from rankloom.core.kinds import Base
+from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.plan import Plan
 from rankloom.core.site import Site
@@ -38,7 +38,7 @@ class Planted(Adapter):
     """A fixed rank-one change of half the size of the matrix."""
 
     def __init__(self, site: Site) -> None:
-        super().__init__(site)
+        super().__init__(site.name)
         self.register_buffer("u", torch.randn(*site.shape[:-1], 1, dtype=site.dtype, device=site.device))
         self.register_buffer("v", torch.randn(*site.shape[:-2], 1, site.in_, dtype=site.dtype, device=site.device))
 
@@ -63,7 +63,7 @@ class Planting(Method):
 def planted_batches(subject: Subject) -> list[tuple[Any, Tensor]]:
     """The batches with what the base would say if its adapted matrices were others."""
     _, bank = subject.adapted()
-    sites = tuple(f.site.name for f in bank.fitted("default"))
+    sites = tuple(f.name for f in bank.sites("default"))
     model, plan = subject.model(), subject.plan
     torch.manual_seed(7)
     teacher = Plan(
@@ -102,11 +102,11 @@ def train(subject: Subject, model: nn.Module, batches: list[Any], stop: int | No
         steps=subject.steps, lr=subject.lr, schedule="constant", save_every=every, dead_gradients="warn"
     )
     with contextlib.suppress(Enough):
-        run_fit(model, batches, loss=loss, settings=settings, report=_deaf_ear, **fit)
+        run_fit(model, batches, loss=loss, settings=settings, report=_ignore, **fit)
     return losses
 
 
-def _deaf_ear(row: Mapping[str, Any]) -> None:
+def _ignore(row: Mapping[str, Any]) -> None:
     return None
 
 

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.bank import Bank
-from rankloom.core.graft import LAYER
+from rankloom.core.site import LAYER
 from rankloom.errors import NotMergeable
 from rankloom.testing.subject import (
-    Heard,
+    Reached,
     Subject,
     assert_base_values,
     base_values,
     difference,
-    heard,
     nudge,
+    reached_sites,
     same,
     trained,
 )
@@ -62,35 +62,38 @@ def unmerge(subject: Subject) -> None:
 def delta(subject: Subject) -> None:
     """at every site `delta` and `forward` are the same change"""
     model, bank = subject.nudged()
-    sites = heard(subject, model, bank, "default")
+    sites = reached_sites(subject, model, bank, "default")
     assert sites, "no site was reached by the first batch"
     refused: list[str] = []
-    for site in sites:
-        name, fitted = site.fitted.site.name, site.fitted
+    for reached in sites:
+        site, x = reached.site, reached.x
+        name = site.name
         with bank.using():
-            y = site.answer()
-        said = fitted.adapter(site.x, y, fitted.base)
-        added = fitted.adapter.add(y, site.x, y, fitted.base, 1.0)
+            y = reached.answer()
+        said = site.adapter(x, y, site.base)
+        added = site.adapter.add(y, x, y, site.base, 1.0)
         assert said.dtype == y.dtype, f"site {name!r}: `forward` gives {said.dtype} for an output in {y.dtype}"
         subject.near(added, y + said, f"site {name!r}: what `add` makes of y, against y + `forward`")
         try:
-            change = fitted.adapter.delta(fitted.base)
+            change = site.adapter.delta(site.base)
         except NotMergeable:
             refused.append(name)
             continue
-        assert tuple(change.shape) == fitted.site.shape, (
-            f"site {name!r}: `delta` has shape {tuple(change.shape)}, the matrix {fitted.site.shape}"
+        assert tuple(change.shape) == site.shape, (
+            f"site {name!r}: `delta` has shape {tuple(change.shape)}, the matrix {site.shape}"
         )
-        subject.near(said, _applied(site, y, change), f"site {name!r}: `forward` against `delta` applied to the input")
+        subject.near(
+            said, _applied(reached, y, change), f"site {name!r}: `forward` against `delta` applied to the input"
+        )
     assert len(refused) in (0, len(sites)) or not _merged(bank), (
         f"`delta` refuses at {refused[0]!r} and merge went through all the same"
     )
 
 
-def _applied(site: Heard, y: Tensor, change: Tensor) -> Tensor:
-    base = site.fitted.base
-    applied = base.apply(site.x, change.to(y.dtype))
-    shift = site.fitted.adapter.delta_bias(base) if site.fitted.place.slot == LAYER else None
+def _applied(reached: Reached, y: Tensor, change: Tensor) -> Tensor:
+    base = reached.site.base
+    applied = base.apply(reached.x, change.to(y.dtype))
+    shift = reached.site.adapter.delta_bias(base) if reached.site.slot == LAYER else None
     return applied if shift is None else applied + base.shift(y, shift.to(y.dtype))
 
 
@@ -124,7 +127,7 @@ def _merged(bank: Bank) -> bool:
     try:
         bank.merge()
     except NotMergeable as refusal:
-        names = [f.site.name for f in bank.fitted("default")]
+        names = [f.name for f in bank.sites("default")]
         if any(name in str(refusal) for name in names):
             return False
         raise AssertionError(

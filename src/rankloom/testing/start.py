@@ -41,7 +41,7 @@ def speaks(subject: Subject) -> None:
     """every site is heard once its tensors move"""
     model, bank = subject.adapted()
     silent = subject.output(model)
-    own = {f.site.name: [p for p in f.adapter.parameters() if p.requires_grad] for f in bank.fitted("default")}
+    own = {f.name: [p for p in f.adapter.parameters() if p.requires_grad] for f in bank.sites("default")}
     for site, parameters in own.items():
         kept = [p.detach().clone() for p in parameters]
         nudge(parameters)

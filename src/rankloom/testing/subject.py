@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from rankloom.core.attach import attach
 from rankloom.core.bank import Bank
-from rankloom.core.fitted import Fitted
-from rankloom.core.graft import LAYER
 from rankloom.core.plan import Plan
 from rankloom.core.prepare import keep_base
+from rankloom.core.site import LAYER, Site
 from rankloom.core.targets import base_modules
 from rankloom.errors import SettingsError
 from rankloom.testing.trace import equal
@@ -190,45 +189,45 @@ def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @dataclass(frozen=True)
-class Heard:
+class Reached:
     """A site and the input that it got; None for a bare parameter."""
 
-    fitted: Fitted
+    site: Site
     x: Any
 
     def answer(self) -> Tensor:
         """What the site gives under the present selection: the layer's output, or the parameter as it is read."""
-        place = self.fitted.place
-        if place.slot == LAYER:
-            answer: Tensor = place.layer(self.x)
+        site = self.site
+        if site.slot == LAYER:
+            answer: Tensor = site.layer(self.x)
             return answer
-        value: Tensor = getattr(place.layer, place.slot)
+        value: Tensor = getattr(site.layer, site.slot)
         return value
 
 
 @torch.no_grad()
-def heard(subject: Subject, model: nn.Module, bank: Bank, name: str) -> list[Heard]:
+def reached_sites(subject: Subject, model: nn.Module, bank: Bank, name: str) -> list[Reached]:
     """Every site of `name` with the input that the first batch brings it."""
     inputs: dict[int, Any] = {}
 
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.setdefault(id(layer), args[0] if args else next(iter(kwargs.values())))
 
-    fitted = bank.fitted(name)
-    layers = {id(f.place.layer): f.place.layer for f in fitted if f.place.slot == LAYER}
+    sites = bank.sites(name)
+    layers = {id(s.layer): s.layer for s in sites if s.slot == LAYER}
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers.values()]
     try:
         subject.output(model)
     finally:
         for hook in hooks:
             hook.remove()
-    reached = [f for f in fitted if f.place.slot != LAYER or id(f.place.layer) in inputs]
-    return [Heard(f, inputs.get(id(f.place.layer)) if f.place.slot == LAYER else None) for f in reached]
+    reached = [s for s in sites if s.slot != LAYER or id(s.layer) in inputs]
+    return [Reached(s, inputs.get(id(s.layer)) if s.slot == LAYER else None) for s in reached]
 
 
 def has_bare_sites(bank: Bank, name: str) -> bool:
     """True where some change is of a parameter, the same for all batch rows."""
-    return any(f.place.slot != LAYER for f in bank.fitted(name))
+    return any(f.slot != LAYER for f in bank.sites(name))
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rankloom.core.attach import attach, bank_of
 from rankloom.core.bank import Bank
-from rankloom.core.graft import LAYER
+from rankloom.core.site import LAYER
 from rankloom.errors import SettingsError
 from rankloom.registry import plan_data, plan_from_data
 from rankloom.testing.subject import Subject, Unfit, cast, difference, mapped, nudge, same, trained, training
@@ -179,9 +179,7 @@ def _output_dtypes(bank: Bank) -> Iterator[dict[str, torch.dtype]]:
 
         return keep
 
-    hooks = [
-        f.place.layer.register_forward_hook(watch(f.site.name)) for f in bank.fitted("default") if f.place.slot == LAYER
-    ]
+    hooks = [f.layer.register_forward_hook(watch(f.name)) for f in bank.sites("default") if f.slot == LAYER]
     try:
         yield seen
     finally:

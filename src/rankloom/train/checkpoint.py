@@ -175,9 +175,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
         return {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n in names | buffers}
     found: dict[str, Tensor] = {}
     for name in bank.active:
-        for fitted in bank.fitted(name):
-            for key, tensor in fitted.adapter.state_dict(keep_vars=True).items():
-                found[f"{name}/{fitted.site.name}:{key}"] = tensor
+        for site in bank.sites(name):
+            for key, tensor in site.adapter.state_dict(keep_vars=True).items():
+                found[f"{name}/{site.name}:{key}"] = tensor
         for key, tensor in bank.shared_of(name).state_dict(keep_vars=True).items():
             found[f"{name}/shared:{key}"] = tensor
     return found

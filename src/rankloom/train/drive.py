@@ -42,7 +42,7 @@ class Rules:
                 )
         self.each.append(rule)
 
-    def hears(self, hook: str) -> bool:
+    def uses(self, hook: str) -> bool:
         """True if some rule does something at this hook."""
         return any(getattr(type(rule), hook) is not getattr(Rule, hook) for rule in self.each)
 

@@ -30,7 +30,7 @@ from rankloom.train.optim import build_groups, build_optimizer, build_schedule
 from rankloom.train.processes import Processes
 from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
 from rankloom.train.rng import seed_all
-from rankloom.train.run import TrainRun, bank_or_none, checkpointed, mode, only_these_train, voices_for_all_threads
+from rankloom.train.run import TrainRun, bank_or_none, checkpointed, mode, only_these_train, selection_for_all_threads
 from rankloom.train.settings import TrainSettings
 from rankloom.train.sharding import shard
 from rankloom.train.signals import listening
@@ -104,7 +104,7 @@ def fit(
 
     Raises:
         SettingsError, StateError: before anything is trained.
-        DeafError: a trainable tensor has no gradient in the first step.
+        UnreachedError: a trainable tensor has no gradient in the first step.
         DivergedError: a loss, gradient or weight is not finite.
         FileError: the checkpoint asked for cannot be read.
         Terminated, Interrupted: SIGTERM or SIGINT came, in the main thread and with `out`; the step was finished and
@@ -116,7 +116,7 @@ def fit(
     with ExitStack() as stack:
         enter = stack.enter_context
         asked = enter(listening(out is not None))
-        enter(voices_for_all_threads(model))
+        enter(selection_for_all_threads(model))
         parameters = enter(only_these_train(model))
         device = _device(parameters)
         engine = enter(accelerator(device, settings))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankloom.errors import DeafError, RankloomError
+from rankloom.errors import RankloomError, UnreachedError
 
 SHOWN = 5
 
@@ -35,7 +35,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], action: Literal["err
         return
     message = f"no gradient after the first step in {len(dead)} of {len(parameters)} tensors: {some(dead)}. {REMEDY}"
     if action == "error":
-        raise DeafError(message)
+        raise UnreachedError(message)
     warnings.warn(message, stacklevel=4)
 
 
@@ -44,7 +44,7 @@ def check_graph(loss: Tensor, step: int) -> None:
     if loss.numel() != 1:
         raise RankloomError(f"step {step}: the loss has shape {tuple(loss.shape)}; give one number, such as its mean")
     if not loss.requires_grad:
-        raise DeafError(f"step {step}: the loss does not depend on any trainable tensor. {REMEDY}")
+        raise UnreachedError(f"step {step}: the loss does not depend on any trainable tensor. {REMEDY}")
 
 
 def total_norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:

@@ -110,7 +110,7 @@ class Loop:
         restored = self._take_best()
         self.rules.finish(self.run)
         guard.check_finite(self.run.parameters, self.run.step)
-        if self.evaluate is not None and (restored or self.rules.hears("finish")):
+        if self.evaluate is not None and (restored or self.rules.uses("finish")):
             return self._metrics()
         return self._latest[1] or None
 
@@ -177,7 +177,7 @@ class Loop:
             self._skip()
             return
         rules.after_backward(run)
-        if rules.hears("after_backward"):
+        if rules.uses("after_backward"):
             norm = float(guard.total_norm(run.parameters))
             if not math.isfinite(norm):
                 raise guard.diverged(run.step + 1, "gradient that the rules made", run.parameters, total)
@@ -250,7 +250,7 @@ class Loop:
             row |= {"tokens": standing.tokens, "tokens_per_second": round(self._here[1] / self._here[0], 1)}
         if self.stream.epoch is not None:
             row["epoch"] = self.stream.epoch
-        if not self.rules.hears("loss"):
+        if not self.rules.uses("loss"):
             del row["penalty"]
         row["memory_mb"] = round(memory_mb(self.run.device), 1)
         self.report.step(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from rankloom.core.bank import Bank
-from rankloom.core.graft import slot_table
+from rankloom.core.notes import Notes
+from rankloom.core.slots import slot_table
 from rankloom.errors import SettingsError, StateError
 
 
@@ -29,6 +30,9 @@ class TrainRun:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     step: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch: Any = None
+    output: Any = None
+    notes: Notes = field(default_factory=Notes)
     _optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -41,6 +45,15 @@ class TrainRun:
                 "rankloom.attach(model, …) first, or leave the rule out"
             )
         return found
+
+    def forward(self, batch: Any, *names: str) -> Any:
+        """The model's output for `batch` with these adapters active, the base alone without any."""
+        with self.bank.using(*names):
+            return self.model(**batch) if isinstance(batch, Mapping) else self.model(*batch)
+
+    def replace(self, parameter: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
+        """Put a tensor of another shape in the place of a trained parameter."""
+        raise NotImplementedError
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -157,15 +170,15 @@ def _call(model: nn.Module, method: str) -> Any:
 
 
 @contextmanager
-def voices_for_all_threads(model: nn.Module) -> Iterator[None]:
+def selection_for_all_threads(model: nn.Module) -> Iterator[None]:
     """Who speaks here and now speaks in the backward pass's own threads too, inside the block."""
     bank = bank_or_none(model)
     if bank is None:
         yield
         return
-    before = bank.switch.default
-    bank.switch.default = bank.switch.voices()
+    before = bank.selector.default
+    bank.selector.default = bank.selector.current()
     try:
         yield
     finally:
-        bank.switch.default = before
+        bank.selector.default = before

@@ -57,7 +57,7 @@ class Adalora(Translator):
             found.append(f"PEFT's ADALORA has no {type(view.plan.method).__name__} around it")
         if view.plan.rank_pattern or view.plan.alpha_pattern:
             found.append("PEFT's ADALORA has no rank_pattern or alpha_pattern of settings")
-        if any(fitted.site.groups > 1 for fitted, _ in view.adapted):
+        if any(site.groups > 1 for site, _ in view.adapted):
             found.append("PEFT's ADALORA does not reach grouped convolutions")
         return found
 
@@ -65,13 +65,13 @@ class Adalora(Translator):
         masks = _masks(view)
         return [
             entry
-            for fitted, adapter in view.adapted
-            for entry in _entries(paths.site(fitted), adapter, masks.get(fitted.site.name))
+            for site, adapter in view.adapted
+            for entry in _entries(paths.site(site), adapter, masks.get(site.name))
         ]
 
     def entries_in(self, view: View, source: Source) -> list[Entry]:
         paths = Paths(view)
-        own = [e for fitted, adapter in view.adapted for e in _entries(paths.site(fitted), adapter, None)]
+        own = [e for site, adapter in view.adapted for e in _entries(paths.site(site), adapter, None)]
         return [*own, *self.other_entries(view, paths)]
 
     def method_fields(self, view: View) -> dict[str, Any]:
@@ -100,19 +100,19 @@ class Adalora(Translator):
         """Give every adapter the number of triplets that the file has for it."""
         pattern = source.config.get("rank_pattern") or {}
         kept = {name.removesuffix(".default").removesuffix(".lora_E"): sum(flags) for name, flags in pattern.items()}
-        names = {fitted.site.name for fitted, _ in view.adapted}
+        names = {site.name for site, _ in view.adapted}
         for name in kept.keys() - names:
             raise FileError(f"{source.config_file}: rank_pattern names {name!r}, for which the file has no tensors")
-        for fitted, adapter in view.adapted:
+        for site, adapter in view.adapted:
             assert isinstance(adapter, AdaLoRAAdapter)
-            rank = kept.get(fitted.site.name, adapter.A.shape[0])
+            rank = kept.get(site.name, adapter.A.shape[0])
             if rank != adapter.A.shape[0]:
                 resize(adapter, rank)
 
 
 def _masks(view: View) -> dict[str, Tensor]:
     """Which triplets are kept, by site; empty while nothing is pruned."""
-    held = {fitted.site.name: adapter for fitted, adapter in view.adapted if isinstance(adapter, AdaLoRAAdapter)}
+    held = {site.name: adapter for site, adapter in view.adapted if isinstance(adapter, AdaLoRAAdapter)}
     masks = {name: (adapter.E != 0).flatten() for name, adapter in held.items()}
     method = view.plan.method
     assert isinstance(method, AdaLoRA)

@@ -25,8 +25,8 @@ def own_entries(adapter: Adapter, stem: str) -> list[Entry]:
 def whole_entries(view: View, paths: Paths) -> list[Entry]:
     """modules_to_save under their own names, biases inside the wrappers of their layers."""
     found = []
-    for fitted, adapter in view.whole:
-        path, slot = fitted.place.path, fitted.place.slot
+    for site, adapter in view.whole:
+        path, slot = site.path, site.slot
         stem = paths.module(path) if view.saved_whole(path) else paths.inner(path)
         found.append(plain(f"{stem}.{slot}", adapter.value))
     return found
@@ -35,7 +35,7 @@ def whole_entries(view: View, paths: Paths) -> list[Entry]:
 def token_entries(view: View, paths: Paths) -> list[Entry]:
     """The trained rows of each embedding; a tied head has none of its own."""
     shared = view.shared
-    rows = {f.place.path: shared.tensor(tokens_key(f.place.path)) for f, adapter in view.tokens if adapter.lookup}
+    rows = {f.path: shared.tensor(tokens_key(f.path)) for f, adapter in view.tokens if adapter.lookup}
     return [plain(paths.module(path) + TOKENS, tensor) for path, tensor in rows.items()]
 
 

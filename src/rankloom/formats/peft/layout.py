@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.fitted import Fitted
+from rankloom.core.site import Site
 from rankloom.errors import FileError
 
 Map = Callable[[Tensor], Tensor]
@@ -25,15 +25,15 @@ class Factor(NamedTuple):
     back: Map
 
 
-def factors(fitted: Fitted) -> tuple[Factor, Factor]:
+def factors(site: Site) -> tuple[Factor, Factor]:
     """The two factors of one place, as PEFT stores them for its kind."""
-    return LAYOUTS[fitted.place.kind.name](fitted)
+    return LAYOUTS[site.kind.name](site)
 
 
-def magnitude_shape(fitted: Fitted, size: int) -> tuple[int, ...]:
+def magnitude_shape(site: Site, size: int) -> tuple[int, ...]:
     """DoRA's magnitude in the file: (out), for a convolution (1, out, 1 …)."""
-    if fitted.place.kind.name in CONVS:
-        return (1, size, *(1,) * (len(fitted.site.weight_shape) - 2))
+    if site.kind.name in CONVS:
+        return (1, size, *(1,) * (len(site.weight_shape) - 2))
     return (size,)
 
 
@@ -41,23 +41,23 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _linear(fitted: Fitted) -> tuple[Factor, Factor]:
+def _linear(site: Site) -> tuple[Factor, Factor]:
     return Factor(LINEAR_A, "A", _same, _same), Factor(LINEAR_B, "B", _same, _same)
 
 
-def _embedding(fitted: Fitted) -> tuple[Factor, Factor]:
+def _embedding(site: Site) -> tuple[Factor, Factor]:
     return Factor("lora_embedding_A", "A", _same, _same), Factor("lora_embedding_B", "B", _same, _same)
 
 
-def _conv(fitted: Fitted) -> tuple[Factor, Factor]:
-    kernel, count = fitted.site.weight_shape[1:], fitted.site.groups
+def _conv(site: Site) -> tuple[Factor, Factor]:
+    kernel, count = site.weight_shape[1:], site.groups
     ones = (1,) * (len(kernel) - 1)
 
     def out(a: Tensor) -> Tensor:
         return _block_diagonal(a.reshape(-1, *kernel), count)
 
     def back(a: Tensor) -> Tensor:
-        return _blocks(a, count, fitted.site.name).flatten(1)
+        return _blocks(a, count, site.name).flatten(1)
 
     up = Factor(LINEAR_B, "B", lambda b: b.reshape(*b.shape, *ones), lambda b: b.flatten(1))
     return Factor(LINEAR_A, "A", out, back), up
@@ -86,11 +86,11 @@ def _blocks(a: Tensor, count: int, site: str) -> Tensor:
     return wide[0, :, 0]
 
 
-def _parameter(fitted: Fitted) -> tuple[Factor, Factor]:
+def _parameter(site: Site) -> tuple[Factor, Factor]:
     """[E, out, in]: A is flat with the expert slowest, B with the expert fastest; transposed experts swap the roles."""
-    if len(fitted.site.shape) == 2:
-        return _linear(fitted)
-    experts = fitted.site.shape[0]
+    if len(site.shape) == 2:
+        return _linear(site)
+    experts = site.shape[0]
 
     def rows_out(t: Tensor) -> Tensor:
         return t.flatten(0, 1)
@@ -104,7 +104,7 @@ def _parameter(fitted: Fitted) -> tuple[Factor, Factor]:
     def cols_back(t: Tensor) -> Tensor:
         return t.reshape(t.shape[0], -1, experts).permute(2, 0, 1)
 
-    if not transposed(fitted.place.layer):
+    if not transposed(site.layer):
         return Factor(LINEAR_A, "A", rows_out, rows_back), Factor(LINEAR_B, "B", cols_out, cols_back)
     down = Factor(LINEAR_A, "B", lambda t: rows_out(t.mT), lambda t: rows_back(t).mT)
     return down, Factor(LINEAR_B, "A", lambda t: cols_out(t.mT), lambda t: cols_back(t).mT)
@@ -115,7 +115,7 @@ def transposed(layer: nn.Module) -> bool:
     return bool(getattr(layer, "is_transposed", False))
 
 
-LAYOUTS: dict[str, Callable[[Fitted], tuple[Factor, Factor]]] = {
+LAYOUTS: dict[str, Callable[[Site], tuple[Factor, Factor]]] = {
     "conv1d": _conv,
     "conv1d_transposed": _linear,
     "conv2d": _conv,

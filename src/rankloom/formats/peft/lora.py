@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from rankloom.core.adapter import Adapter
-from rankloom.core.fitted import Fitted
-from rankloom.core.graft import LAYER
 from rankloom.core.method import Method
+from rankloom.core.site import LAYER, Site
 from rankloom.errors import FileError
 from rankloom.formats.entry import Entry, mapped
 from rankloom.formats.manifest import Source
@@ -53,19 +52,19 @@ class Lora(Translator):
     }
 
     def site_problems(self, view: View) -> list[str]:
-        found = [reason for fitted, adapter in view.adapted for reason in _problems(fitted, adapter)]
+        found = [reason for site, adapter in view.adapted for reason in _problems(site, adapter)]
         if found:
             return found
         if len({isinstance(adapter, DoRAAdapter) for _, adapter in view.adapted}) > 1:
             found.append("DoRA on some layers and not on others")
         if len({"bias" in trained_pair(adapter).parts for _, adapter in view.adapted}) > 1:
             found.append("lora_bias on some layers and not on others")
-        if any(attention_of(fitted, view.modules) for fitted, _ in view.adapted):
+        if any(attention_of(site, view.modules) for site, _ in view.adapted):
             found.append("PEFT (0.21) adds the change of a MultiheadAttention's out_proj twice")
         return [*found, *_nesting_problems(view)]
 
     def site_entries(self, view: View, paths: Paths) -> list[Entry]:
-        return [e for fitted, adapter in view.adapted for e in _entries(fitted, adapter, whole_pair, paths)]
+        return [e for site, adapter in view.adapted for e in _entries(site, adapter, whole_pair, paths)]
 
     def entries_in(self, view: View, source: Source) -> list[Entry]:
         """What PEFT computes from its own file: a start that rewrites the base leaves the trained pair only, and the
@@ -73,14 +72,14 @@ class Lora(Translator):
         """
         if source.plan is not None:
             return self.entries(view)
-        for fitted, adapter in view.adapted:
-            for reason in _problems(fitted, adapter):
+        for site, adapter in view.adapted:
+            for reason in _problems(site, adapter):
                 raise FileError(f"{reason}, so {source.weights_file} cannot be read as PEFT computes it")
         paths = Paths(view)
         own = [
-            _doubled(entry) if _is_out_proj(fitted, view) and entry.key.endswith(LINEAR_B) else entry
-            for fitted, adapter in view.adapted
-            for entry in _entries(fitted, adapter, trained_pair, paths)
+            _doubled(entry) if _is_out_proj(site, view) and entry.key.endswith(LINEAR_B) else entry
+            for site, adapter in view.adapted
+            for entry in _entries(site, adapter, trained_pair, paths)
         ]
         return [*own, *self.other_entries(view, paths)]
 
@@ -126,16 +125,16 @@ class Lora(Translator):
         return plan_patterns(values, modules, names, where)
 
 
-def _entries(fitted: Fitted, adapter: Adapter, pair_of: Callable[[Adapter], Pair], paths: Paths) -> Iterator[Entry]:
-    stem = paths.site(fitted)
+def _entries(site: Site, adapter: Adapter, pair_of: Callable[[Adapter], Pair], paths: Paths) -> Iterator[Entry]:
+    stem = paths.site(site)
     parts = pair_of(adapter).parts
-    for factor in factors(fitted):
+    for factor in factors(site):
         yield _through(parts[factor.ours], factor, stem)
     if "bias" in parts:
         yield Entry(f"{stem}.lora_B.bias", parts["bias"].get, parts["bias"].put)
     if isinstance(adapter, DoRAAdapter):
         size = adapter.magnitude.shape[-1]
-        shape = magnitude_shape(fitted, size)
+        shape = magnitude_shape(site, size)
         key = f"{stem}.{adapter.peft_names['magnitude']}"
         yield mapped(key, adapter.magnitude, lambda m: m.reshape(shape), lambda m: m.reshape(size))
 
@@ -144,34 +143,34 @@ def _through(part: Entry, factor: Factor, stem: str) -> Entry:
     return Entry(f"{stem}.{factor.key}", lambda: factor.out(part.get()), lambda value: part.put(factor.back(value)))
 
 
-def _problems(fitted: Fitted, adapter: Adapter) -> Iterator[str]:
-    kind, layer, name = fitted.place.kind.name, fitted.place.layer, fitted.site.name
+def _problems(site: Site, adapter: Adapter) -> Iterator[str]:
+    kind, layer, name = site.kind.name, site.layer, site.name
     dora, lora = isinstance(adapter, DoRAAdapter), leaf(adapter)
     if lora is None:
         inside = f" over {type(adapter.inner).__name__}" if dora else ""
         yield f"PEFT's LORA has no {type(adapter).__name__}{inside} ({name})"
         return
-    if dora and (fitted.site.bare or fitted.site.groups > 1):
-        yield f"PEFT's DoRA does not reach {'bare parameters' if fitted.site.bare else 'grouped convolutions'} ({name})"
+    if dora and (site.bare or site.groups > 1):
+        yield f"PEFT's DoRA does not reach {'bare parameters' if site.bare else 'grouped convolutions'} ({name})"
     if lora.bias is not None and (dora or kind == "embedding"):
         yield f"PEFT has no lora_bias {'with DoRA' if dora else 'on embeddings'} ({name})"
     if kind in CONVS:
         spread = any(d != 1 and k != 1 for d, k in zip(layer.dilation, layer.kernel_size))  # type: ignore[arg-type]
         if spread or layer.padding_mode != "zeros":
             yield f"PEFT ignores dilation and padding_mode of a convolution ({name})"
-    if fitted.site.bare and len(fitted.site.shape) > 3:
-        yield f"PEFT adapts parameters of 2 or 3 dimensions, {name} has {len(fitted.site.shape)}"
-    if fitted.site.bare and not fitted.place.path:
+    if site.bare and len(site.shape) > 3:
+        yield f"PEFT adapts parameters of 2 or 3 dimensions, {name} has {len(site.shape)}"
+    if site.bare and not site.path:
         yield f"PEFT cannot adapt a parameter of the model itself ({name})"
 
 
 def _nesting_problems(view: View) -> Iterator[str]:
     slots: dict[str, set[str]] = {}
-    for fitted, _ in view.adapted:
-        path = fitted.place.path
-        slots.setdefault(path, set()).add(fitted.place.slot)
+    for site, _ in view.adapted:
+        path = site.path
+        slots.setdefault(path, set()).add(site.slot)
         has_bias = view.modules[path]._parameters.get("bias") is not None
-        if fitted.site.bare and has_bias and view.plan.bias == "lora_only":
+        if site.bare and has_bias and view.plan.bias == "lora_only":
             yield f"bias='lora_only' beside a target parameter of {path!r}, which has a bias"
     for path, used in slots.items():
         if LAYER in used and len(used) > 1:
@@ -179,11 +178,11 @@ def _nesting_problems(view: View) -> Iterator[str]:
 
 
 def _has_bare(view: View) -> bool:
-    return any(fitted.site.bare for fitted, _ in view.adapted)
+    return any(site.bare for site, _ in view.adapted)
 
 
-def _is_out_proj(fitted: Fitted, view: View) -> bool:
-    return attention_of(fitted, view.modules) not in (None, fitted.place.path)
+def _is_out_proj(site: Site, view: View) -> bool:
+    return attention_of(site, view.modules) not in (None, site.path)
 
 
 def _doubled(entry: Entry) -> Entry:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rankloom.core.fitted import Fitted
-from rankloom.core.graft import LAYER
+from rankloom.core.site import LAYER, Site
 from rankloom.formats.view import View
 
 PREFIX = "base_model.model."
@@ -19,8 +18,8 @@ class Paths:
     def __init__(self, view: View) -> None:
         self.slots: dict[str, list[str]] = {}
         self.stems: dict[str, str] = {}
-        for fitted, _ in view.adapted:
-            self.slots.setdefault(fitted.place.path, []).append(fitted.place.slot)
+        for site, _ in view.adapted:
+            self.slots.setdefault(site.path, []).append(site.slot)
         for path, slots in self.slots.items():
             order = [LAYER, *view.modules[path]._parameters]
             slots.sort(key=order.index)
@@ -30,11 +29,11 @@ class Paths:
         above, dot, part = path.rpartition(".")
         return self._within(above) + part if dot else PREFIX + part
 
-    def site(self, fitted: Fitted) -> str:
+    def site(self, site: Site) -> str:
         """Full name of the wrapper that holds this place's tensors."""
-        slots = self.slots[fitted.place.path]
-        outside = len(slots) - 1 - slots.index(fitted.place.slot)
-        return ".".join([self.module(fitted.place.path), *[WRAPPED] * outside])
+        slots = self.slots[site.path]
+        outside = len(slots) - 1 - slots.index(site.slot)
+        return ".".join([self.module(site.path), *[WRAPPED] * outside])
 
     def _within(self, path: str) -> str:
         """What the full names of all modules directly below `path` begin with."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from rankloom.core.fitted import Fitted
 from rankloom.core.method import Method
+from rankloom.core.site import Site
 from rankloom.core.targets import pattern_key
 from rankloom.errors import FileError
 from rankloom.formats.patterns import exactly, simple
@@ -30,7 +30,7 @@ def rank_fields(view: View) -> dict[str, Any]:
     """
     method = _settings(view.plan.method)
     scaling = getattr(method, "scaling", "standard")
-    wanted = {fitted.place.name: _rank_and_scale(fitted, adapter) for fitted, adapter in view.adapted}
+    wanted = {site.name: _rank_and_scale(site, adapter) for site, adapter in view.adapted}
     plan = view.plan
     if method is not None and all(map(simple, (*plan.rank_pattern, *plan.alpha_pattern))):
         own = {
@@ -88,9 +88,9 @@ def _settings(method: Method) -> Method | None:
     return next((found for inner in method.inner_methods() if (found := _settings(inner)) is not None), None)
 
 
-def _rank_and_scale(fitted: Fitted, adapter: Any) -> tuple[int, float]:
+def _rank_and_scale(site: Site, adapter: Any) -> tuple[int, float]:
     pair = whole_pair(adapter)
-    return pair.rank * fitted.site.groups, pair.scaling
+    return pair.rank * site.groups, pair.scaling
 
 
 def _says(own: Settings, scaling: str, name: str, rank: int, scale: float) -> bool:

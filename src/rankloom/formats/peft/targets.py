@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rankloom.core.graft import LAYER
+from rankloom.core.site import LAYER
 from rankloom.core.targets import matches
 from rankloom.formats.patterns import alternatives
 from rankloom.formats.view import View, attention_of
@@ -45,14 +45,14 @@ def our_targets(view: View) -> tuple[set[str], set[str]]:
     """The modules and the bare parameters that a view adapts; an attention's own weights count as its module."""
     modules: set[str] = set()
     parameters: set[str] = set()
-    for fitted, _ in view.adapted:
-        attention = attention_of(fitted, view.modules)
+    for site, _ in view.adapted:
+        attention = attention_of(site, view.modules)
         if attention is not None:
             modules.add(attention)
-        elif fitted.place.slot == LAYER:
-            modules.add(fitted.place.path)
+        elif site.slot == LAYER:
+            modules.add(site.path)
         else:
-            parameters.add(fitted.place.name)
+            parameters.add(site.name)
     return modules, parameters
 
 

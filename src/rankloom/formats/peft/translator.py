@@ -60,7 +60,7 @@ class Translator(ABC):
             "bias": self.bias_out(plan.bias),
             "trainable_token_indices": _jsonable(tokens) or None,
             "layer_replication": replicated or None,
-            "fan_in_fan_out": any(f.place.kind.name == "conv1d_transposed" for f, _ in view.adapted),
+            "fan_in_fan_out": any(f.kind.name == "conv1d_transposed" for f, _ in view.adapted),
             **self.method_fields(view),
         }
         always = {"peft_type": self.peft_type, "target_modules": values.pop("target_modules")}
@@ -95,12 +95,12 @@ class Translator(ABC):
         ]
         if plan.start is not None:
             found.append(f"its base is made by {plan.start}, and PEFT would lay it on another")
-        places = {(id(f.place.layer), f.place.slot) for f, _ in view.adapted}
-        if any((id(f.place.layer), f.place.slot) in places for f, _ in view.tokens):
+        places = {(id(f.layer), f.slot) for f, _ in view.adapted}
+        if any((id(f.layer), f.slot) in places for f, _ in view.tokens):
             found.append("trained token rows and an adapter on the same layer")
-        for fitted, _ in view.adapted:
-            if fitted.place.kind.name not in self.kinds:
-                found.append(f"{self.peft_type} does not reach {fitted.place.kind.name} sites ({fitted.site.name})")
+        for site, _ in view.adapted:
+            if site.kind.name not in self.kinds:
+                found.append(f"{self.peft_type} does not reach {site.kind.name} sites ({site.name})")
         if saved_wording(view) is None:
             found.append("PEFT reads modules_to_save as any ending of a name, and no wording means ours only")
         return list(dict.fromkeys(found))

@@ -42,7 +42,7 @@ class Vera(Translator):
         return []
 
     def site_entries(self, view: View, paths: Paths) -> list[Entry]:
-        own = [e for fitted, adapter in view.adapted for e in own_entries(adapter, paths.site(fitted))]
+        own = [e for site, adapter in view.adapted for e in own_entries(adapter, paths.site(site))]
         if not _method(view).save_projection:
             return own
         shared = view.shared

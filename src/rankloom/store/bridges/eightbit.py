@@ -45,7 +45,7 @@ def beside(layer: nn.Module) -> list[Tensor]:
     return [scales] if moved and isinstance(scales, Tensor) else []
 
 
-def settle(layer: Any) -> None:
+def normalise(layer: Any) -> None:
     """Codes and scales with the weight, as before the first forward: the weight alone says what it is."""
     weight, state = layer._parameters["weight"], layer.state
     if type(weight) is nn.Parameter and not weight.is_floating_point():

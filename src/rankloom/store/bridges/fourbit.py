@@ -2,8 +2,8 @@
 
 Decoded here and not by bitsandbytes: its AVX-512 kernel misreads rows that are no multiple of the block. On CPUs with
 AVX512-BF16 an eval forward rearranges codes and scales in place, rounds the scales to bfloat16, and from then on cuts
-the gradient of the layer's input; both arrangements are read, and `settle` undoes the second one and forbids it. Where
-its product is by misread rows, `ByCodes` multiplies in its place.
+the gradient of the layer's input; both arrangements are read, and `normalise` undoes the second one and forbids
+it. Where its product is by misread rows, `ByCodes` multiplies in its place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import linear, pad
 from rankloom.errors import StateError
 
 MAY_REARRANGE = "_rankloom_may_rearrange"
-"""Where a settled layer keeps whether bitsandbytes was to rearrange its weight."""
+"""Where a normalised layer keeps whether bitsandbytes was to rearrange its weight."""
 LANES = 32
 """Rows that bitsandbytes' CPU arrangement keeps together."""
 
@@ -62,7 +62,7 @@ def count(weight: Tensor) -> int:
     return int(_state(weight, None).shape.numel())
 
 
-def settle(layer: Any) -> None:
+def normalise(layer: Any) -> None:
     """Codes and scales row by row, now and after every forward, and one state for weight and layer."""
     layer.__dict__.setdefault(MAY_REARRANGE, layer.support_avx512bf16_for_cpu)
     layer.support_avx512bf16_for_cpu = False

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from rankloom.core.adapter import Adapter, Thin, pair_of
-from rankloom.core.kinds import Base
-from rankloom.core.switch import Voice, Voices
+from rankloom.core.adapter import Adapter
+from rankloom.core.base import Base
+from rankloom.core.selection import Active, Selection
+from rankloom.core.thin import Thin
+from rankloom.errors import NotMergeable
 from rankloom.ops.segments import Stack, added, stack, trained
 
 
@@ -31,15 +33,15 @@ class Stacks:
     def __reduce__(self) -> Any:
         return Stacks, ()
 
-    def factors(self, heard: Sequence[Adapter | None], base: Base) -> Mapping[int, Thin]:
-        """The changes that are nothing but two factors, by their place in `heard`."""
-        adapters = [a for a in heard if a is not None]
+    def factors(self, each: Sequence[Adapter | None], base: Base) -> Mapping[int, Thin]:
+        """The changes that are nothing but two factors, by their place in `each`."""
+        adapters = [a for a in each if a is not None]
         tensors = [p for a in adapters for p in a._parameters.values() if p is not None]
         numbers = [(a.training, a.dropout, a.__dict__.get("scaling"), len(a.__dict__)) for a in adapters]
-        state = (heard, numbers, [t._version for t in tensors], [t.data_ptr() for t in tensors])
+        state = (each, numbers, [t._version for t in tensors], [t.data_ptr() for t in tensors])
         if state != self._state or len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
-            pairs = {i: pair_of(adapter, base) for i, adapter in enumerate(heard) if adapter is not None}
-            self._factors = {i: thin for i, thin in pairs.items() if thin is not None}
+            pairs = {i: _own(adapter, base) for i, adapter in enumerate(each) if adapter is not None}
+            self._factors = {i: thin for i, thin in pairs.items() if _plain(thin)}
             self._state, self._tensors, self._held = state, tensors, {}
         return self._factors
 
@@ -51,18 +53,33 @@ class Stacks:
 
 
 def in_segments(
-    table: Mapping[str, Adapter], x: Tensor, y: Tensor, base: Base, voices: Voices, stacks: Stacks
-) -> tuple[Tensor, tuple[Voice, ...]]:
-    """The output with the thin changes of all rows, and the voices that must still speak one by one.
+    table: Mapping[str, Adapter], x: Tensor, y: Tensor, base: Base, selection: Selection, stacks: Stacks
+) -> tuple[Tensor, tuple[Active, ...]]:
+    """The output with the thin changes of all rows, and the selection that must still be applied one by one.
 
     Without gradients `y`, fresh from its layer, is written to; else the sum is a new tensor, differentiable by all.
     """
-    assert voices.segments is not None
-    factors = stacks.factors([table.get(v.name) for v in voices.speakers], base)
+    assert selection.segments is not None
+    factors = stacks.factors([table.get(v.name) for v in selection.active], base)
     if not factors:
-        return y, voices.speakers
-    rest = tuple(v for i, v in enumerate(voices.speakers) if i not in factors)
-    found, x = voices.segments.only(tuple(factors)), x.to(y.dtype)
+        return y, selection.active
+    rest = tuple(v for i, v in enumerate(selection.active) if i not in factors)
+    found, x = selection.segments.only(tuple(factors)), x.to(y.dtype)
     if torch.is_grad_enabled():
         return trained(y, x, found, [(t.A, t.B, t.scale) for t in factors.values()]), rest
     return added(y, x, found, stacks.stacked(y.dtype)), rest
+
+
+def _own(adapter: Adapter, base: Base) -> Thin | None:
+    """The thin form of an adapter that has all its tensors itself and needs no input."""
+    if adapter._modules or adapter._borrowed:
+        return None
+    try:
+        return adapter.thin(base, None)
+    except NotMergeable:
+        return None
+
+
+def _plain(thin: Thin | None) -> TypeGuard[Thin]:
+    """Whether a change is nothing but two factors."""
+    return thin is not None and thin[3:] == (None, None, None, None, 0.0)

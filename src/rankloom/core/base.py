@@ -1,0 +1,75 @@
+"""The base: what an adapter may ask of the frozen layer that it changes, in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankloom.core.kinds import Kind
+from rankloom.core.notes import Notes
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+class Base:
+    """The frozen layer, spoken to through its kind; `context`: what is known of the batch (task ids, attention mask).
+
+    `name`: of the site.
+    """
+
+    __slots__ = ("context", "kind", "layer", "name", "notes")
+
+    def __init__(
+        self,
+        kind: Kind,
+        layer: nn.Module,
+        context: Mapping[str, Any] = _EMPTY,
+        notes: Notes | None = None,
+        name: str = "",
+    ) -> None:
+        self.kind = kind
+        self.layer = layer
+        self.context = context
+        self.notes = notes
+        self.name = name
+
+    def note(self, kind: str, tensor: Tensor) -> None:
+        """Tell the rules of the training something of this forward pass (`Run.notes`); dropped if no rule reads it."""
+        if self.notes is not None:
+            self.notes.put(kind, self.name, tensor)
+
+    def matrix(self) -> Tensor:
+        """The base matrix (…, out, in), dense."""
+        return self.kind.matrix(self.layer)
+
+    def bias(self) -> Tensor | None:
+        """The base bias (out,) or None."""
+        return self.kind.bias(self.layer)
+
+    def down(self, x: Any, a: Tensor) -> Tensor:
+        """x through a (r, in) matrix."""
+        return self.kind.down(self.layer, x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """What `down` gave through a (out, r) matrix."""
+        return self.kind.up(self.layer, h, b)
+
+    def scale(self, y: Tensor, v: Tensor) -> Tensor:
+        """Channels of y times v; of a linear layer also by token, v (…, channels)."""
+        return self.kind.scale(y, v)
+
+    def shift(self, y: Tensor, v: Tensor) -> Tensor:
+        """v shaped to add to the channels of y."""
+        return self.kind.shift(y, v)
+
+    def unbiased(self, y: Tensor) -> Tensor:
+        """The base output without the bias: W x."""
+        bias = self.bias()
+        return y if bias is None else y - self.shift(y, bias.to(y.dtype))
+
+    def apply(self, x: Any, matrix: Tensor) -> Tensor:
+        """x through a full (out, in) matrix."""
+        return self.kind.apply(self.layer, x, matrix)

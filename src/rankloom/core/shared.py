@@ -1,0 +1,39 @@
+"""What several adapters of one name use together: registered once on the first layer, borrowed everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Shared(nn.Module):
+    """Tensors (`provide`, `tensor`) and modules (`module`) by key; `roles` of the tensors, as in `Adapter.roles`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roles: dict[str, str] = {}
+
+    def provide(self, key: str, make: Callable[[], Tensor], *, role: str, trainable: bool) -> None:
+        """Register the tensor under `key` unless it is there already."""
+        if key not in self._parameters:
+            self.register_parameter(key, nn.Parameter(make(), requires_grad=trainable))
+            self.roles[key] = role
+
+    def tensor(self, key: str) -> nn.Parameter:
+        """The parameter registered under `key`."""
+        found = self._parameters[key]
+        assert found is not None
+        return found
+
+    def module(self, key: str, make: Callable[[], M], *, role: str = "router") -> M:
+        """The module under `key`, made by the first who asks; its parameters have this role."""
+        if key not in self._modules:
+            made = make()
+            self.add_module(key, made)
+            self.roles |= {f"{key}.{name}": role for name, _ in made.named_parameters()}
+        found: M = self._modules[key]  # type: ignore[assignment]
+        return found
