@@ -28,7 +28,7 @@ class LoRAPlus(Rule):
         roles = {id(p): role for _, p, role in run.bank.trainable()}
         embeddings = {
             id(p)
-            for name in run.bank.active
+            for name in run.bank.trained
             for f in run.bank.sites(name)
             if f.kind.name == "embedding"
             for p in f.adapter.parameters()

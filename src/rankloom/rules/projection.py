@@ -35,7 +35,7 @@ class ProjectedGradient(Rule):
 
     def _pairs(self, run: Run) -> list[Adapter]:
         found = []
-        for name in run.bank.active:
+        for name in run.bank.trained:
             for _, adapter in run.bank.adapters(name, of=Adapter):
                 roles = type(adapter).roles
                 is_pair = roles.get("A") == "in" and roles.get("B") == "out" and "E" not in roles

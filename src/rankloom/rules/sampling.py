@@ -104,7 +104,7 @@ class RankSampling(Rule):
 
 def elastic(run: Run) -> Iterator[Elastic]:
     """The elastic adapters that speak, combinators' inner ones included."""
-    for name in run.bank.active:
+    for name in run.bank.trained:
         for _, adapter in run.bank.adapters(name, of=Elastic):
             assert isinstance(adapter, Elastic)
             yield adapter

@@ -120,7 +120,7 @@ class Rules:
 
 
 def _found(bank: Bank | None, rules: Iterable[Rule]) -> Iterator[tuple[str, Rule]]:
-    for name in bank.active if bank is not None else ():
+    for name in bank.trained if bank is not None else ():
         assert bank is not None
         plan = bank.plans[name]
         for rule in (*plan.method.rules(), *plan.rules):
