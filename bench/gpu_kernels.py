@@ -68,7 +68,7 @@ def mixed_batches() -> Iterator[tuple[str, Callable[[], object], Callable[[], ob
                 out[part].addmm_(flat[part] @ held.a[i].mT, held.b[i])
 
         moved = 2 * (held.a.numel() + held.b.numel() + x.numel() + 2 * y.numel())
-        kernel = lambda x=x, y=y, held=held, found=found: kernels.added(y, x, found, held)  # noqa: E731
+        kernel = lambda x=x, y=y, held=held, found=found: kernels.added(y, x, found, held, 8)  # noqa: E731
         yield f"segments {rows} rows {adapters} adapters {tokens} tokens", kernel, one_by_one, moved
 
 

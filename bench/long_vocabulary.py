@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankloom as rl
-from rankloom.hf.plan import saved_bytes
+from rankloom.jobs.plan import saved_bytes
 from rankloom.train.longvocab import ChunkedLoss
 from rankloom.train.loss import Loss, default_loss
 

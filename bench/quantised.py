@@ -30,8 +30,8 @@ from torch import nn
 import rankloom as rl
 from rankloom import microworld
 from rankloom.core.plan import Plan
-from rankloom.hf.evaluation import Evaluator
 from rankloom.hf.models import load_model
+from rankloom.jobs.evaluation import Evaluator
 from rankloom.store.base import stored_tensors
 from rankloom.train import data
 from rankloom.train.config import ModelSettings

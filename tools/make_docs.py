@@ -260,9 +260,9 @@ def reliability_page() -> str:
         [
             "# Reliability",
             "",
-            "Each row is a promise that `rankloom reliability` measures. A sabotage breaks the product on purpose; a row",
+            "Each row is a promise that `make reliability` measures. A sabotage breaks the product on purpose; a row",
             "counts only if its measurement notices every one. Each figure says how much was tried; `make reliability` tries",
-            "everything, `rankloom reliability --quick` the part that `make test` has.",
+            "everything, `python bench/reliability.py --quick` the part that `make test` has.",
             "",
             *board,
             "",
@@ -279,7 +279,7 @@ def reliability_page() -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated file and its text."""
-    every = rl.systems()
+    every = rl.list_systems()
     works = [s for s in every if s.status == "works"]
     docs = ROOT / "docs"
     made = {docs / "methods" / f"{name}.md": method_page(name) for name in METHODS}

@@ -37,18 +37,18 @@ _PUBLIC = {
     "export": "rankloom.formats",
     "fit": "rankloom.train.fit",
     "inspect": "rankloom.formats",
+    "list_methods": "rankloom.systems",
+    "list_systems": "rankloom.systems",
     "load": "rankloom.formats",
     "loftq": "rankloom.presets",
     "lora_fa": "rankloom.presets",
     "lq_lora": "rankloom.presets",
     "lqer": "rankloom.presets",
-    "methods": "rankloom.systems",
     "qdylora": "rankloom.presets",
     "qlora": "rankloom.presets",
     "register": "rankloom.registry",
     "rslora": "rankloom.presets",
     "save": "rankloom.formats",
-    "systems": "rankloom.systems",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, resources
-from types import ModuleType
 from typing import Any, Literal, get_args
 
 from rankloom.errors import SettingsError, suggest
@@ -85,14 +83,14 @@ def _table() -> tuple[System, ...]:
     )
 
 
-def systems() -> list[System]:
+def list_systems() -> list[System]:
     """Every system, in the order of the survey."""
     return list(_table())
 
 
 def select(status: str | None = None, section: str | None = None) -> list[System]:
     """Those with a status and of a section (4.1 takes in 4.1.2). Raises `SettingsError` for an unknown one."""
-    found = systems()
+    found = list_systems()
     if status not in (None, *get_args(Status)):
         raise SettingsError(f"there is no status {status!r}{suggest(str(status), get_args(Status))}")
     if section is not None:
@@ -112,7 +110,7 @@ def method(name: str) -> MethodFacts:
     return _facts(name)
 
 
-def methods() -> list[MethodFacts]:
+def list_methods() -> list[MethodFacts]:
     """Every registered method, by name. Kinds and mergeability are found by building it, not stated."""
     from rankloom.registry import METHODS
 
@@ -213,13 +211,3 @@ def _specimens() -> list[tuple[Any, Any]]:
     bare.weight = nn.Parameter(torch.zeros(2, n, n))
     kinds = {kind.name: kind for kind in KINDS.values()}
     return [*((kinds[name], layer) for name, layer in sorted(layers.items())), (Bare("weight"), bare)]
-
-
-class _Module(ModuleType):
-    """The public function `rankloom.systems` and this module share a name: the module answers the call."""
-
-    def __call__(self) -> list[System]:
-        return systems()
-
-
-sys.modules[__name__].__class__ = _Module

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 import rankloom as rl
 from rankloom.hf.models import load_model
-from rankloom.hf.plan import plan_job, saved_bytes
-from rankloom.systems import systems
+from rankloom.jobs.plan import plan_job, saved_bytes
+from rankloom.systems import list_systems
 from rankloom.train.config import ModelSettings
 from rankloom.train.configfile import read_config
 
@@ -33,7 +33,7 @@ def test_help_is_light():
 def test_systems_lists_every_row(run):
     found = run("systems", "--json")
     assert found.code == 0
-    assert found.json == [s.row() for s in systems()]
+    assert found.json == [s.row() for s in list_systems()]
     assert set(found.json[0]) == {"id", "name", "section", "status", "proof"}
     assert all((row["status"] == "works") == bool(row["proof"]) for row in found.json)
     part = run("systems", "--section", "3.1", "--json").json

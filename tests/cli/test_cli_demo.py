@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rankloom.errors import FileError
-from rankloom.hf import demo, wordorder
-from rankloom.hf.docstrings import labelled
+from rankloom.recipes import demo, wordorder
+from rankloom.recipes.docstrings import labelled
 
 
 def test_demo_runs_every_arrow(run, monkeypatch, tmp_path):

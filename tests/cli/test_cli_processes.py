@@ -12,8 +12,8 @@ import pytest
 
 from rankloom.cli.command import speaks
 from rankloom.errors import SettingsError
-from rankloom.hf.job import train_job
 from rankloom.hf.models import device_of
+from rankloom.jobs.runs import train_job
 from rankloom.train.configfile import read_config
 
 

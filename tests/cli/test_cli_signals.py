@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
+from reliability_board.training.process import start
 
-from rankloom.reliability.training.process import start
 from rankloom.train.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

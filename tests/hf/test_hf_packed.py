@@ -13,13 +13,13 @@ import rankloom as rl
 from rankloom import microworld
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, SettingsError, StateError
-from rankloom.hf.job import eval_job, train_job
-from rankloom.hf.merge import merge_job
 from rankloom.hf.models import ModelSettings, load_model, skeleton
 from rankloom.hf.packed import save_packed
-from rankloom.hf.plan import plan_job
-from rankloom.hf.quantize import quantize_job
 from rankloom.hf.shards import Shards, write_shards
+from rankloom.jobs.merge import merge_job
+from rankloom.jobs.plan import plan_job
+from rankloom.jobs.quantize import quantize_job
+from rankloom.jobs.runs import eval_job, train_job
 from rankloom.store.base import Packed
 from rankloom.train.config import from_data
 
@@ -239,8 +239,8 @@ def test_one_layer_at_a_time_is_in_memory(base, tmp_path, monkeypatch):
             weakref.finalize(found.untyped_storage(), lambda: alive.__setitem__(0, alive[0] - 1))
             return found
 
-    monkeypatch.setattr("rankloom.hf.merge.Shards", Counting)
-    monkeypatch.setattr("rankloom.hf.merge.write_shards", lambda f, t: write_shards(f, t, largest=1))
+    monkeypatch.setattr("rankloom.jobs.merge.Shards", Counting)
+    monkeypatch.setattr("rankloom.jobs.merge.write_shards", lambda f, t: write_shards(f, t, largest=1))
     found = merge_job(config_of(base), tmp_path / "a", tmp_path / "m", verify=False)
     assert found.error is None
     assert found.measured_on == "not measured"

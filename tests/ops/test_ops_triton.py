@@ -60,7 +60,7 @@ def test_without_a_gpu_nothing_imports_triton():
 
 def test_where_a_kernel_is_usable_it_is_used(monkeypatch):
     kernels = types.ModuleType("rankloom.ops.triton.segments")
-    kernels.added = lambda y, x, found, held: y + 7
+    kernels.added = lambda y, x, found, held, most: y + 7
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr("rankloom.ops.triton.segments", kernels, raising=False)
     monkeypatch.setattr(ops, "usable", lambda *_: True)

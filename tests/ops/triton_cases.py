@@ -45,7 +45,7 @@ def mixed_batches():
                 if dtype != torch.float32:
                     wide = type(wide)(held.a.double(), held.b.double(), held.ranks, held.scales.double(), held.factors)
                 wanted = added(y.double(), x.double(), found, wide)  # no kernel computes in float64
-                made = kernels.added(y.clone(), x, found, held)
+                made = kernels.added(y.clone(), x, found, held, 8)
                 say(f"segments {name} {tokens} {dtype}", made, wanted, y)
                 silent = [i for i, a in enumerate(which) if a < 0]
                 assert torch.equal(made[silent], y[silent])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import time
+from pathlib import Path
 
 import pytest
+import typer
+from reliability_board import board
+from reliability_board.board import Budget, Finding, Row, Sabotage, run, swapped
+from reliability_board.child import forked
 from typer.testing import CliRunner
 
-from rankloom.cli.commands import app
 from rankloom.errors import SettingsError
-from rankloom.reliability import board
-from rankloom.reliability.board import Budget, Finding, Row, Sabotage, run, swapped
-from rankloom.reliability.child import forked
 
 
 class Product:
@@ -65,8 +67,13 @@ def planted(monkeypatch):
     return found
 
 
+SCRIPT = Path(__file__).parents[2] / "bench" / "reliability.py"
+
+
 def call(*words):
-    return CliRunner().invoke(app, ["reliability", *words])
+    app = typer.Typer()
+    app.command()(runpy.run_path(str(SCRIPT))["reliability"])
+    return CliRunner().invoke(app, words)
 
 
 def test_the_command_prints_the_rows(planted):

@@ -9,14 +9,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from reliability_board import board
 
-from rankloom.reliability import board
+SCRIPT = Path(__file__).parents[2] / "bench" / "reliability.py"
 
 
 def measured(number, *options):
-    command = [sys.executable, "-m", "rankloom.cli", "reliability", "--row", str(number), "--quick", "--json", *options]
+    command = [sys.executable, str(SCRIPT), "--row", str(number), "--quick", "--json", *options]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )

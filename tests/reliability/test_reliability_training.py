@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from reliability_board.training.crash import Disk, File, Folder
+from reliability_board.training.process import start, together
+from reliability_board.training.world import SETTINGS, World, plan_of, worlds
 
 from rankloom import registry
 from rankloom.files.disk import Operation
-from rankloom.reliability.training.crash import Disk, File, Folder
-from rankloom.reliability.training.process import start, together
-from rankloom.reliability.training.world import SETTINGS, World, plan_of, worlds
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the board forks")
 

@@ -9,18 +9,18 @@ import pytest
 
 import rankloom
 from rankloom.registry import METHODS, RULES, load
-from rankloom.systems import System, methods, systems
+from rankloom.systems import System, list_methods, list_systems
 
 ROOT = Path(__file__).parents[2]
 CATALOG = [line.split() for line in (Path(__file__).parent / "catalog.txt").read_text().splitlines()]
-WORKS = [s for s in systems() if s.status == "works"]
+WORKS = [s for s in list_systems() if s.status == "works"]
 
 
 def test_rows_are_the_catalogs():
     assert len(CATALOG) == 191
-    assert [[s.id, s.section] for s in systems()] == CATALOG
-    assert len({s.id for s in systems()}) == 191
-    assert all(s.name.strip() for s in systems())
+    assert [[s.id, s.section] for s in list_systems()] == CATALOG
+    assert len({s.id for s in list_systems()}) == 191
+    assert all(s.name.strip() for s in list_systems())
 
 
 def test_status_follows_from_the_proof():
@@ -58,7 +58,7 @@ def test_a_working_system_has_its_proof_and_runs(system):
 
 
 def test_names_and_parts_resolve():
-    for system in systems():
+    for system in list_systems():
         for name in system.runs:
             table = METHODS if name in METHODS else RULES
             assert load(table[name]) is not None
@@ -67,13 +67,13 @@ def test_names_and_parts_resolve():
 
 
 def test_public_names_answer_whether_or_not_their_modules_are_loaded():
-    assert len(rankloom.systems()) == len(rankloom.systems()) == 191
-    assert {m.name for m in rankloom.methods()} == set(METHODS)
+    assert len(rankloom.list_systems()) == len(rankloom.list_systems()) == 191
+    assert {m.name for m in rankloom.list_methods()} == set(METHODS)
     assert rankloom.methods.lora.LoRA is rankloom.LoRA
 
 
 def test_method_facts_are_found_by_building():
-    facts = {m.name: m for m in methods()}
+    facts = {m.name: m for m in list_methods()}
     assert facts["lora"].arxiv == "2106.09685"
     assert facts["rslora"].arxiv == "2312.03732"
     assert facts["rslora"].preset
@@ -96,4 +96,4 @@ def test_method_facts_are_found_by_building():
 def test_method_facts_are_json():
     import dataclasses
 
-    assert json.loads(json.dumps([dataclasses.asdict(m) for m in methods()]))
+    assert json.loads(json.dumps([dataclasses.asdict(m) for m in list_methods()]))

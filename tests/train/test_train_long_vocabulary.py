@@ -12,7 +12,7 @@ from train_world import llama, mlp, points, texts
 
 import rankloom as rl
 from rankloom.errors import SettingsError
-from rankloom.hf.plan import saved_bytes
+from rankloom.jobs.plan import saved_bytes
 from rankloom.ops.chunked import chunked_cross_entropy
 from rankloom.store.model import keep
 from rankloom.store.normalfloat import NormalFloat

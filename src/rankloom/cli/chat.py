@@ -23,12 +23,12 @@ def chat(
     """Talk with a model, line by line, until an empty line. `/reset` forgets, `/base` and `/adapter` switch."""
     with screen(json) as out:
         from rankloom.hf.generate import Decoding
-        from rankloom.hf.place import find_place
-        from rankloom.hf.talk import Conversation
+        from rankloom.jobs.opening import open_path
+        from rankloom.jobs.talk import Conversation
 
         path, changes = split(arguments)
-        place = find_place(path, changes)
-        talk = Conversation.start(place, Decoding(max_new_tokens, temperature, top_p, place.config.seed), system)
+        opened = open_path(path, changes)
+        talk = Conversation.start(opened, Decoding(max_new_tokens, temperature, top_p, opened.config.seed), system)
         for line in _lines(out):
             out.text(talk.say(line))
         out.result(talk.turns())

@@ -18,7 +18,6 @@ from rankloom.cli.merge import merge
 from rankloom.cli.methods import methods
 from rankloom.cli.plan import plan
 from rankloom.cli.quantize import quantize
-from rankloom.cli.reliability import reliability
 from rankloom.cli.systems import systems
 from rankloom.cli.train import train
 
@@ -61,7 +60,6 @@ for _name, _function in (
     ("limits", limits),
     ("methods", methods),
     ("systems", systems),
-    ("reliability", reliability),
     ("demo", demo),
 ):
     app.command(_name)(guarded(_function))

@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """The whole job in about a minute, with nothing to download: plan, train, judge, save, reload, merge, generate."""
     with screen(json) as show:
-        from rankloom.hf.demo import run_demo
+        from rankloom.recipes.demo import run_demo
 
         found = run_demo(out, tell=show.stage)
         show.result(found.as_dict())

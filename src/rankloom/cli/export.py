@@ -19,12 +19,12 @@ def export(
 ) -> None:
     """Write an adapter of any mergeable method as plain LoRA, by SVD, with the relative error stated."""
     with screen(json) as show:
-        from rankloom.hf.job import export_job, plain
-        from rankloom.hf.place import find_place
+        from rankloom.jobs.opening import open_path
+        from rankloom.jobs.runs import export_job, plain
 
         path, target, changes = split_out(arguments, out)
-        place = find_place(path, changes)
-        found = export_job(place.config, place.need_adapter(), target, as_, r)
+        opened = open_path(path, changes)
+        found = export_job(opened.config, opened.need_adapter(), target, as_, r)
         show.result(plain(found))
         worst = sorted(found.errors.items(), key=lambda pair: -pair[1])[:5]
         show.table(("layers with the largest error", "relative error"), worst)

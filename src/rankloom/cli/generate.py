@@ -27,14 +27,14 @@ def generate(
     """Answer prompts with a run's or adapter's folder, or a bare model: `rankloom generate run "Rotate: 1 2 3"`."""
     with screen(json) as out:
         from rankloom.hf.generate import Decoding
-        from rankloom.hf.place import find_place
-        from rankloom.hf.talk import answer_job
+        from rankloom.jobs.opening import open_path
+        from rankloom.jobs.talk import answer_job
 
         path, given, changes = split_prompts(arguments, prompt)
-        place = find_place(path, changes)
-        decoding = Decoding(max_new_tokens, temperature, top_p, place.config.seed)
+        opened = open_path(path, changes)
+        decoding = Decoding(max_new_tokens, temperature, top_p, opened.config.seed)
         prompts = given or [typer.get_text_stream("stdin").read()]
-        found = answer_job(place, prompts, decoding, raw=raw)
+        found = answer_job(opened, prompts, decoding, raw=raw)
         out.result([{"prompt": p, "answer": a} for p, a in zip(prompts, found)])
         for answer in found:
             out.text(answer)

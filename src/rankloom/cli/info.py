@@ -18,7 +18,7 @@ def info(
 ) -> None:
     """What a folder or model holds: an adapter's settings, a run's numbers, a model's layers and their names."""
     with screen(json) as out:
-        from rankloom.hf.describe import describe
+        from rankloom.jobs.describe import describe
 
         found = describe(path)
         out.result(found.data)

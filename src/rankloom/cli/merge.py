@@ -11,7 +11,7 @@ from rankloom.cli.options import ArgumentsOut, Json, Out, split_out
 from rankloom.cli.screen import Screen, screen, size
 
 if TYPE_CHECKING:
-    from rankloom.hf.merge import MergeReport
+    from rankloom.jobs.merge import MergeReport
 
 
 class Into(StrEnum):
@@ -35,12 +35,12 @@ def merge(
 ) -> None:
     """Fold an adapter into its model for good and save it as a model, with the error measured."""
     with screen(json) as show:
-        from rankloom.hf.merge import merge_job
-        from rankloom.hf.place import find_place
+        from rankloom.jobs.merge import merge_job
+        from rankloom.jobs.opening import open_path
 
         path, target, changes = split_out(arguments, out)
-        place = find_place(path, changes)
-        found = merge_job(place.config, place.need_adapter(), target, tolerance, into.value, verify)
+        opened = open_path(path, changes)
+        found = merge_job(opened.config, opened.need_adapter(), target, tolerance, into.value, verify)
         show.result(found.as_dict())
         _show(show, found)
 

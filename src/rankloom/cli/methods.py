@@ -20,7 +20,7 @@ def methods(
         from rankloom import systems
 
         if name is None:
-            found = systems.methods()
+            found = systems.list_methods()
             out.result([dataclasses.asdict(m) for m in found])
             out.table(
                 ("method", "arXiv", "merges", "idea"),

@@ -11,11 +11,11 @@ from rankloom.cli.screen import screen, size
 def plan(arguments: Arguments = None, json: Json = False) -> None:
     """The dry run: what is adapted and what is not, counts, memory, file size, conflicts. Exit code 2 on a conflict."""
     with screen(json) as out:
-        from rankloom.hf.place import find_place
-        from rankloom.hf.plan import plan_run
+        from rankloom.jobs.opening import open_path
+        from rankloom.jobs.plan import plan_run
 
         path, changes = split(arguments)
-        planned = plan_run(find_place(path, changes).config)
+        planned = plan_run(open_path(path, changes).config)
         found, memory = planned.report, planned.report.memory
         out.result(planned.as_dict())
         for what, text in planned.stages:
@@ -23,7 +23,7 @@ def plan(arguments: Arguments = None, json: Json = False) -> None:
         out.table(
             ("layers", "kind", "shape", "trainable each"),
             [(f"{g.count} × {g.pattern}", g.kind, "×".join(map(str, g.shape)), g.trainable) for g in planned.groups],
-            title=f"{found.method} on {len(found.sites)} places of {found.model}",
+            title=f"{found.method} on {len(found.sites)} sites of {found.model}",
         )
         out.facts(
             [

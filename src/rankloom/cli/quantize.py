@@ -11,11 +11,11 @@ def quantize(arguments: ArgumentsOut = None, out: Out = None, json: Json = False
     method that starts from what the store loses: `method=loftq method.r=16 plan.store.bits=2`.
     """
     with screen(json) as show:
-        from rankloom.hf.place import find_place
-        from rankloom.hf.quantize import quantize_job
+        from rankloom.jobs.opening import open_path
+        from rankloom.jobs.quantize import quantize_job
 
         path, target, changes = split_out(arguments, out)
-        found = quantize_job(find_place(path, changes).config, target)
+        found = quantize_job(open_path(path, changes).config, target)
         show.result(found.as_dict())
         rows = [("before", k) for k in found.before] + [("now", k) for k in found.kept]
         show.table(

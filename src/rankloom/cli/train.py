@@ -21,11 +21,11 @@ def train(
 ) -> None:
     """Fine-tune, judged before and after: `rankloom train model=microworld data=microworld:list_rotate#900 out=run`."""
     with screen(json) as out:
-        from rankloom.hf.job import train_job
-        from rankloom.hf.place import find_place
+        from rankloom.jobs.opening import open_path
+        from rankloom.jobs.runs import train_job
 
         path, changes = split(arguments)
-        found = train_job(find_place(path, changes).config, resume=resume or False, tell=out.stage).result
+        found = train_job(open_path(path, changes).config, resume=resume or False, tell=out.stage).result
         if not speaks():
             return
         out.result(found.as_dict())

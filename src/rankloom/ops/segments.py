@@ -121,7 +121,7 @@ def added(y: Tensor, x: Tensor, found: Segments, held: Stack) -> Tensor:
     if usable(y, y.dtype):
         from rankloom.ops.triton import segments as kernels
 
-        return kernels.added(y, x, found, held)
+        return kernels.added(y, x, found, held, FEW)
     tokens = x.numel() // x.shape[-1] // found.batch
     flat = y.reshape(-1, y.shape[-1])
     if found.filled is None:

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankloom.ops.segments import FEW, Segments, Stack
 
-
-def added(y: Tensor, x: Tensor, found: Segments, held: Stack) -> Tensor:
-    """`y` (rows, …, out) with the changes for `x` (rows, …, in) written into it, as `ops.segments.added`."""
+def added(y: Tensor, x: Tensor, found, held, most: int) -> Tensor:
+    """`y` (rows, …, out) with the changes for `x` (rows, …, in) written into it, as `ops.segments.added`; rows of up to
+    `most` tokens are taken one by one.
+    """
     flat, inputs = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous()
     tokens = inputs.shape[0] // found.batch
-    few = tokens <= FEW
+    few = tokens <= most
     tile = 16 if tokens < 64 else 64
     _, r, width = held.a.shape
     rank, out = max(16, triton.next_power_of_2(r)), flat.shape[1]

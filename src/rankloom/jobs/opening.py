@@ -1,0 +1,74 @@
+"""What a path on the command line means: a run's folder, an adapter's folder, or a configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankloom.errors import FileError, SettingsError, suggest
+from rankloom.jobs.runs import ADAPTER, CONFIG
+from rankloom.train.config import ModelSettings, RunConfig
+from rankloom.train.configfile import read_config
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A configuration with the adapter that goes with it, if there is one."""
+
+    config: RunConfig
+    adapter: Path | None
+
+    def need_adapter(self) -> Path:
+        """The adapter's folder, or an error that says how to give it."""
+        if self.adapter is None:
+            raise SettingsError("no adapter is given: name a run's folder, or an adapter's folder")
+        return self.adapter
+
+
+def open_path(path: Path | None, changes: Sequence[str] = ()) -> Opened:
+    """The configuration and adapter that `path` means, with changes `key=value` applied.
+
+    A run's folder has both. An adapter's folder names its base model itself; `model=` comes before that.
+    """
+    if path is None:
+        return Opened(read_config(None, changes), None)
+    if (path / CONFIG).is_file():
+        adapter = path / ADAPTER
+        return Opened(read_config(path / CONFIG, changes), adapter if adapter.is_dir() else None)
+    if (path / ADAPTER_CONFIG).is_file():
+        return Opened(_with_base(read_config(_config_beside(path), changes), path), path)
+    if path.is_dir():
+        there = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
+        raise FileError(
+            f"{path}: neither a run's folder ({CONFIG}) nor an adapter's ({ADAPTER_CONFIG}); there is {there}"
+        )
+    if path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise FileError(
+            f"{path}: a {path.suffix or 'nameless'} file; name a run's folder, an adapter's, or a YAML file"
+        )
+    if not path.exists() and not path.suffix:
+        near = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileError(f"{path}: no such file or folder{suggest(path.name, near)}")
+    return Opened(read_config(path, changes), None)
+
+
+def _config_beside(adapter: Path) -> Path | None:
+    """The run's own configuration, if the adapter still lies in its run."""
+    found = adapter.absolute().parent / CONFIG
+    return found if adapter.name == ADAPTER and found.is_file() else None
+
+
+def _with_base(config: RunConfig, adapter: Path) -> RunConfig:
+    """The base model that the adapter names, unless one is given."""
+    if config.model is not None:
+        return config
+    from rankloom.formats.manifest import read_config as read_adapter_config
+
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise SettingsError(f"{adapter} does not name its base model: give model=FOLDER or model=OWNER/NAME")
+    return dataclasses.replace(config, model=ModelSettings(base))

@@ -1,0 +1,378 @@
+"""The main job: config → model and data → attach → judge → fit → judge → files; and what is done with the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rankloom import formats
+from rankloom.core.attach import attach
+from rankloom.errors import FileError, SettingsError, StateError
+from rankloom.files.folders import replace_file
+from rankloom.files.strict import as_json
+from rankloom.formats.saving import Parcel, parcel
+from rankloom.hf.folder import model_folder, writing
+from rankloom.hf.models import Loaded, device_of, load_model, with_heads
+from rankloom.hf.packed import GLOB as PACKED
+from rankloom.hf.packed import save_packed
+from rankloom.jobs.evaluation import Answer, Evaluator
+from rankloom.jobs.rundata import RunRecords, judged_records, prepared, read_records
+from rankloom.store.base import Store
+from rankloom.train.config import DataSettings, RunConfig, as_data
+from rankloom.train.configfile import dump
+from rankloom.train.data import Batches, Prepared, preview
+from rankloom.train.engine import join
+from rankloom.train.fit import Result, fit
+from rankloom.train.longvocab import loss_of_batches
+from rankloom.train.processes import Processes
+from rankloom.train.report import Report, Row
+from rankloom.train.rng import seed_all
+from rankloom.train.settings import TrainSettings
+
+CONFIG, RECORD, ADAPTER, BASE = "config.yaml", "run.json", "adapter", "base"
+CALIBRATION = 64
+"""Rows of training data that a start looks at."""
+PACKAGES = ("rankloom", "torch", "transformers", "accelerate", "safetensors", "peft")
+Tell = Callable[[str, str], None]
+"""Told (what, text) of each stage as it comes."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a training came to. `before`, `after`: metrics on held-out data; `compatibility`: who else can load the
+    adapter; `answers`: (before, after) to the same question.
+    """
+
+    out: Path
+    adapter: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    steps: int
+    seconds: float
+    tokens: int
+    trainable: int
+    total: int
+    final_loss: float
+    stopped: str
+    compatibility: str = ""
+    answers: tuple[tuple[Answer, Answer], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        found: dict[str, Any] = plain(self)
+        return found
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: what it came to, and the model with its adapter speaking."""
+
+    result: JobResult
+    loaded: Loaded
+
+
+def train_job(
+    config: RunConfig,
+    *,
+    resume: bool | str = False,
+    tell: Tell | None = None,
+    report: Callable[[Row], None] | Report | None = None,
+) -> Trained:
+    """Fine-tune by `config`, judged before and after, into `config.out`.
+
+    That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `checkpoints/`, `adapter/`
+    and `run.json`.
+
+    Started in several processes (torchrun), each does its share, and the main one tells, reports and writes.
+
+    Raises:
+        SettingsError, TargetError, FileError, DataError, StateError: before training, nothing half-written.
+        PeerError: another process failed.
+    """
+    processes = join(device_of(config.need_model().device).type)
+    say = tell if tell is not None and processes.main else _silent
+    out = Path(config.need_out()).expanduser()
+    ready = processes.agree(lambda: _ready(config, out, resume, processes, say))
+    config, loaded = ready.config, ready.loaded
+    with _settled(loaded, packing=config.need_data().packing), writing(out):
+        processes.agree(lambda: _begin(ready, out) if processes.main else None)
+        batches, chosen = ready.batches, config.train
+        result = fit(
+            loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
+        )
+    found = _result(loaded, result, ready.evaluator, out)
+    together = processes.agree if chosen.sharding == "none" else processes.meet
+    made = together(lambda: parcel(loaded.model, config.name))
+    written = processes.agree(lambda: _saved(ready, found, made) if processes.main else found)
+    return Trained(processes.from_main(written), loaded)
+
+
+def _begin(ready: _Ready, out: Path) -> None:
+    """Write what a run needs before its first step, to be gone on with."""
+    _keep_base(ready, out)
+    replace_file(out / CONFIG, dump(ready.config).encode())
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A job that has all it needs: the resolved configuration, the adapted model, and both kinds of data."""
+
+    config: RunConfig
+    loaded: Loaded
+    records: RunRecords
+    batches: Batches
+    evaluator: Evaluator
+
+
+def _ready(config: RunConfig, out: Path, resume: bool | str, processes: Processes, say: Tell) -> _Ready:
+    data, settings = config.need_data(), config.need_model()
+    check_out(out, resume)
+    records = read_records(data, config.seed)
+    seed_all(config.seed)
+    base = out / BASE if resume and (out / BASE).is_dir() else None
+    used = settings if base is None else dataclasses.replace(settings, path=str(base))
+    loaded = load_model(used, records.form, records.labels)
+    train = prepared(records.train, loaded.tokenizer, data)
+    held = prepared(records.evaluation, loaded.tokenizer, data)
+    say("data", f"{train.summary()}\nevaluation: {records.note}")
+    say("preview", preview(train[0], loaded.tokenizer, labels=train.labels))
+    batches = Batches(
+        train, data.batch_size, config.seed, packing=data.packing, rank=processes.rank, world=processes.world
+    )
+    _adapt(loaded, config, batches, made=base is not None)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(settings, task=loaded.task),
+        data=dataclasses.replace(data, hold_out=records.held_out, labels=records.labels or data.labels),
+        train=_length(config.train, data, len(batches)),
+    )
+    return _Ready(config, loaded, records, batches, _evaluator(loaded, held, config, processes))
+
+
+def _saved(ready: _Ready, found: JobResult, made: Parcel) -> JobResult:
+    """The adapter and the record of the job, written; the result as it then is."""
+    config, out = ready.config, found.out
+    with writing(out):
+        card = _card(config, ready.records, found)
+        saved = made.write(out / ADAPTER, card)
+        found = dataclasses.replace(found, compatibility=str(saved.compat))
+        replace_file(out / RECORD, as_json({"config": as_data(config), "versions": versions(), **found.as_dict()}))
+    return found
+
+
+def _adapt(loaded: Loaded, config: RunConfig, batches: Batches, *, made: bool) -> None:
+    """Attach the plan; `made`: to the base that its start made before."""
+    plan = with_heads(config.plan, loaded.heads)
+    bank = attach(
+        loaded.model,
+        dataclasses.replace(plan, start=None) if made else plan,
+        config.name,
+        probe=_probe(batches, loaded),
+        calibration=_calibration(batches, config.need_data().batch_size),
+    )
+    bank.plans[config.name] = plan
+
+
+def _keep_base(ready: _Ready, out: Path) -> None:
+    """Keep a base that the plan made from values or data beside the run: only the adapter's own base is its base."""
+    plan, loaded = ready.config.plan, ready.loaded
+    if plan.start is None and isinstance(plan.store, Store | None):
+        return
+    if not (out / BASE).is_dir():
+        with model_folder(out / BASE) as hidden:
+            save_packed(loaded.model, loaded.tokenizer, hidden)
+    loaded.model.name_or_path = str(out / BASE)
+
+
+def calibration(config: RunConfig, tokenizer: Any) -> list[dict[str, Any]] | None:
+    """Batches of the training data for a start that looks at data; None where there is no data."""
+    if config.data is None:
+        return None
+    train = prepared(read_records(config.data, config.seed).train, tokenizer, config.data)
+    return _calibration(Batches(train, config.data.batch_size, config.seed), config.data.batch_size)
+
+
+def _calibration(batches: Batches, rows: int) -> list[dict[str, Any]]:
+    return [batches.batch_at(i) for i in range(min(len(batches), math.ceil(CALIBRATION / rows)))]
+
+
+def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[str, float]]:
+    """Metrics of the base, and with `adapter` of the adapted model, on `config.data`: what a training judges by, or the
+    whole source where nothing is held out. `{"base": {…}, "adapter": {…}}`.
+    """
+    config, data = on_its_base(config, adapter), config.need_data()
+    records = judged_records(data, config.seed)
+    seed_all(config.seed)
+    loaded = load_model(config.need_model(), records.format, records.labels)
+    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), config, Processes())
+    if adapter is None:
+        return {"base": evaluator(loaded.model)}
+    bank = formats.load(loaded.model, adapter, config.name)
+    with bank.using():
+        base = evaluator(loaded.model)
+    with bank.using(config.name):
+        return {"base": base, "adapter": evaluator(loaded.model)}
+
+
+def load_adapted(config: RunConfig, adapter: Path | None) -> Loaded:
+    """The model of `config` with the adapter of a folder, speaking."""
+    config = on_its_base(config, adapter)
+    loaded = load_model(config.need_model(), labels=known_labels(config))
+    if adapter is not None:
+        formats.load(loaded.model, adapter, config.name).use(config.name)
+    return loaded
+
+
+def on_its_base(config: RunConfig, adapter: Path | None) -> RunConfig:
+    """The run on the base that lies with its adapter, where the run, or `quantize`, packed one of its own for it."""
+    if adapter is None:
+        return config
+    beside = adapter.absolute().parent
+    found = next((folder for folder in (beside / BASE, beside) if any(folder.glob(PACKED))), None)
+    return (
+        config
+        if found is None
+        else dataclasses.replace(config, model=dataclasses.replace(config.need_model(), path=str(found), revision=None))
+    )
+
+
+def known_labels(config: RunConfig) -> tuple[str, ...]:
+    """The class names that the configuration of a classification states."""
+    return config.data.labels or () if config.data is not None else ()
+
+
+def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int = 8) -> Any:
+    """The adapter as another kind of file: `as_="lora"` is the best LoRA of rank `r`, with its error by site."""
+    check_out(out, False)
+    loaded = load_adapted(config, adapter)
+    with writing(out):
+        return formats.export(loaded.model, out, config.name, as_=as_, r=r)
+
+
+def check_out(out: Path, resume: bool | str) -> None:
+    """Refuse a folder that cannot be written, or that holds a run which is not to be resumed."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileError(f"{out}: cannot be written: {there} is a file; give another out=")
+    held = [n for n in (ADAPTER, "checkpoints", RECORD) if (out / n).exists()]
+    if held and not resume:
+        raise StateError(
+            f"{out} already holds a run ({', '.join(held)}): --resume auto goes on with it, or give another out="
+        )
+
+
+def check_empty(out: Path) -> None:
+    """Refuse a folder that holds anything, or that cannot be written."""
+    check_out(out, False)
+    if out.exists() and any(out.iterdir()):
+        raise StateError(f"{out} is not empty: a model gets a folder of its own; give another --out")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _evaluator(loaded: Loaded, held: Prepared, config: RunConfig, processes: Processes) -> Evaluator:
+    data = config.need_data()
+    if held.labels and loaded.model.config.pad_token_id is None:
+        loaded.model.config.pad_token_id = held.pad_id
+    return Evaluator(
+        held,
+        loaded.tokenizer,
+        batch_size=data.batch_size,
+        most_answers=data.eval_answers,
+        answer_tokens=data.answer_tokens,
+        template=data.template,
+        loss=loss_of_batches(config.train),
+        processes=processes,
+    )
+
+
+def _length(settings: TrainSettings, data: DataSettings, batches: int) -> TrainSettings:
+    """The settings with as many steps as the epochs make, where epochs are given."""
+    if data.epochs is None:
+        return settings
+    return dataclasses.replace(settings, steps=max(1, math.ceil(data.epochs * batches / settings.accumulate)))
+
+
+@contextmanager
+def _settled(loaded: Loaded, *, packing: bool) -> Iterator[None]:
+    """No cache of keys and values while packed rows train: with one, transformers ignores where examples begin."""
+    config = loaded.model.config
+    before = getattr(config, "use_cache", None)
+    if packing and loaded.task != "causal-lm":
+        raise SettingsError(f"packing=True needs a causal model; the task here is {loaded.task}")
+    if packing:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if packing:
+            config.use_cache = before
+
+
+def _probe(batches: Batches, loaded: Loaded) -> dict[str, Any]:
+    """One row of the first batch, to hear every site."""
+    first = {k: v[:1].to(loaded.model.device) for k, v in batches.batch_at(0).items()}
+    del first["labels"]
+    return first
+
+
+def _result(loaded: Loaded, result: Result, evaluator: Evaluator, out: Path) -> JobResult:
+    history = evaluator.history
+    return JobResult(
+        out=out,
+        adapter=out / ADAPTER,
+        before=result.metrics.get("before", {}),
+        after=result.metrics.get("after", {}),
+        steps=result.steps,
+        seconds=round(result.seconds, 3),
+        tokens=result.tokens,
+        trainable=result.trainable,
+        total=sum(p.numel() for p in loaded.model.parameters()),
+        final_loss=result.losses[-1],
+        stopped=result.stopped,
+        answers=tuple(zip(history[0], history[-1])) if len(history) > 1 else (),
+        notes=loaded.notes + evaluator.prepared.notes,
+    )
+
+
+def _card(config: RunConfig, records: RunRecords, found: JobResult) -> dict[str, Any]:
+    """What the model card tells beyond the adapter itself."""
+    train = {k: v for k, v in plain(config.train).items() if v is not None}
+    return {
+        "data": {"training": f"{len(records.train)} records of {records.train.source}", "evaluation": records.note},
+        "metrics": {k: {"before": found.before.get(k, ""), "after": v} for k, v in found.after.items()},
+        "settings": {**train, "batch_size": config.need_data().batch_size},
+    }
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON takes them; a number that is none becomes null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _silent(what: str, text: str) -> None:
+    return None
