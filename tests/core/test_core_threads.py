@@ -51,7 +51,7 @@ def test_threads_inside_one_forward_of_stacked_parameters():
 
         def forward(self):
             first = self.w
-            self.gate.wait(timeout=10)
+            self.gate.wait(timeout=300)
             return first + self.w
 
     model = Owner(threading.Barrier(2))

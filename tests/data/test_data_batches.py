@@ -122,7 +122,7 @@ def test_every_place_is_equally_likely():
 
 def test_order_is_the_same_in_another_process():
     code = "from rankloom.train.data.order import permutation; print(permutation(20, 7, 2))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=500).stdout
     assert json.loads(out) == permutation(20, 7, 2)
 
 

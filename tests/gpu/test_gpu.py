@@ -101,7 +101,7 @@ def relative(found, wanted):
 def test_kernels_equal_their_references():
     cases = Path(__file__).parents[1] / "ops" / "triton_cases.py"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, cases], env=env, capture_output=True, text=True, timeout=110)
+    done = subprocess.run([sys.executable, cases], env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     for case in map(json.loads, done.stdout.splitlines()):
         assert case["off"] < (1e-6 if "float32" in case["case"] else 1e-2), case

@@ -22,7 +22,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install 'rankloom[kernels]')")
 def test_kernels_equal_their_references():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, CASES], env=env, capture_output=True, text=True, timeout=110)
+    done = subprocess.run([sys.executable, CASES], env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 50
@@ -35,7 +35,7 @@ def test_kernels_equal_their_references():
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     script = CASES.with_name("triton_compiled.py")
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=110)
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {case["kernel"] for case in found} == {"shrink", "expand", "look_up", "row_product", *GAINS}
@@ -53,7 +53,7 @@ def test_without_a_gpu_nothing_imports_triton():
         "torch.nn.functional.linear(torch.randn(1, 64), NormalFloat().pack(torch.randn(8, 64)))\n"
         "print([n for n in sys.modules if n.split('.')[0] == 'triton'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
