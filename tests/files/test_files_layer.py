@@ -204,10 +204,10 @@ def test_an_open_folder_stays_the_one_that_was_opened(tmp_path):
     ],
 )
 def test_strict_json_refuses(raw, words):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FileError, match=words):
         parse(raw, "f")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_strict_json_reads():
