@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "rankloom"
-FLOOR = {"errors"}
+FLOOR = {"errors", "settings"}
 PARTS = {"files", "core", "store", "ops", "methods", "gates", "starts", "rules", "optim"}
 MIDDLE = PARTS | {"registry", "presets", "compose", "formats", "train", "theory", "systems", "microworld"}
 UPPER = MIDDLE | {"continual", "unlearn", "federated", "longcontext", "serve", "testing"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "settings": {"registry"},
     "store": {"ops"},
     "ops": set(),
     "files": set(),
-    "core": {"store", "ops"},
+    "core": {"store", "ops", "registry"},
     **dict.fromkeys(("methods", "gates", "starts", "rules", "optim"), PARTS),
-    "registry": {"core", "methods"},
+    "registry": set(),
     "systems": {"core", "registry"},
     "microworld": set(),
     **dict.fromkeys(("presets", "compose", "formats", "train", "theory"), MIDDLE),

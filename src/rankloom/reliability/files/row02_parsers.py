@@ -73,7 +73,7 @@ def manifest(raw: bytes) -> object:
 
 def recipe(raw: bytes) -> object:
     """The YAML of a run."""
-    return configfile._load(raw.decode("utf-8", "replace"), "run")
+    return configfile.config_of(raw.decode("utf-8", "replace"), "run")
 
 
 MODULES = (strict, manifests, headers, numbers, fields, configfile)
