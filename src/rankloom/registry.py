@@ -97,8 +97,10 @@ def kind_of(cls: type) -> str | None:
 
 
 def names(cls: type) -> list[str]:
-    """The registered names of the kind of part that a class is."""
-    return sorted(_KINDS.get(kind_of(cls) or "", ()))
+    """The registered names of the parts that are a `cls`, which may be a kind's base class or one below it."""
+    kind = kind_of(cls) or ""
+    table = _KINDS.get(kind, {})
+    return sorted(name for name in table if _BASES[kind] == _target(cls) or _makes(load(table[name]), cls))
 
 
 def name_of(cls: type) -> str | None:
@@ -110,11 +112,13 @@ def name_of(cls: type) -> str | None:
 def class_of(base: type, name: str) -> Any:
     """The class registered under `name` that is a `base`, or the preset: a function that makes one."""
     table = _KINDS.get(kind_of(base) or "", {})
-    if name in table:
-        found = load(table[name])
-        if not isinstance(found, type) or issubclass(found, base):
-            return found
-    raise SettingsError(f"no {kind_of(base)} {name!r}{suggest(name, table)}")
+    if name in table and _makes(found := load(table[name]), base):
+        return found
+    raise SettingsError(f"no {kind_of(base)} {name!r}{suggest(name, names(base))}")
+
+
+def _makes(made: Any, base: type) -> bool:
+    return not isinstance(made, type) or issubclass(made, base)
 
 
 def _target(cls: type) -> str:

@@ -21,17 +21,19 @@ from rankloom.store.base import Keeping
 class Plan(Settings):
     """What is adapted, how, and by which rules.
 
+    - `method`: what is put at each target, by name or as an object.
     - `target_modules`: name suffixes, or one regular expression for whole names, or ``"all-linear"`` (default: every
       linear layer but the output head and `modules_to_save`).
     - `exclude_modules`: suffixes or one regular expression, taken away from the targets.
-    - `target_parameters`: suffixes of bare parameters (stacked experts, attention without layers).
+    - `target_parameters`: suffixes of bare parameters (stacked experts, attention without layers), or one expression.
     - `layers_to_transform`: block indices to keep; `layers_pattern`: name of the block list, if names have several.
     - `rank_pattern`, `alpha_pattern`: other `r` / `lora_alpha` for names that match (regular expression on the end).
     - `modules_to_save`: modules trained whole; `trainable_token_indices`: embedding rows trained whole, by embedding
       name or as a list for the input embedding; `bias`: none, all, or lora_only (adapted layers).
     - `layer_replication`: ranges [start, end) of blocks that make the new, deeper model; weights are shared.
     - `store`: how the linear weights of the frozen base are kept, adapted or not ("normal_float", "uniform", "mixed" …;
-      default: as they are); the output head and `store_skip_modules` stay dense. The base stays packed after `detach`.
+      default: as they are), for good; the output head stays dense. `store_skip_modules`: name suffixes of layers that
+      stay dense too.
     - `start`: fills the adapters from what the store loses ("loftq", "lq", "lqer"), after their method's own start.
     - `rules`: training rules beside the method's own; `dtype`: of the adapters ("float32", "bfloat16", …; default
       float32 for half-precision bases, else the base's own).
@@ -40,7 +42,7 @@ class Plan(Settings):
     method: Method
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ()
-    target_parameters: tuple[str, ...] = ()
+    target_parameters: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] | None = None
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)

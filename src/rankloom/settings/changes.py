@@ -46,11 +46,12 @@ def spots(target: Any, data: Mapping[str, Any], base: type | None = None, at: Pa
         given = data.get(s.name, shown.get(s.name))
         here = _parts_data(part, to_data(s.default()) if given is None else given) if part is not None else {}
         yield Spot(path, target, s, part, here)
-        if part is not None and registry.kind_of(part) is None:
-            yield from spots(part, here, part, path)
-        elif part is not None and here.get("name") in registry.names(part):
+        if part is not None and registry.kind_of(part):
             yield Spot((*path, "name"), part, NAME, None, {})
-            yield from spots(maker_of(part, here["name"]), here, part, path)
+            chosen = here.get("name") in registry.names(part)
+            yield from spots(maker_of(part, here["name"]), here, part, path) if chosen else ()
+        elif part is not None:
+            yield from spots(part, here, part, path)
 
 
 def changed(

@@ -222,7 +222,7 @@ def _each(make: Callable[..., Reader]) -> Callable[..., Reader]:
 
 def _tuple(*inner: Any) -> Reader:
     if len(inner) == 2 and inner[1] is Ellipsis:
-        return values.many(reader_of(inner[0]), lone=inner[0] is int)
+        return values.many(reader_of(inner[0]), lone=int in (inner[0], *typing.get_args(inner[0])))
     return values.few(*map(reader_of, inner))
 
 

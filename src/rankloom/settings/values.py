@@ -112,7 +112,10 @@ def bounded(inner: Reader, *notes: Any) -> Reader:
     words = functools.reduce(lambda said, note: note.words(said), notes, inner.words)
 
     def read(value: Any, where: str) -> Any:
-        taken = inner.read(value, where)
+        try:
+            taken = inner.read(value, where)
+        except SettingsError as error:
+            raise error if error.path != where else refusal(where, value, words) from None
         if not all(note(taken) for note in notes):
             raise refusal(where, value, words)
         return taken
