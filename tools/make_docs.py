@@ -18,11 +18,14 @@ import torch
 from torch import nn
 
 import rankloom as rl
-from rankloom.core.attach import as_plan
 from rankloom.core.method import Method
+from rankloom.core.plan import as_plan, default_plan
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.formats.limits import table
-from rankloom.registry import METHODS, default_plan, load
+from rankloom.registry import METHODS, RULES, STARTS, STORES, kinds_with, load
+from rankloom.settings.reference import Field, describe, reference
+from rankloom.systems import found_facts
+from rankloom.train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 END = "<!-- end -->"
@@ -98,14 +101,45 @@ def cost(name: str) -> str:
     return f"{trained:,} trained numbers on a 4096 × 4096 layer with default settings ({trained / 4096**2:.2%} of it)"
 
 
-def settings_table(cls: type) -> str:
-    """name | type | default of a dataclass."""
-    rows = ["| setting | type | default |", "|---|---|---|"]
-    for f in dataclasses.fields(cls):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        kind = str(f.type).replace("|", "or")
-        rows.append(f"| `{f.name}` | {kind} | `{default!r}` |")
+def settings_table(fields: list[Field]) -> str:
+    """setting | takes | default | meaning."""
+    rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
+    rows += [
+        f"| `{f.name}` | {f.type} | `{json.dumps(f.default, ensure_ascii=False)}` | {f.doc} |".replace(
+            " | | ", " |  | "
+        )
+        for f in fields
+    ]
     return "\n".join(rows)
+
+
+def settings_page() -> str:
+    """Every setting of a run, and of the parts that can be chosen in it."""
+    lines = [
+        "# Settings",
+        "",
+        "One tree of settings: a YAML file has it as nested mappings, the command line as `path=value` with the full path or",
+        "its end (`train.lr=1e-3`, `lr=1e-3`), Python as dataclasses. A part is chosen by name and has settings of its own:",
+        "`method=dora inner.r=4 store=normal_float store.bits=3 rules=[lora_plus]`. `rankloom settings lr` prints a row,",
+        "`rankloom settings dora` those of a part. Types are strict: text is no number, `true` is no count, numbers are",
+        "finite.",
+        "",
+        settings_table(reference(RunConfig)),
+        "",
+    ]
+    for title, kind, names in (("Rules", "rule", RULES), ("Starts", "start", STARTS), ("Stores", "store", STORES)):
+        lines += [f"## {title}", ""]
+        for name in names:
+            base, made = kinds_with(name)[kind]
+            lines += [f"### `{name}`", "", inspect.cleandoc(made.__doc__ or "").partition("\n\n")[0], ""]
+            lines += [settings_table(describe(made, base)), ""] if describe(made, base) else []
+    return "\n".join(lines)
+
+
+def method_table() -> str:
+    """`methods.json`: the facts of every registered method, a line for each."""
+    rows = [json.dumps(dataclasses.asdict(found_facts(name)), ensure_ascii=False) for name in sorted(METHODS)]
+    return "[\n" + ",\n".join(rows) + "\n]\n"
 
 
 def method_page(name: str) -> str:
@@ -128,7 +162,7 @@ def method_page(name: str) -> str:
         "",
         inspect.cleandoc(cls.__doc__ or ""),
         "",
-        settings_table(cls),
+        settings_table(describe(found, Method)),
         "",
         "## Cost and composition",
         "",
@@ -292,6 +326,8 @@ def pages() -> dict[Path, str]:
         + systems_table(every)
         + "\n"
     )
+    made[docs / "settings.md"] = settings_page()
+    made[ROOT / "src" / "rankloom" / "methods.json"] = method_table()
     made[docs / "reliability.md"] = reliability_page()
     summary = f"{len(works)} of {len(every)} systems work today ([all](docs/systems.md)):\n"
     rows = [f"| `{s.id}` | {s.name} | `{s.proof}` |" for s in works]

@@ -11,7 +11,14 @@ class RankloomError(Exception):
 
 
 class SettingsError(RankloomError, ValueError):
-    """A setting is unknown, has the wrong type, or contradicts another."""
+    """A setting is unknown, has the wrong type, or contradicts another. `path`: of the setting, where it is known;
+    `advised`: the message says what to write.
+    """
+
+    def __init__(self, message: str = "", path: str = "", *, advised: bool = False) -> None:
+        super().__init__(message)
+        self.path = path
+        self.advised = advised
 
 
 class TargetError(RankloomError, ValueError):
@@ -60,12 +67,14 @@ class Interrupted(KeyboardInterrupt):
     """SIGINT ended a run whose checkpoint is complete; uncaught, the program exits as by Ctrl-C (130)."""
 
 
-def suggest(name: str, known: Iterable[str], *, n: int = 3) -> str:
-    """``"; did you mean 'a' or 'b'?"`` for the nearest of `known`, or the (short) list of what there is, or ``""``."""
+def suggest(name: str, known: Iterable[str], *, n: int = 3, all_of_few: bool = True) -> str:
+    """``"; did you mean 'a' or 'b'?"`` for the nearest of `known`, or (`all_of_few`) the list of what there is if it is
+    short, or ``""``.
+    """
     pool = sorted({str(k) for k in known})
     near = difflib.get_close_matches(name, pool, n=n, cutoff=0.5)
     if near:
         return "; did you mean " + " or ".join(repr(x) for x in near) + "?"
-    if pool and len(pool) <= 20:
+    if all_of_few and pool and len(pool) <= 20:
         return "; there is " + ", ".join(repr(x) for x in pool)
     return ""

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from rankloom.errors import SettingsError, suggest
-
-if TYPE_CHECKING:
-    from rankloom.core.plan import Plan
 
 _METHODS: dict[str, str] = {
     "adalora": "rankloom.methods.adalora:AdaLoRA",
@@ -52,6 +49,13 @@ _STORES: dict[str, str] = {
     "uniform": "rankloom.store.uniform:Uniform",
 }
 _KINDS: dict[str, dict[str, str]] = {"method": _METHODS, "rule": _RULES, "start": _STARTS, "store": _STORES}
+_BASES: dict[str, str] = {
+    "method": "rankloom.core.method:Method",
+    "rule": "rankloom.core.rule:Rule",
+    "start": "rankloom.core.start:Start",
+    "store": "rankloom.store.base:Keeping",
+}
+"""Kind of part → the class that all parts of this kind are."""
 METHODS: Mapping[str, str] = MappingProxyType(_METHODS)
 RULES: Mapping[str, str] = MappingProxyType(_RULES)
 STARTS: Mapping[str, str] = MappingProxyType(_STARTS)
@@ -59,7 +63,7 @@ STORES: Mapping[str, str] = MappingProxyType(_STORES)
 
 
 def register(name: str, target: str, *, kind: str = "method") -> None:
-    """Add a method, rule, start or store (`kind`) of your own: `register("mine", "my_package.mine:Mine")`."""
+    """Add a part of your own, a method or another `kind`: `register("mine", "my_package.mine:Mine")`."""
     if kind not in _KINDS:
         raise SettingsError(f"kind={kind!r}{suggest(kind, _KINDS)}")
     table = _KINDS[kind]
@@ -81,63 +85,41 @@ def maker(name: str) -> Any:
     return load(METHODS[name])
 
 
-def default_plan(name: str, **settings: Any) -> Plan:
-    """The plan of a registered method or preset, with its settings changed."""
-    from rankloom.core.attach import as_plan
+def kinds_with(name: str) -> dict[str, tuple[type, Any]]:
+    """{kind: (the class that all its parts are, what is registered)} for each kind with a part of that name."""
+    return {kind: (load(_BASES[kind]), load(table[name])) for kind, table in _KINDS.items() if name in table}
 
-    return as_plan(maker(name)(**settings), {})
+
+def kind_of(cls: type) -> str | None:
+    """The kind of part that a class is: the one whose base class it is, or derives from."""
+    ancestors = {_target(base) for base in cls.__mro__}
+    return next((kind for kind, base in _BASES.items() if base in ancestors), None)
+
+
+def names(cls: type) -> list[str]:
+    """The registered names of the parts that are a `cls`, which may be a kind's base class or one below it."""
+    kind = kind_of(cls) or ""
+    table = _KINDS.get(kind, {})
+    return sorted(name for name in table if _BASES[kind] == _target(cls) or _makes(load(table[name]), cls))
 
 
 def name_of(cls: type) -> str | None:
-    """The registered name of a class of method, rule, start or store."""
-    target = f"{cls.__module__}:{cls.__qualname__}"
+    """The registered name of a class."""
+    target = _target(cls)
     return next((name for table in _KINDS.values() for name, t in table.items() if t == target), None)
 
 
-def class_of(base: type, name: str) -> type | None:
-    """The class registered under `name`, if it is a `base`; presets are resolved by `plan_from_data`."""
-    for table in _KINDS.values():
-        if name in table:
-            found = load(table[name])
-            if _fits(found, base):
-                return cast(type, found)
-    known = [n for table in _KINDS.values() for n in table if _fits(load(table[n]), base)]
-    what = "store" if base.__name__ == "Keeping" else base.__name__.lower()
-    raise SettingsError(f"no {what} {name!r}{suggest(name, known)}")
+def class_of(base: type, name: str) -> Any:
+    """The class registered under `name` that is a `base`, or the preset: a function that makes one."""
+    table = _KINDS.get(kind_of(base) or "", {})
+    if name in table and _makes(found := load(table[name]), base):
+        return found
+    raise SettingsError(f"no {kind_of(base)} {name!r}{suggest(name, names(base))}")
 
 
-def _fits(found: Any, base: type) -> bool:
-    return isinstance(found, type) and issubclass(found, base)
+def _makes(made: Any, base: type) -> bool:
+    return not isinstance(made, type) or issubclass(made, base)
 
 
-def plan_data(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON-ready data; settings at their defaults are left out."""
-    from rankloom.core.settings import to_data
-
-    data: dict[str, Any] = to_data(plan, name_of)
-    return data
-
-
-def plan_from_data(data: Mapping[str, Any], where: str = "plan") -> Plan:
-    """A plan from JSON data: strict keys, near matches. A preset's name works as a method's."""
-    from rankloom.core.attach import as_plan
-    from rankloom.core.plan import Plan
-    from rankloom.core.settings import build
-
-    data = dict(data)
-    method = data.get("method")
-    method = {"name": method} if isinstance(method, str) else method
-    if isinstance(method, Mapping) and method.get("name") in METHODS:
-        found = load(METHODS[str(method["name"])])
-        if not isinstance(found, type):
-            settings = {k: v for k, v in method.items() if k != "name"}
-            preset = plan_data(as_plan(found(**settings), {}))
-            merged = {**preset, **{k: v for k, v in data.items() if k != "method"}}
-            merged["rules"] = [*preset.get("rules", []), *data.get("rules", [])]
-            for part in ("store", "start"):
-                own, given = preset.get(part), data.get(part)
-                if own and isinstance(given, Mapping) and given.get("name") == own["name"]:
-                    merged[part] = {**own, **given}
-            return plan_from_data(merged, where)
-    built: Plan = build(Plan, data, where, class_of)
-    return as_plan(built, {})
+def _target(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

@@ -6,7 +6,7 @@ The table lies in `systems.csv` beside this file. A system is *planned* until a 
 from __future__ import annotations
 
 import csv
-import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +15,9 @@ from importlib import import_module, resources
 from typing import Any, Literal, get_args
 
 from rankloom.errors import SettingsError, suggest
+from rankloom.registry import METHODS, maker, name_of
+from rankloom.settings import Settings
+from rankloom.settings.reference import Field, describe
 
 Status = Literal["works", "planned"]
 ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
@@ -50,16 +53,7 @@ class System:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One setting of a method: its name, its type as written, its default as JSON takes it."""
-
-    name: str
-    type: str
-    default: Any
-
-
-@dataclass(frozen=True)
-class MethodFacts:
+class MethodFacts(Settings):
     """A registered method. `arxiv`: of its paper, empty if none is named; `kinds`: the layers it adapts; `mergeable`:
     whether its change has one matrix; `rules`: names of the training rules that it brings; `preset`: a choice of parts.
     """
@@ -67,7 +61,7 @@ class MethodFacts:
     name: str
     summary: str
     arxiv: str
-    settings: tuple[Setting, ...]
+    settings: tuple[Field, ...]
     mergeable: bool
     kinds: tuple[str, ...]
     rules: tuple[str, ...]
@@ -101,35 +95,39 @@ def select(status: str | None = None, section: str | None = None) -> list[System
     return [s for s in found if status in (None, s.status)]
 
 
+@cache
+def _listed() -> Mapping[str, MethodFacts]:
+    """The facts in `methods.json`, which `tools/make_docs.py` writes: they are read without importing torch."""
+    rows = json.loads(resources.files("rankloom").joinpath("methods.json").read_text(encoding="utf-8"))
+    return {row["name"]: MethodFacts(**row) for row in rows}
+
+
 def method(name: str) -> MethodFacts:
     """One registered method. Raises `SettingsError` with near names for an unknown one."""
-    from rankloom.registry import METHODS
-
     if name not in METHODS:
         raise SettingsError(f"there is no method {name!r}{suggest(name, METHODS)}")
-    return _facts(name)
+    return _listed().get(name) or found_facts(name)
 
 
 def list_methods() -> list[MethodFacts]:
-    """Every registered method, by name. Kinds and mergeability are found by building it, not stated."""
-    from rankloom.registry import METHODS
-
-    return [_facts(name) for name in sorted(METHODS)]
+    """Every registered method, by name."""
+    return [method(name) for name in sorted(METHODS)]
 
 
-def _facts(name: str) -> MethodFacts:
-    from rankloom.core.attach import as_plan
-    from rankloom.registry import maker, name_of
+def found_facts(name: str) -> MethodFacts:
+    """The facts of a registered method as they are found: kinds and mergeability by building it on small layers."""
+    from rankloom.core.method import Method
+    from rankloom.core.plan import as_plan
 
     made = maker(name)
-    plan = as_plan(made(), {})
+    plan = as_plan(made())
     found = _tried(plan.method)
     rules = [*plan.method.rules(), *plan.rules]
     return MethodFacts(
         name=name,
         summary=_summary(made),
         arxiv=_arxiv(made, type(plan.method)),
-        settings=_settings(plan.method),
+        settings=tuple(describe(made, Method)),
         mergeable=any(found.values()),
         kinds=tuple(found),
         rules=tuple(name_of(type(rule)) or type(rule).__name__ for rule in rules),
@@ -149,15 +147,6 @@ def _arxiv(made: Any, method: type) -> str:
         if found:
             return found[1]
     return ""
-
-
-def _settings(method: Any) -> tuple[Setting, ...]:
-    from rankloom.core.settings import to_data
-    from rankloom.registry import name_of
-
-    return tuple(
-        Setting(f.name, str(f.type), to_data(getattr(method, f.name), name_of)) for f in dataclasses.fields(method)
-    )
 
 
 def _tried(method: Any) -> Mapping[str, bool]:

@@ -45,7 +45,8 @@ def test_methods_and_one_method(run):
     found = run("methods", "--json").json
     assert {"lora", "dora", "hydralora"} <= {m["name"] for m in found}
     one = run("methods", "lora", "--json").json
-    assert {"name": "r", "type": "int", "default": 8} in one["settings"]
+    words = "a whole number from 1 to 65,536"
+    assert {"name": "r", "type": words, "default": 8, "doc": "rank"} in one["settings"]
     assert "2106.09685" in run("methods").out
 
 

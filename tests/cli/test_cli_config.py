@@ -5,8 +5,9 @@ import yaml
 
 import rankloom as rl
 from rankloom.errors import FileError, RankloomError, SettingsError
+from rankloom.settings import yamltext
 from rankloom.train.config import RunConfig, as_data, from_data
-from rankloom.train.configfile import dump, parse_value, read_config
+from rankloom.train.configfile import dump, read_config
 
 GOOD = """\
 model: microworld
@@ -88,12 +89,12 @@ def test_no_file_is_all_defaults():
         ("train.stepz=1", "'train.stepz'; did you mean 'train.steps'"),
         ("dtype=float32", "may mean model.dtype or plan.dtype"),
         ("lr", "write a change as key=value"),
-        ("lr=fast", "argument 'lr=fast': train.lr: expected float"),
-        ("r=0", "argument 'r=0': r=0: the rank is at least 1"),
+        ("lr=fast", "argument 'lr=fast': train.lr='fast': expected a number above 0, as in lr=0.001"),
+        ("r=0", "argument 'r=0': plan.method.inner.r=0: expected a whole number from 1 to 65,536, as in r=8"),
         ("method=dorra", "did you mean 'dora'"),
         ("schedule=cosin", "did you mean 'cosine'"),
-        ("train.seed=1", "no setting 'train.seed'"),
-        ("epochs=0", "epochs=0"),
+        ("train.seed=1", "argument 'train.seed=1': train.seed: the seed of a run stands at the top"),
+        ("epochs=0", "argument 'epochs=0': data.epochs=0: expected a number above 0 or null"),
         ("lr=[1", "not YAML"),
     ],
 )
@@ -107,15 +108,19 @@ def test_a_wrong_change_names_itself_and_the_remedy(file, change, message):
     ("old", "new", "message"),
     [
         ("  lr: 1e-3", "  lrr: 1e-3", "run.yaml, line 9: train: TrainSettings has no setting 'lrr'; did you mean 'lr'"),
-        ("  lr: 1e-3", "  lr: -1", "run.yaml, line 9: lr=-1.0"),
-        ("r: 2", "rank: 2", "run.yaml, line 6: plan.method(dora).inner(lora): LoRA has no setting 'rank'"),
-        ("batch_size: 16", "batch_size: x", "run.yaml, line 4: data.batch_size: expected int, got 'x'"),
-        ("out: runs/one", "outt: runs/one", "run.yaml, line 11: the configuration has no setting 'outt'"),
-        ("out: runs/one", "steps: 3", "line 11: the configuration has no setting 'steps'; it is train.steps"),
+        ("  lr: 1e-3", "  lr: -1", "run.yaml, line 9: train.lr=-1: expected a number above 0, as in lr=0.001"),
+        ("r: 2", "rank: 2", "run.yaml, line 6: plan.method.inner: LoRA has no setting 'rank'"),
+        ("batch_size: 16", "batch_size: x", "run.yaml, line 4: data.batch_size='x': expected a whole number from 1"),
+        ("out: runs/one", "outt: runs/one", "run.yaml, line 11: the configuration: RunConfig has no setting 'outt'"),
+        (
+            "out: runs/one",
+            "steps: 3",
+            "line 11: the configuration: RunConfig has no setting 'steps'; it is train.steps",
+        ),
         ("out: runs/one", "model: other", "run.yaml, line 11: 'model' is given twice"),
         ("name: dora", "name: dorra", "no method 'dorra'"),
         ("[q_proj, v_proj]", "[q_proj, v_proj", "run.yaml, line 8: not YAML"),
-        ("out: runs/one", "seed: yes", "run.yaml, line 11: the configuration.seed: expected int"),
+        ("out: runs/one", "seed: yes", "run.yaml, line 11: seed='yes': expected a whole number"),
     ],
 )
 def test_a_wrong_file_names_file_line_and_key(file, old, new, message):
@@ -146,15 +151,19 @@ def test_a_missing_or_foreign_file(tmp_path, file):
         read_config(file)
 
 
+def value(text):
+    return yamltext.parse(text, "value")[0]
+
+
 def test_values_are_yaml_1_2():
-    assert parse_value("1e-3") == 0.001
-    assert parse_value("no") == "no"
-    assert parse_value("1:30") == "1:30"
-    assert parse_value("010") == 10
-    assert parse_value("true") is True
-    assert parse_value("null") is None
-    assert parse_value("[1, a]") == [1, "a"]
-    assert parse_value("") == ""
+    assert value("1e-3") == 0.001
+    assert value("no") == "no"
+    assert value("1:30") == "1:30"
+    assert value("010") == 10
+    assert value("true") is True
+    assert value("null") is None
+    assert value("[1, a]") == [1, "a"]
+    assert value("") is None
 
 
 def test_missing_sections_say_how_to_give_them():

@@ -228,7 +228,7 @@ def test_what_cannot_be_combined_is_refused_and_nothing_is_attached():
         ({"a": True}, {}, "a weight is a finite number"),
         ({"a": 1.0}, {"how": "svt"}, "did you mean 'svd'"),
         ({"a": 1.0}, {"how": "cat", "r": 4}, "belongs to how='svd'"),
-        ({"a": 1.0}, {"r": 0}, "at least 1"),
+        ({"a": 1.0}, {"r": 0}, "from 1 to 65,536"),
         ({"a": 1.0, "b": 1.0}, {"how": "linear"}, r"of one rank, not of \[3, 5\]"),
     ]
     for weights, settings, message in cases:

@@ -21,7 +21,7 @@ from contract_models import (
 
 import rankloom as rl
 from rankloom import registry
-from rankloom.core.plan import Plan
+from rankloom.core.plan import Plan, default_plan
 from rankloom.testing import NAMES, Check, checks
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
@@ -38,9 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "unrolled_lora": {"r": 2},
     "vera": {"r": 32},
 }
-METHODS: dict[str, Any] = {
-    name: registry.default_plan(name, **SMALL.get(name, {})) for name in sorted(registry.METHODS)
-}
+METHODS: dict[str, Any] = {name: default_plan(name, **SMALL.get(name, {})) for name in sorted(registry.METHODS)}
 COMBINATIONS: dict[str, Any] = {
     "lora+dropout": rl.LoRA(r=4, lora_dropout=0.3, lora_alpha=16),
     "lora+bias": rl.LoRA(r=4, lora_bias=True),

@@ -109,7 +109,7 @@ def test_a_suffix_is_a_whole_name_part():
         ({"target_modules": ["q_proj"], "trainable_token_indices": [99]}, r"\[99\] in an embedding of 32 rows"),
         ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 1]}, "repeated indices"),
         ({"target_modules": ["q_proj"], "trainable_token_indices": {"q_proj": [1]}}, "not an embedding"),
-        ({"target_modules": ["q_proj"], "bias": "lora"}, "bias='lora' is not one of"),
+        ({"target_modules": ["q_proj"], "bias": "lora"}, "bias='lora': expected one of"),
         ({"target_modules": ["q_proj"], "dtype": "float"}, None),
         ({"target_modules": ["q_proj"], "dtype": "fp32"}, "dtype='fp32' is no floating dtype"),
         ({"target_moduls": ["q_proj"]}, "no setting 'target_moduls'.*'target_modules'"),

@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = "rankloom"
-FLOOR = {"errors"}
+FLOOR = {"errors", "settings"}
 PARTS = {"files", "core", "store", "ops", "methods", "gates", "starts", "rules", "optim"}
 MIDDLE = PARTS | {
     "registry",
@@ -26,13 +26,13 @@ MIDDLE = PARTS | {
 UPPER = MIDDLE | {"continual", "unlearn", "federated", "longcontext", "serve", "testing"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "settings": {"registry"},
     "store": {"ops"},
     "ops": set(),
     "files": set(),
-    "core": {"store", "ops"},
+    "core": {"store", "ops", "registry"},
     **dict.fromkeys(("methods", "gates", "starts", "rules", "optim"), PARTS),
-    "registry": {"core", "methods"},
-    "settings": set(),
+    "registry": set(),
     "systems": {"core", "registry"},
     "microworld": set(),
     **dict.fromkeys(("presets", "compose", "objectives", "formats", "train", "theory"), MIDDLE),

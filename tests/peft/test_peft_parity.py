@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rankloom as rl
-from rankloom.registry import plan_data
+from rankloom.core.plan import plan_data
 
 TOLERANCE = 1e-5
 MOVED = 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -12,11 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rankloom.errors import FileError, SettingsError
+from rankloom.settings import from_data, to_data
 from rankloom.store.base import Packed, Store
 from rankloom.store.blockfloat import BlockFloat
 from rankloom.store.files import KEY, from_files, to_files
 from rankloom.store.model import keep
-from rankloom.store.names import STORES, store_data, store_from_data
 from rankloom.store.nested import NestedFloat
 from rankloom.store.normalfloat import NormalFloat
 from rankloom.store.uniform import Uniform
@@ -97,8 +96,8 @@ BREAKS = {
     "dtype 'int8'": lambda t, a: a["w"].update(dtype="int8"),
     "no store 'normal_flaot'; did you mean 'normal_float'": lambda t, a: a["w"]["store"].update(name="normal_flaot"),
     "no setting 'blok'; did you mean": lambda t, a: a["w"]["store"].update(blok=3),
-    "expected int, got '4'": lambda t, a: a["w"]["store"].update(bits="4"),
-    "bits=5: one of 2, 3, 4, 8": lambda t, a: a["w"]["store"].update(bits=5),
+    "bits='4': expected one of 2, 3, 4, 8; write bits=4": lambda t, a: a["w"]["store"].update(bits="4"),
+    "bits=5: expected one of 2, 3, 4, 8": lambda t, a: a["w"]["store"].update(bits=5),
     "expected store, shape and dtype": lambda t, a: a["w"].pop("store"),
     "both packed and as a plain tensor": lambda t, a: t.update(w=torch.zeros(1)),
 }
@@ -123,10 +122,10 @@ def test_refuses_bad_metadata_and_taken_keys():
 @pytest.mark.parametrize("store", EACH, ids=lambda s: type(s).__name__)
 def test_store_as_data(store):
     """Every store has a name and survives JSON; settings left out are the defaults; a name alone is enough."""
-    assert store_from_data(json.loads(json.dumps(store_data(store)))) == store
-    name = store_data(store)["name"]
-    assert store_from_data(name) == STORES[name]()
-    assert store_from_data({"name": name, "bits": 8}).bits == 8
+    assert from_data(Store, json.loads(json.dumps(to_data(store, full=True)))) == store
+    name = to_data(store)["name"]
+    assert from_data(Store, name) == type(store)()
+    assert from_data(Store, {"name": name, "bits": 8}).bits == 8
 
 
 def test_store_data_is_strict():
@@ -141,10 +140,9 @@ def test_store_data_is_strict():
             return 32.0
 
     with pytest.raises(SettingsError, match="Mine has no name"):
-        store_data(Mine())
-    with pytest.raises(SettingsError, match="'float64' is not one of"):
-        store_from_data({"name": "nested_float", "scale_dtype": "float64"})
-    for data in (3, {"bits": 4}, {"name": 4}):
-        with pytest.raises(SettingsError, match="expected a store"):
-            store_from_data(data)
-    assert copy.copy(STORES).keys() == {"block_float", "nested_float", "normal_float", "uniform"}
+        to_data(Mine())
+    with pytest.raises(SettingsError, match="store.scale_dtype='float64': expected one of"):
+        from_data(Store, {"name": "nested_float", "scale_dtype": "float64"}, "store")
+    for data in (3, {"bits": 4}, {"name": 4}, "mixed"):
+        with pytest.raises(SettingsError, match="store"):
+            from_data(Store, data, "store")

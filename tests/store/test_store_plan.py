@@ -9,16 +9,14 @@ import torch
 from torch import nn
 
 import rankloom as rl
-from rankloom import presets, registry
-from rankloom.core.plan import Plan
+from rankloom import presets
+from rankloom.core.plan import Plan, default_plan, plan_data, plan_from_data
 from rankloom.errors import FileError, SettingsError, StateError, TargetError
-from rankloom.registry import plan_data, plan_from_data
 from rankloom.starts.gptq import GPTQ
 from rankloom.starts.split import LQ, LoftQ
 from rankloom.store import dense
 from rankloom.store.base import Packed
 from rankloom.store.mixed import MixedBits
-from rankloom.store.names import STORES
 from rankloom.store.normalfloat import NormalFloat
 from rankloom.store.uniform import Uniform
 
@@ -192,17 +190,13 @@ def test_gptq_rounds_for_the_inputs_and_leaves_the_adapter_alone():
 
 @pytest.mark.parametrize("name", ["qlora", "qdylora", "loftq", "lqer", "lq_lora"])
 def test_presets_survive_json_and_are_resolved_by_name(name):
-    plan = registry.default_plan(name, r=4)
+    plan = default_plan(name, r=4)
     assert plan_from_data(plan_data(plan)) == plan
     assert plan_from_data({"method": {"name": name, "r": 4}}) == plan
     bits = {"lq_lora": 2.5}.get(name, 2)
     changed = plan_from_data({"method": name, "store": {**plan_data(plan)["store"], "bits": bits}})
     assert changed.store.bits == bits
     assert changed.start == plan.start
-
-
-def test_stores_have_the_same_names_in_plans_and_in_files():
-    assert {n: registry.load(t) for n, t in registry.STORES.items() if n != "mixed"} == STORES
 
 
 def test_qdylora_is_dylora_on_normal_float():

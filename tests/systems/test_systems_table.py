@@ -88,7 +88,7 @@ def test_method_facts_are_found_by_building():
     assert facts["adalora"].rules == ("budget", "orthogonal")
     settings = {s.name: s for s in facts["rslora"].settings}
     assert settings["scaling"].default == "rslora"
-    assert settings["r"].type == "int"
+    assert settings["r"].type == "a whole number from 1 to 65,536"
     inner = {s.name: s.default for s in facts["dora"].settings}["inner"]
     assert inner == {"name": "lora"}
 

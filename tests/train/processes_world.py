@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from train_world import VOCABULARY, mlp, points, settings, texts
 
 import rankloom as rl
-from rankloom.core.attach import as_plan
-from rankloom.core.plan import Plan
+from rankloom.core.plan import Plan, as_plan
 from rankloom.core.rule import Rule
 from rankloom.errors import RankloomError
 from rankloom.store.model import keep

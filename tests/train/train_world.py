@@ -12,8 +12,7 @@ from torch import nn
 
 import rankloom as rl
 from rankloom import registry
-from rankloom.core.attach import as_plan
-from rankloom.core.plan import Plan
+from rankloom.core.plan import Plan, as_plan
 from rankloom.train.fit import Result, fit
 from rankloom.train.settings import TrainSettings
 

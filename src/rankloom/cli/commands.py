@@ -18,6 +18,7 @@ from rankloom.cli.merge import merge
 from rankloom.cli.methods import methods
 from rankloom.cli.plan import plan
 from rankloom.cli.quantize import quantize
+from rankloom.cli.settings import settings
 from rankloom.cli.systems import systems
 from rankloom.cli.train import train
 
@@ -58,6 +59,7 @@ for _name, _function in (
     ("export", export),
     ("info", info),
     ("limits", limits),
+    ("settings", settings),
     ("methods", methods),
     ("systems", systems),
     ("demo", demo),

@@ -39,4 +39,6 @@ def methods(
                 ("brings rules", one.rules or None),
             ]
         )
-        out.table(("setting", "default", "type"), [(s.name, str(s.default), s.type) for s in one.settings])
+        out.table(
+            ("setting", "default", "type", "meaning"), [(s.name, str(s.default), s.type, s.doc) for s in one.settings]
+        )

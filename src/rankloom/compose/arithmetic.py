@@ -27,8 +27,9 @@ from rankloom.formats.patterns import exactly
 from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.targets import our_targets
 from rankloom.formats.view import View, view
-from rankloom.methods.lora import LoRA, check_rank
+from rankloom.methods.lora import LoRA
 from rankloom.ops.linalg import product_norm, product_svd
+from rankloom.settings import Rank, from_data
 
 How = Literal["svd", "linear", "cat"]
 
@@ -114,7 +115,7 @@ def _check(weights: Mapping[str, float], how: str, r: int | None) -> None:
     if how not in get_args(How):
         raise SettingsError(f"combine: how={how!r}{suggest(how, get_args(How))}")
     if r is not None:
-        check_rank(r)
+        from_data(Rank, r, "combine.r")
         if how != "svd":
             raise SettingsError(f"combine: r={r} belongs to how='svd'; {how!r} has the rank that its parts give it")
 

@@ -16,7 +16,7 @@ from rankloom.core.burst import burst
 from rankloom.core.fingerprint import fingerprint
 from rankloom.core.graft import add_adapter, add_shared, check_forward, remove_adapter
 from rankloom.core.method import Method
-from rankloom.core.plan import Plan
+from rankloom.core.plan import Plan, as_plan
 from rankloom.core.prepare import kept_layers, prepare
 from rankloom.core.replicate import replicate
 from rankloom.core.selection import Active, Selection
@@ -27,7 +27,7 @@ from rankloom.core.start import Calibration
 from rankloom.core.targets import base_tensors, block_index, pattern_key, resolve
 from rankloom.core.undriven import watch
 from rankloom.core.whole import TokenRows, Whole
-from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
+from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError
 
 
 @burst()
@@ -131,32 +131,6 @@ def bank_of(model: nn.Module) -> Bank:
     if not isinstance(bank, Bank):
         raise StateError(f"this {type(model).__name__} has no adapters: rankloom.attach(model, …) first")
     return bank
-
-
-def as_plan(plan: Plan | Method, overrides: Mapping[str, Any]) -> Plan:
-    """A plan from a plan or method and keyword changes; lists become tuples."""
-    known = [f.name for f in dataclasses.fields(Plan) if f.name != "method"]
-    for key in overrides:
-        if key not in known:
-            raise SettingsError(f"attach has no setting {key!r}{suggest(key, known)}")
-    if isinstance(plan, Method):
-        plan = Plan(plan)
-    if not isinstance(plan, Plan):
-        raise SettingsError(f"attach needs a Plan or a method such as rankloom.LoRA(r=8), got {plan!r}")
-    plan = dataclasses.replace(plan, **overrides)
-    if isinstance(plan.layers_to_transform, int):
-        plan = dataclasses.replace(plan, layers_to_transform=(plan.layers_to_transform,))
-    return dataclasses.replace(plan, **{k: _frozen(getattr(plan, k)) for k in known})
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v) for v in value)
-    if isinstance(value, (set, frozenset)):
-        return tuple(sorted(value))
-    if isinstance(value, Mapping):
-        return {k: _frozen(v) for k, v in value.items()}
-    return value
 
 
 def check_name(name: str, bank: Bank | None) -> None:

@@ -14,6 +14,7 @@ from rankloom.core.adapter import Adapter
 from rankloom.core.rule import Rule
 from rankloom.core.site import Site
 from rankloom.errors import SettingsError
+from rankloom.settings import Settings
 
 
 def _nothing() -> None:
@@ -26,7 +27,7 @@ def _each(undo: list[Callable[[], None]]) -> None:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Settings, ABC):
     """Settings in PEFT's vocabulary that build the adapter of each site."""
 
     @abstractmethod

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rankloom.core.notes import Notes
 from rankloom.core.view import BankView
+from rankloom.settings import Settings
 
 
 class Run(Protocol):
@@ -47,7 +48,7 @@ class Run(Protocol):
         ...
 
 
-class Rule:
+class Rule(Settings):
     """One training idea. Hooks run in the fixed order of a step:
 
     groups → start → [ before_step → forward → loss → backward → after_backward → clip → optimizer step → after_step

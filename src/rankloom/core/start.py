@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankloom.core.view import BankView
+from rankloom.settings import Settings
 from rankloom.store.base import Store
 
 
@@ -36,7 +37,7 @@ Calibration = Iterable[Mapping[str, Any]]
 """Batches of keyword arguments for a model."""
 
 
-class Start(ABC):
+class Start(Settings, ABC):
     """Fills the adapters of a plan after their methods did, and may replace the weights below them by packed ones."""
 
     @property

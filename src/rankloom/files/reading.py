@@ -58,19 +58,14 @@ class Folder:
                 raise FileError(f"{where}: cannot be opened: {error.strerror}") from error
             handle = self._through_link(where)
         try:
-            entry = os.fstat(handle)
-            if not stat.S_ISREG(entry.st_mode):
-                raise FileError(f"{where} is no regular file")
-            yield File(where, entry.st_size, handle)
+            yield _plain(where, handle)
         finally:
             os.close(handle)
 
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of a file of at most `limit` bytes."""
         with self.opened(name) as file:
-            if file.size > limit:
-                raise FileError(f"{file.path}: {file.size} bytes; at most {limit} are read")
-            return file.take(file.size)
+            return file.all(limit)
 
     def _at(self, name: str) -> str | Path:
         return name if self._handle is not None else self.path / name
@@ -101,6 +96,12 @@ class File:
         self.path = path
         self.size = size
         self._handle = handle
+
+    def all(self, limit: int) -> bytes:
+        """All its bytes. Raises `FileError` for more than `limit`."""
+        if self.size > limit:
+            raise FileError(f"{self.path}: {self.size} bytes; at most {limit} are read")
+        return self.take(self.size)
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes. Raises `FileError` if the file ends before."""
@@ -134,6 +135,30 @@ def opened(path: Path) -> Iterator[Folder]:
         yield Folder(path, handle)
     finally:
         os.close(handle)
+
+
+def plain_file(path: Path, limit: int) -> bytes:
+    """All bytes of one plain file, or of what a link leads to, of at most `limit` bytes.
+
+    Raises `FileError` for anything else, without waiting for it.
+    """
+    try:
+        handle = os.open(path, _FLAGS)
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return _plain(path, handle).all(limit)
+    finally:
+        os.close(handle)
+
+
+def _plain(path: Path, handle: int) -> File:
+    entry = os.fstat(handle)
+    if not stat.S_ISREG(entry.st_mode):
+        raise FileError(f"{path} is no regular file")
+    return File(path, entry.st_size, handle)
 
 
 def _name_of(handle: int) -> str | None:

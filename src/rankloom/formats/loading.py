@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankloom.core.attach import attach, build, check_name, detach
 from rankloom.core.bank import Bank
 from rankloom.core.burst import burst
-from rankloom.core.plan import Plan
+from rankloom.core.plan import Plan, plan_from_data
 from rankloom.core.prepare import kept_layers
 from rankloom.core.replicate import replicate
 from rankloom.core.targets import base_modules
@@ -30,7 +30,6 @@ from rankloom.formats.peft.paths import strip
 from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import View, arranged, view
-from rankloom.registry import plan_from_data
 from rankloom.store.base import Packed, Store
 
 Reader = Native | Translator

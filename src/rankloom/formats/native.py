@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankloom.core.method import Method
-from rankloom.core.plan import Plan
+from rankloom.core.plan import Plan, plan_data, plan_from_data
 from rankloom.core.targets import pattern_key
 from rankloom.errors import FileError
 from rankloom.formats.base import base_name
@@ -20,7 +20,6 @@ from rankloom.formats.peft.targets import our_targets
 from rankloom.formats.triplets import resize
 from rankloom.formats.view import View
 from rankloom.methods.adalora import AdaLoRAAdapter
-from rankloom.registry import plan_data, plan_from_data
 
 PEFT_TYPE = "RANKLOOM"
 VERSION = 1

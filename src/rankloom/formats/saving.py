@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankloom import __version__
 from rankloom.core.attach import bank_of
+from rankloom.core.plan import plan_data, plan_from_data
 from rankloom.errors import SettingsError, StateError
 from rankloom.files.manifest import sealed
 from rankloom.files.strict import as_json
@@ -26,7 +27,7 @@ from rankloom.formats.manifest import CARD, CONFIG, KIND, WEIGHTS
 from rankloom.formats.native import Native, portable
 from rankloom.formats.peft import translator_for
 from rankloom.formats.view import View, view
-from rankloom.registry import name_of, plan_data, plan_from_data
+from rankloom.registry import name_of
 
 
 @dataclass(frozen=True)

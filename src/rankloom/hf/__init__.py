@@ -11,9 +11,9 @@ def load_model(path: str, **settings: Any) -> tuple[Any, Any]:
     `settings`: task ("causal-lm", "classification", "encoder"), dtype, device, revision, trust_remote_code, as in
     `rankloom.train.config.ModelSettings`. Raises `FileError` where there is no such model, else `SettingsError`.
     """
-    from rankloom.core.settings import build
     from rankloom.hf.models import load_model as load
+    from rankloom.settings.engine import build
     from rankloom.train.config import ModelSettings
 
-    loaded = load(build(ModelSettings, {"path": path, **settings}, "load_model", lambda base, name: None))
+    loaded = load(build(ModelSettings, {"path": path, **settings}, "load_model"))
     return loaded.model, loaded.tokenizer

@@ -19,9 +19,9 @@ from rankloom.core.rule import Rule
 from rankloom.core.site import Site
 from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError
-from rankloom.methods.lora import check_dropout, check_rank
 from rankloom.rules.budget import Budget
 from rankloom.rules.orthogonal import Orthogonal
+from rankloom.settings import Count, NotNegative, Probability, Rank, Steps
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,19 @@ class AdaLoRA(Method):
     `metric`: importance "ipt" (sensitivity times its deviation) or magnitude "mag"; lora_alpha ≤ 0 means `init_r`.
     """
 
-    init_r: int = 12
-    target_r: int = 8
+    init_r: Rank = 12
+    target_r: Rank = 8
     lora_alpha: float = 8.0
-    lora_dropout: float = 0.0
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
+    lora_dropout: Probability = 0.0
+    tinit: Steps = 0
+    tfinal: Steps = 0
+    deltaT: Count = 1
+    beta1: Probability = 0.85
+    beta2: Probability = 0.85
+    orth_reg_weight: NotNegative = 0.5
     metric: Literal["ipt", "mag"] = "ipt"
 
     def __post_init__(self) -> None:
-        check_rank(self.init_r)
-        check_rank(self.target_r)
-        check_dropout(self.lora_dropout)
         if self.target_r > self.init_r:
             raise SettingsError(f"target_r={self.target_r} is above init_r={self.init_r}: the budget can only shrink")
         self._budget()

@@ -21,6 +21,7 @@ from rankloom.errors import SettingsError
 from rankloom.methods.lora import LoRA, LoRAAdapter
 from rankloom.methods.residual import ResidualAdapter
 from rankloom.ops.linalg import orthonormal_rows
+from rankloom.settings import Probability, Rank
 
 Start = Literal["rand", "svd", "svd_last", "he", "zero"]
 
@@ -31,9 +32,9 @@ class AsymmetricLoRA(Method):
     `update_A`, `update_B`: trained or kept. What could never train (both kept, or a zero factor kept) is refused.
     """
 
-    r: int = 16
+    r: Rank = 16
     lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
+    lora_dropout: Probability = 0.0
     init_A: Start = "rand"
     init_B: Start = "zero"
     update_A: bool = False

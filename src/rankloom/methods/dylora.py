@@ -22,8 +22,8 @@ from rankloom.core.rule import Rule
 from rankloom.core.site import Site
 from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError
-from rankloom.methods.lora import check_dropout, check_rank
 from rankloom.rules.sampling import Distribution, Elastic, RankSampling, probabilities
+from rankloom.settings import Count, Probability, Rank, Seed
 from rankloom.starts.plain import NONZERO, Factors, check_start, fill
 
 Scaling = Literal["alpha/b", "alpha/sqrt(rb)", "alpha/r"]
@@ -39,26 +39,24 @@ class DyLoRA(Method):
     reach the best truncation of what the largest can express.
     """
 
-    r: int = 8
+    r: Rank = 8
     lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
+    lora_dropout: Probability = 0.0
     init_lora_weights: str = "kaiming"
     rank_distribution: Distribution = "uniform"
     frozen: bool = True
-    unit: int = 1
+    unit: Count = 1
     scaling: Scaling = "alpha/b"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_rank(self.r)
-        check_dropout(self.lora_dropout)
         check_start(self.init_lora_weights)
         if self.init_lora_weights in NONZERO:
             raise SettingsError(
                 f"init_lora_weights={self.init_lora_weights!r} is not zero at the start, and here it would be another "
                 "change at every rank; use 'kaiming', 'gaussian', 'orthogonal' or 'svd'"
             )
-        if self.unit < 1 or self.r % self.unit:
+        if self.r % self.unit:
             raise SettingsError(f"unit={self.unit}: r={self.r} is cut into blocks of that size, so it must divide r")
         if isinstance(self.rank_distribution, str):
             probabilities(self.rank_distribution, self.r // self.unit)

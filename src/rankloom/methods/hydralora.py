@@ -19,8 +19,8 @@ from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.core.thin import Thin
-from rankloom.errors import SettingsError, TargetError
-from rankloom.methods.lora import check_dropout, check_rank
+from rankloom.errors import TargetError
+from rankloom.settings import Count, Probability, Rank
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,11 @@ class HydraLoRA(Method):
     `n_b` from data: `n_b=rankloom.ops.cluster.count_clusters(x)` on embeddings x (n, d) of the training texts.
     """
 
-    r: int = 4
+    r: Rank = 4
     lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    n_b: int = 4
+    lora_dropout: Probability = 0.0
+    n_b: Count = 4
     infer: Literal["soft", "top1"] = "soft"
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        check_dropout(self.lora_dropout)
-        if self.n_b < 1:
-            raise SettingsError(f"n_b={self.n_b}: at least one head")
 
     def build(self, site: Site) -> Adapter:
         """HydraLoRA of one linear layer."""

@@ -19,28 +19,27 @@ from rankloom.core.site import Site
 from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError, TargetError
 from rankloom.methods.residual import ResidualAdapter
+from rankloom.settings import Probability, Rank
 from rankloom.starts.plain import NONZERO, check_start, fill
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    """`r` rank; `lora_alpha` over r (`scaling="standard"`) or √r (`"rslora"`) is the scale; `lora_dropout` on the input
-    of the change; `init_lora_weights` names a start; `lora_bias` adds a bias after B; `frozen` keeps a factor as it
-    starts.
+    """`r`: the rank; `lora_alpha`: over r or √r it is the scale; `scaling`: over r ("standard") or √r ("rslora");
+    `lora_dropout`: on the input of the change; `init_lora_weights`: the start of both factors; `lora_bias`: a bias
+    after B; `frozen`: the factor that is kept as it starts.
     """
 
-    r: int = 8
+    r: Rank = 8
     lora_alpha: float = 8.0
-    lora_dropout: float = 0.0
+    lora_dropout: Probability = 0.0
     init_lora_weights: str = "kaiming"
     scaling: Literal["standard", "rslora"] = "standard"
     frozen: Literal["none", "A", "B"] = "none"
     lora_bias: bool = False
 
     def __post_init__(self) -> None:
-        check_rank(self.r)
         check_start(self.init_lora_weights)
-        check_dropout(self.lora_dropout)
         if self.frozen == "B" and self.init_lora_weights not in NONZERO:
             raise SettingsError(
                 f"frozen='B' with init_lora_weights={self.init_lora_weights!r}: B stays 0 and nothing can train; "
@@ -87,15 +86,3 @@ class LoRAAdapter(Adapter):
 def scale_of(alpha: float, r: int, scaling: str) -> float:
     """lora_alpha/r, or lora_alpha/√r for "rslora"."""
     return alpha / (math.sqrt(r) if scaling == "rslora" else r)
-
-
-def check_rank(r: int) -> None:
-    """Refuse a rank below 1."""
-    if r < 1:
-        raise SettingsError(f"r={r}: the rank is at least 1")
-
-
-def check_dropout(p: float) -> None:
-    """Refuse a probability outside [0, 1)."""
-    if not 0 <= p < 1:
-        raise SettingsError(f"dropout {p}: a probability from 0 up to, not including, 1")

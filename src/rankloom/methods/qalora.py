@@ -17,8 +17,8 @@ from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.core.thin import Thin, dropped
-from rankloom.errors import SettingsError, StateError, TargetError
-from rankloom.methods.lora import check_dropout, check_rank
+from rankloom.errors import StateError, TargetError
+from rankloom.settings import Count, Probability, Rank
 from rankloom.store.base import Packed
 from rankloom.store.uniform import Uniform, fold_into_zeros
 
@@ -29,17 +29,11 @@ class QALoRA(Method):
     averaged; `lora_alpha` over r is the scale; `lora_dropout` on what was pooled.
     """
 
-    r: int = 64
+    r: Rank = 64
     lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    group_size: int = 32
+    lora_dropout: Probability = 0.0
+    group_size: Count = 32
     pool: Literal["sum", "mean"] = "mean"
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        check_dropout(self.lora_dropout)
-        if self.group_size < 1:
-            raise SettingsError(f"group_size={self.group_size}: a group has at least one column")
 
     def build(self, site: Site) -> Adapter:
         """QA-LoRA of one linear layer."""

@@ -18,6 +18,7 @@ from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.errors import SettingsError, TargetError
 from rankloom.methods.lora import LoRA
+from rankloom.settings import Count
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class Slices(Method):
     """`inner` on each row block in `on`, out of `parts` equal ones: parts=3, on=(0, 2) is q and v of a fused qkv."""
 
     inner: Method = field(default_factory=LoRA)
-    parts: int = 3
+    parts: Count = 3
     on: tuple[int, ...] = (0, 2)
 
     def __post_init__(self) -> None:
-        if self.parts < 1 or not self.on or any(not 0 <= i < self.parts for i in self.on):
+        if not self.on or any(not 0 <= i < self.parts for i in self.on):
             raise SettingsError(f"on={self.on}: block numbers from 0 to {self.parts - 1}, at least one")
 
     def build(self, site: Site) -> Adapter:

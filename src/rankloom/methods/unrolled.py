@@ -17,7 +17,8 @@ from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.errors import TargetError
-from rankloom.methods.lora import check_rank, scale_of
+from rankloom.methods.lora import scale_of
+from rankloom.settings import Rank
 from rankloom.starts.plain import fill
 
 
@@ -25,11 +26,8 @@ from rankloom.starts.plain import fill
 class UnrolledLoRA(Method):
     """`r`, `lora_alpha` as in LoRA, for `nn.Conv2d` with square kernels."""
 
-    r: int = 8
+    r: Rank = 8
     lora_alpha: float = 8.0
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
 
     def build(self, site: Site) -> Adapter:
         """The unrolled pair of one convolution."""

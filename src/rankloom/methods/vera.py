@@ -21,22 +21,18 @@ from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError
-from rankloom.methods.lora import check_dropout, check_rank
+from rankloom.settings import Probability, Rank, Seed
 
 
 @dataclass(frozen=True)
 class VeRA(Method):
     """`r` of the shared pair; `d_initial` start of d; `save_projection`: the file holds the pair, not just its key."""
 
-    r: int = 256
-    projection_prng_key: int = 0
+    r: Rank = 256
+    projection_prng_key: Seed = 0
     save_projection: bool = True
-    vera_dropout: float = 0.0
+    vera_dropout: Probability = 0.0
     d_initial: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        check_dropout(self.vera_dropout)
 
     def build(self, site: Site) -> Adapter:
         """VeRA of one site; the first site makes the shared pair."""

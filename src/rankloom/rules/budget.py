@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.rule import Rule, Run
-from rankloom.errors import SettingsError, suggest
+from rankloom.errors import SettingsError
 from rankloom.rules.triplets import by_owner
+from rankloom.settings import Count, Probability, Rank, Steps
 
 Triplet = dict[str, nn.Parameter]
 
@@ -28,25 +29,16 @@ class Budget(Rule):
     is kept. Between two choices a masked triplet goes on learning and may come back.
     """
 
-    target_r: int = 8
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
+    target_r: Rank = 8
+    tinit: Steps = 0
+    tfinal: Steps = 0
+    deltaT: Count = 1
+    beta1: Probability = 0.85
+    beta2: Probability = 0.85
     metric: Literal["ipt", "mag"] = "ipt"
     _mean: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _spread: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _mask: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.deltaT < 1:
-            raise SettingsError(f"deltaT={self.deltaT}: the budget is re-allotted every deltaT steps, at least 1")
-        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 <= beta < 1:
-                raise SettingsError(f"{name}={beta}: a smoothing factor from 0 up to, not including, 1")
-        if self.metric not in ("ipt", "mag"):
-            raise SettingsError(f"metric={self.metric!r}{suggest(self.metric, ('ipt', 'mag'))}")
 
     def start(self, run: Run) -> None:
         """Check the schedule and forget everything."""

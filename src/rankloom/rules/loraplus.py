@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankloom.core.rule import Rule, Run
-from rankloom.errors import SettingsError
+from rankloom.settings import Positive
 
 
 @dataclass
@@ -16,12 +16,8 @@ class LoRAPlus(Rule):
     do not decay.
     """
 
-    ratio: float = 16.0
-    loraplus_lr_embedding: float | None = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.ratio <= 0:
-            raise SettingsError(f"LoRAPlus(ratio={self.ratio}): the ratio is positive")
+    ratio: Positive = 16.0
+    loraplus_lr_embedding: Positive | None = 1e-6
 
     def groups(self, run: Run, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Split every group into in-like, out-like and embedding tensors; empty groups are left out."""

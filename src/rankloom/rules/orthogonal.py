@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from rankloom.core.rule import Rule, Run
+from rankloom.settings import NotNegative
 
 
 @dataclass
 class Orthogonal(Rule):
     """loss + weight · mean over all factors of ‖A Aᵀ − I‖_F and ‖Bᵀ B − I‖_F (AdaLoRA, arXiv 2303.10512 eq. 4)."""
 
-    weight: float = 0.5
+    weight: NotNegative = 0.5
 
     def loss(self, run: Run, loss: Tensor) -> Tensor:
         """Add the penalty over every trainable factor with role in or out."""

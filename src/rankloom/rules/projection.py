@@ -10,6 +10,7 @@ from torch import Tensor
 from rankloom.core.adapter import Adapter
 from rankloom.core.rule import Rule, Run
 from rankloom.errors import SettingsError
+from rankloom.settings import NotNegative
 
 
 @dataclass
@@ -18,7 +19,7 @@ class ProjectedGradient(Rule):
     (LoRA-FA, arXiv 2308.03303, revised version). Always in float32 at least.
     """
 
-    damping: float = 1e-8
+    damping: NotNegative = 1e-8
 
     def start(self, run: Run) -> None:
         """Refuse a run without a frozen A."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rankloom.core.adapter import Adapter, tensors_by_role
 from rankloom.core.rule import Rule, Run
 from rankloom.errors import SettingsError
+from rankloom.settings import Seed
 
 GEOMETRIC = 0.15
 """Chance to stop at each rank of the geometric distribution."""
@@ -48,7 +49,7 @@ class RankSampling(Rule):
     """
 
     distribution: Distribution = "uniform"
-    seed: int = 0
+    seed: Seed = 0
     _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
     _before: list[tuple[nn.Parameter, int, slice, Tensor]] = field(
         default_factory=list, init=False, repr=False, compare=False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rankloom.core.start import Calibration, Evidence, Start, Started
 from rankloom.core.view import BankView
 from rankloom.errors import SettingsError
+from rankloom.settings import Positive
 from rankloom.store.base import Packed, Store, dense
 from rankloom.store.calibrate import hessians
 from rankloom.store.gptq import DAMP, pack_gptq
@@ -28,7 +29,7 @@ class GPTQ(Start):
     the store is `uniform`.
     """
 
-    damp: float = DAMP
+    damp: Positive = DAMP
 
     @property
     def calibrated(self) -> bool:

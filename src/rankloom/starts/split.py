@@ -19,6 +19,7 @@ from rankloom.core.view import BankView
 from rankloom.errors import SettingsError, StateError, TargetError, suggest
 from rankloom.methods.lora import LoRAAdapter
 from rankloom.ops.decompose import SVD, Split, loftq, lq, lqer
+from rankloom.settings import Count, Steps
 from rankloom.store.base import Packed, Store, dense
 from rankloom.store.bridges import bridge_of
 from rankloom.store.calibrate import activation_scales, fisher
@@ -47,7 +48,7 @@ class Splitter(Start):
 class LoftQ(Splitter):
     """Q first, `iters` rounds, the best one kept; 0 rounds is QLoRA (arXiv 2310.08659)."""
 
-    iters: int = 5
+    iters: Steps = 5
     svd: SVD = "exact"
 
     def split(self, w: Tensor, store: Store, r: int, scale: float, evidence: Tensor | None) -> Split:
@@ -61,7 +62,7 @@ class LQ(Splitter):
     """
 
     fisher: bool = False
-    max_iters: int = 100
+    max_iters: Count = 100
     svd: SVD = "exact"
 
     @property

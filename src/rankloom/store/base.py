@@ -9,21 +9,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.errors import SettingsError, StateError
+from rankloom.errors import StateError
 from rankloom.ops.autocast import autocasts
+from rankloom.settings import Settings, Where
 from rankloom.store.bridges import bridge_of
 
 aten = torch.ops.aten
 Parts = dict[str, Tensor]
+Bits = Annotated[int, Where("one of 2, 3, 4, 8", (2, 3, 4, 8).__contains__)]
+"""Widths of a code."""
 
 
-class Keeping(ABC):
+class Keeping(Settings, ABC):
     """What decides how each weight of a model is kept: one store for all of them, or a choice."""
 
     @abstractmethod
@@ -86,20 +89,6 @@ class Store(Keeping):
     def round_trip(self, weight: Tensor) -> Tensor:
         """What is left of `weight` after packing: decode(encode(weight))."""
         return self.decode(self.encode(weight.detach()), weight.shape, weight.dtype)
-
-
-def check_bits(**bits: int) -> None:
-    """Refuse a width that no code here has."""
-    for name, value in bits.items():
-        if value not in (2, 3, 4, 8):
-            raise SettingsError(f"{name}={value}: one of 2, 3, 4, 8")
-
-
-def check_blocks(**blocks: int) -> None:
-    """Refuse an empty block."""
-    for name, value in blocks.items():
-        if value < 1:
-            raise SettingsError(f"{name}={value}: a block holds at least one weight")
 
 
 class Packed(torch.Tensor):

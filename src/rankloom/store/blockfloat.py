@@ -13,19 +13,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rankloom.ops.unpack import GROUPS, pack, unpack
-from rankloom.store.base import Parts, Store, check_bits, check_blocks
+from rankloom.settings import Count
+from rankloom.store.base import Bits, Parts, Store
 
 
 @dataclass(frozen=True)
 class BlockFloat(Store):
     """`bits` for sign and mantissa (2, 3, 4 or 8); `block` weights along a row share an 8-bit exponent."""
 
-    bits: int = 4
-    block: int = 16
-
-    def __post_init__(self) -> None:
-        check_bits(bits=self.bits)
-        check_blocks(block=self.block)
+    bits: Bits = 4
+    block: Count = 16
 
     def encode(self, weight: Tensor) -> Parts:
         """codes (packed bytes) and exponent (blocks,) int8: the largest value of a block uses the top of the range."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rankloom.errors import FileError, SettingsError
+from rankloom.settings import from_data, to_data
 from rankloom.store.base import Packed, Store
-from rankloom.store.names import store_data, store_from_data
 
 KEY = "rankloom_stores"
 """Metadata key: a JSON object, weight name → store, shape, dtype."""
@@ -27,7 +27,7 @@ def to_files(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     for name, tensor in state_dict.items():
         if isinstance(tensor, Packed):
             shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            about[name] = {"store": store_data(tensor.store), "shape": shape, "dtype": dtype}
+            about[name] = {"store": to_data(tensor.store, full=True), "shape": shape, "dtype": dtype}
             found = {f"{name}.{part}": value.detach().contiguous() for part, value in tensor.parts.items()}
         else:
             found = {name: tensor.detach().contiguous()}
@@ -80,7 +80,7 @@ def _described(name: str, about: Any) -> tuple[Store, torch.Size, torch.dtype]:
     if not isinstance(about, dict) or about.keys() != {"store", "shape", "dtype"}:
         raise FileError(f"metadata of {name!r}: expected store, shape and dtype, got {about!r}")
     try:
-        store = store_from_data(about["store"], f"store of {name!r}")
+        store = from_data(Store, about["store"], f"store of {name!r}")
     except SettingsError as error:
         raise FileError(f"metadata of {name!r}: {error}") from error
     return store, _shape(name, about["shape"]), _dtype(name, about["dtype"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch import Tensor
 from rankloom.errors import SettingsError, suggest
 from rankloom.ops.bits import Allocation, allocate
 from rankloom.ops.decompose import low_rank
-from rankloom.store.base import Keeping, Store, dense
+from rankloom.settings import Count
+from rankloom.settings.types import NOT_EMPTY
+from rankloom.store.base import Bits, Keeping, Store, dense
 from rankloom.store.nested import NestedFloat
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
@@ -43,11 +45,11 @@ class MixedBits(Keeping):
     """
 
     bits: float = 3.0
-    widths: tuple[int, ...] = (2, 3, 4, 8)
-    scale_widths: tuple[int, ...] = (8,)
-    scale_dtypes: tuple[ScaleDtype, ...] = ("float32",)
-    blocks: tuple[int, ...] = (32, 64)
-    double_blocks: tuple[int, ...] = (256,)
+    widths: Annotated[tuple[Bits, ...], NOT_EMPTY] = (2, 3, 4, 8)
+    scale_widths: Annotated[tuple[Bits, ...], NOT_EMPTY] = (8,)
+    scale_dtypes: Annotated[tuple[ScaleDtype, ...], NOT_EMPTY] = ("float32",)
+    blocks: Annotated[tuple[Count, ...], NOT_EMPTY] = (32, 64)
+    double_blocks: Annotated[tuple[Count, ...], NOT_EMPTY] = (256,)
     solver: Literal["lagrange", "milp"] = "lagrange"
 
     def __post_init__(self) -> None:

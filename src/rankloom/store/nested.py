@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rankloom.ops.unpack import GROUPS, pack, unpack
-from rankloom.store.base import Parts, Store, check_bits, check_blocks
+from rankloom.settings import Count
+from rankloom.store.base import Bits, Parts, Store
 from rankloom.store.normalfloat import block_absmax, blocks_of, looked_up, nearest
 
 WIDTH = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -27,15 +28,11 @@ class NestedFloat(Store):
     Codes are chosen for the scales as they are kept, so an inexact scale costs as little as it can.
     """
 
-    bits: int = 4
-    scale_bits: int = 8
+    bits: Bits = 4
+    scale_bits: Bits = 8
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    block: int = 64
-    double_block: int = 256
-
-    def __post_init__(self) -> None:
-        check_bits(bits=self.bits, scale_bits=self.scale_bits)
-        check_blocks(block=self.block, double_block=self.double_block)
+    block: Count = 64
+    double_block: Count = 256
 
     def encode(self, weight: Tensor) -> Parts:
         """codes and scale_codes (packed bytes), scale_top (blocks of blocks,), scale_offset ()."""

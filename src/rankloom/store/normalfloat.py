@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 
 from rankloom.ops.triton import usable
 from rankloom.ops.unpack import GROUPS, pack, unpack
-from rankloom.store.base import Parts, Store, check_bits, check_blocks
+from rankloom.settings import Count
+from rankloom.store.base import Bits, Parts, Store
 
 if TYPE_CHECKING:
     from rankloom.ops.triton.normalfloat import Code
@@ -40,14 +41,10 @@ class NormalFloat(Store):
     blocks of `double_block`.
     """
 
-    bits: int = 4
-    block: int = 64
+    bits: Bits = 4
+    block: Count = 64
     double: bool = True
-    double_block: int = 256
-
-    def __post_init__(self) -> None:
-        check_bits(bits=self.bits)
-        check_blocks(block=self.block, double_block=self.double_block)
+    double_block: Count = 256
 
     def encode(self, weight: Tensor) -> Parts:
         """codes (packed bytes) and absmax, or absmax8, absmax_scale, absmax_offset."""

@@ -15,19 +15,16 @@ from torch import Tensor
 from rankloom.errors import SettingsError
 from rankloom.ops.affine import affine_codes, affine_grid
 from rankloom.ops.unpack import GROUPS, pack, unpack
-from rankloom.store.base import Packed, Parts, Store, check_bits, check_blocks
+from rankloom.settings import Count
+from rankloom.store.base import Bits, Packed, Parts, Store
 
 
 @dataclass(frozen=True)
 class Uniform(Store):
     """`bits` 2, 3, 4 or 8; `group` columns share a scale; the columns are a multiple of it."""
 
-    bits: int = 4
-    group: int = 32
-
-    def __post_init__(self) -> None:
-        check_bits(bits=self.bits)
-        check_blocks(group=self.group)
+    bits: Bits = 4
+    group: Count = 32
 
     def encode(self, weight: Tensor) -> Parts:
         """codes (packed bytes), scale and zero (…, rows, groups) in float32, or float64 for a float64 weight; round to

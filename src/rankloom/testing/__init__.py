@@ -15,9 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankloom.core.attach import as_plan
 from rankloom.core.method import Method
-from rankloom.core.plan import Plan
+from rankloom.core.plan import Plan, as_plan
 from rankloom.testing import company, compiled, kinds, learning, matrix, start, travel
 from rankloom.testing.check import Check, Promise, Report, Row, report
 from rankloom.testing.size import count

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankloom.core.attach import as_plan, attach
+from rankloom.core.attach import attach
 from rankloom.core.method import Method
-from rankloom.core.plan import Plan
+from rankloom.core.plan import Plan, as_plan
 from rankloom.testing.check import Check
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from rankloom.core.attach import attach, bank_of
 from rankloom.core.bank import Bank
+from rankloom.core.plan import plan_data, plan_from_data
 from rankloom.core.site import LAYER
 from rankloom.errors import SettingsError
-from rankloom.registry import plan_data, plan_from_data
 from rankloom.testing.subject import Subject, Unfit, cast, difference, mapped, nudge, same, trained, training
 
 

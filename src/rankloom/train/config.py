@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
-from rankloom.core.plan import Plan
-from rankloom.core.settings import build, to_data
-from rankloom.errors import SettingsError, suggest
-from rankloom.registry import default_plan, plan_data, plan_from_data
+from rankloom.core.plan import Plan, default_plan
+from rankloom.errors import SettingsError
+from rankloom.registry import kinds_with
+from rankloom.settings import Count, Positive, Seed, Settings, Steps, to_data
+from rankloom.settings import from_data as build
+from rankloom.settings.changes import spots
+from rankloom.settings.engine import UnknownSetting
+from rankloom.settings.reference import Field, describe, find, reference
 from rankloom.train.settings import TrainSettings
 
 Task = Literal["auto", "causal-lm", "classification", "encoder"]
-SHORT = {"model": "path", "data": "source"}
-"""Sections that may be one string, and the setting that it stands for."""
+ELSEWHERE = {
+    "cutoff_len": "max_length",
+    "gradient_accumulation_steps": "accumulate",
+    "learning_rate": "lr",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lora_target_modules": "target_modules",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "clip",
+    "max_seq_length": "max_length",
+    "max_steps": "steps",
+    "micro_batch_size": "batch_size",
+    "model_name_or_path": "model",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "optim": "optimizer",
+    "output_dir": "out",
+    "per_device_train_batch_size": "batch_size",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+    "logging_steps": "log_every",
+}
+"""What other trainers call our settings."""
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """Which model, and how it is loaded.
 
     - `path`: a folder, a Hugging Face id, or `microworld` (the embedded base model).
@@ -29,6 +52,8 @@ class ModelSettings:
     - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `revision`: branch, tag or commit of a hub model.
     - `trust_remote_code`: run Python code that comes with the model.
     """
+
+    short: ClassVar[str] = "path"
 
     path: str
     task: Task = "auto"
@@ -39,54 +64,51 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Settings):
     """Which data, and how it becomes batches.
 
-    - `source`: file, folder, `microworld:task#N`, or `owner/name` of a data set; `split`, `format`, `columns`,
-      `labels`: as `rankloom.train.data.load` takes them.
-    - `max_length` (None: 1024, or what the tokenizer's model takes), `train_on`, `template`, `unusable`: as
-      `rankloom.train.data.prepare` takes them.
+    - `source`: file, folder, `microworld:task#N`, or `owner/name` of a data set; `split`: of such a set; `format`,
+      `columns`, `labels`: of the records, where they are not found, as `rankloom.train.data.load` takes them.
+    - `max_length`: tokens kept of an example (None: 1024, or what the tokenizer's model takes); `train_on`: the answers
+      of the assistant, or all tokens; `template`: of a chat, `auto` being the tokenizer's; `unusable`: whether an
+      example without a token to train stops the run or is dropped.
     - `batch_size`: rows per step and process; `packing`: several examples per row.
     - `epochs`: passes over the data, instead of `train.steps`.
     - `eval_source`, `eval_split`: what is evaluated; by default the `validation` split of a source that has one, else
-      `hold_out` records taken from the training data (None: a tenth of them, at most 200).
+      records held out.
+    - `hold_out`: records taken from the training data to be evaluated (None: a tenth of them, at most 200).
     - `eval_examples`: records evaluated; `eval_answers`: conversations answered greedily for the exact match;
-      `answer_tokens`: most tokens of such an answer.
+      `answer_tokens`: most tokens of an answer.
     """
+
+    short: ClassVar[str] = "source"
 
     source: str
     split: str = "train"
     format: str | None = None
     columns: Mapping[str, str] | None = None
     labels: tuple[str, ...] | None = None
-    max_length: int | None = None
+    max_length: Count | None = None
     train_on: Literal["assistant", "all"] = "assistant"
     template: str = "auto"
     unusable: Literal["error", "drop"] = "error"
-    batch_size: int = 8
+    batch_size: Count = 8
     packing: bool = False
-    epochs: float | None = None
+    epochs: Positive | None = None
     eval_source: str | None = None
     eval_split: str | None = None
-    hold_out: int | None = None
-    eval_examples: int = 200
-    eval_answers: int = 50
-    answer_tokens: int = 128
+    hold_out: Count | None = None
+    eval_examples: Count = 200
+    eval_answers: Steps = 50
+    answer_tokens: Count = 128
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "eval_examples", "answer_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise SettingsError(f"{name}={getattr(self, name)}: 1 or more")
-        if self.eval_answers < 0 or (self.hold_out is not None and self.hold_out < 1):
-            raise SettingsError(f"eval_answers={self.eval_answers}, hold_out={self.hold_out}: must be positive")
         if self.hold_out is not None and (self.eval_source is not None or self.eval_split is not None):
             raise SettingsError("hold_out and eval_source/eval_split both say what is evaluated: give one of them")
-        if self.epochs is not None and not (0 < self.epochs < math.inf):
-            raise SettingsError(f"epochs={self.epochs}: a positive number")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """A whole run. `out`: the folder it writes; `seed`: of data order, starts and dropout; `name`: of the adapter."""
 
     model: ModelSettings | None = None
@@ -94,8 +116,23 @@ class RunConfig:
     plan: Plan = field(default_factory=lambda: default_plan("lora"))
     train: TrainSettings = field(default_factory=TrainSettings)
     out: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     name: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.train.seed != self.seed:
+            object.__setattr__(self, "train", replace(self.train, seed=self.seed))
+
+    @classmethod
+    def spelled(cls, data: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """With the method that a plan has by default. Refuses a length given twice, and a seed below the top."""
+        plan, train, records = ({} if data.get(key) is None else data[key] for key in ("plan", "train", "data"))
+        if isinstance(train, Mapping) and "seed" in train:
+            raise SettingsError("train.seed: the seed of a run stands at the top: seed=…", "train.seed")
+        long = isinstance(records, Mapping) and records.get("epochs") is not None
+        if long and isinstance(train, Mapping) and "steps" in train:
+            raise SettingsError("train.steps and data.epochs say the same thing: give one of them", "train.steps")
+        return {**data, "plan": {"method": "lora", **plan}} if isinstance(plan, Mapping) else data
 
     def need_model(self) -> ModelSettings:
         """The model's settings, or an error that says how to give them."""
@@ -117,86 +154,36 @@ class RunConfig:
 
 
 def from_data(data: Mapping[str, Any]) -> RunConfig:
-    """A run from plain data. `model` and `data` may be one string, `plan.method` a name. Raises `SettingsError`."""
-    data = normal(data)
-    known = [f.name for f in dataclasses.fields(RunConfig)]
-    for key in data:
-        if key not in known:
-            raise SettingsError(
-                f"the configuration has no setting {key!r}{_elsewhere(str(key)) or suggest(key, known)}"
-            )
-    train = dict(_mapping(data.get("train", {}), "train"))
-    if "seed" in train:
-        raise SettingsError("train.seed: the seed of a run stands at the top: seed=…")
-    if "steps" in train and _mapping(data.get("data", {}), "data").get("epochs") is not None:
-        raise SettingsError("train.steps and data.epochs say the same thing: give one of them")
-    values: dict[str, Any] = {k: v for k, v in data.items() if k in ("out", "seed", "name")}
-    plain = build(_Plain, values, "the configuration", _no_class)
-    values["train"] = dataclasses.replace(build(TrainSettings, train, "train", _no_class), seed=plain.seed)
-    for key, cls in (("model", ModelSettings), ("data", DataSettings)):
-        if key in data:
-            values[key] = build(cls, data[key], key, _no_class)
-    if "plan" in data:
-        values["plan"] = plan_from_data({"method": "lora", **_mapping(data["plan"], "plan")}, "plan")
-    return RunConfig(**values)
+    """A run from plain data. `model` and `data` may be one text, `plan.method` a name. Raises `SettingsError`."""
+    try:
+        config: RunConfig = build(RunConfig, data)
+    except UnknownSetting as error:
+        paths = [".".join(spot.path) for spot in spots(RunConfig, data)]
+        found = [path for path in paths if path.rpartition(".")[2] == ELSEWHERE.get(error.key, error.key)]
+        if not found:
+            raise
+        said = str(error).partition(";")[0]
+        raise SettingsError(f"{said}; it is {' or '.join(found)}", error.path) from error
+    return config
 
 
 def as_data(config: RunConfig) -> dict[str, Any]:
     """The run as plain data with every choice written out; `from_data` gives the same run back."""
-    found: dict[str, Any] = {}
-    for key in SHORT:
-        section = getattr(config, key)
-        if section is not None:
-            found[key] = _all(section)
-    found["plan"] = plan_data(config.plan)
-    found["train"] = {k: v for k, v in _all(config.train).items() if k != "seed"}
+    found = dict(to_data(config, full=True))
+    del found["train"]["seed"]
     if config.data is not None and config.data.epochs is not None:
         del found["train"]["steps"]
-    return {**found, "out": config.out, "seed": config.seed, "name": config.name}
+    return {key: value for key, value in found.items() if value is not None or key == "out"}
 
 
-def normal(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The same data with its short forms spelled out."""
-    found = dict(data)
-    for key, setting in SHORT.items():
-        if isinstance(found.get(key), str):
-            found[key] = {setting: found[key]}
-        elif key in found and found[key] is None:
-            del found[key]
-    if isinstance(found.get("plan"), Mapping):
-        plan = dict(found["plan"])
-        plan["method"] = method_data(plan.get("method", "lora"))
-        found["plan"] = plan
-    return found
-
-
-def method_data(data: Any) -> Any:
-    """A method by name, spelled out."""
-    return {"name": data} if isinstance(data, str) else data
-
-
-@dataclass(frozen=True)
-class _Plain:
-    out: str | None = None
-    seed: int = 0
-    name: str = "default"
-
-
-def _all(section: Any) -> dict[str, Any]:
-    return {f.name: to_data(getattr(section, f.name), lambda cls: None) for f in dataclasses.fields(section)}
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise SettingsError(f"{where}: expected a mapping of settings, got {value!r}")
-    return value
-
-
-def _elsewhere(key: str) -> str:
-    sections = {"model": ModelSettings, "data": DataSettings, "plan": Plan, "train": TrainSettings}
-    found = [f"{s}.{key}" for s, cls in sections.items() if any(f.name == key for f in dataclasses.fields(cls))]
-    return f"; it is {' or '.join(found)}" if found else ""
-
-
-def _no_class(base: type, name: str) -> type | None:
-    return None
+def settings_table(key: str | None = None) -> list[Field]:
+    """The settings of a run; with `key` those at or below that path, or those of the parts registered by that name."""
+    fields = [f for f in reference(RunConfig) if f.name != "train.seed"]
+    if key is None:
+        return fields
+    parts = kinds_with(key)
+    if not parts:
+        return find(fields, key)
+    return [
+        replace(f, name=f"{kind} {key}.{f.name}") for kind, (base, made) in parts.items() for f in describe(made, base)
+    ]

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from rankloom.core.fingerprint import fingerprint, short
+from rankloom.core.plan import plan_data
 from rankloom.errors import StateError
-from rankloom.registry import plan_data
 from rankloom.train.run import bank_or_none
 from rankloom.train.settings import TrainSettings
 

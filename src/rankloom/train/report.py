@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from rankloom.errors import MissingExtra, SettingsError
+from rankloom.errors import MissingExtra, SettingsError, suggest
 from rankloom.files import disk
 from rankloom.files.folders import replace_file, sweep
-from rankloom.train.settings import TRACKERS, one_of
 
 Row = Mapping[str, Any]
 """One event: `event` (start, resume, train, eval, save, skip, end), `step`, and the event's own values."""
@@ -170,7 +169,8 @@ class Tracker(Report):
 
 def tracker(name: str, out: Path | None, config: Mapping[str, Any]) -> Tracker:
     """The tracker `name`, opened. Raises `SettingsError` for an unknown name, `MissingExtra` if it is not installed."""
-    one_of("report_to", name, TRACKERS)
+    if name not in _OPENERS:
+        raise SettingsError(f"report_to={name!r}{suggest(name, _OPENERS)}")
     if importlib.util.find_spec(name) is None:
         if name in ("tensorboard", "trackio"):
             raise MissingExtra(name, "track", f"report_to={name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -40,15 +40,15 @@ class Adalora(Translator):
         "deltaT": f.positive(1),
         "beta1": f.FRACTION,
         "beta2": f.FRACTION,
-        "orth_reg_weight": f.Field("a non-negative number", lambda v: f.number(v) and v >= 0, 0.5),
-        "total_step": f.Field("a positive integer or null", f.optional(f.positive(1).check)),
-        "rank_pattern": f.Field("an object from names to lists of true and false", f.optional(f.mapping(f.flags))),
-        "alpha_pattern": f.Field("an empty object", lambda v: v in ({}, None), {}),
-        "use_dora": f.Field("false", lambda v: v is False, False),
-        "use_rslora": f.Field("false", lambda v: v is False, False),
-        "lora_bias": f.Field("false", lambda v: v is False, False),
-        "init_lora_weights": f.Field("true or false", f.flag, True),
-        "target_parameters": f.Field("null", lambda v: v is None),
+        "orth_reg_weight": f.WEIGHT,
+        "total_step": f.Field(f.Whole | None),
+        "rank_pattern": f.Field(Mapping[str, tuple[bool, ...]] | None),
+        "alpha_pattern": f.Field(Annotated[Mapping[str, Any], f.EMPTY] | None, {}),
+        "use_dora": f.OFF,
+        "use_rslora": f.OFF,
+        "lora_bias": f.OFF,
+        "init_lora_weights": f.Field(bool, True),
+        "target_parameters": f.Field(None),
     }
 
     def site_problems(self, view: View) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
@@ -45,10 +45,10 @@ class Lora(Translator):
         "use_rslora": f.FLAG,
         "use_dora": f.FLAG,
         "lora_bias": f.FLAG,
-        "init_lora_weights": f.Field("true, false or the name of a start", f.either(f.flag, f.text), True),
-        "rank_pattern": f.Field(f.PATTERN + "ranks", f.patterns(f.positive(1).check), {}),
-        "alpha_pattern": f.Field(f.PATTERN + "numbers", f.patterns(f.ALPHA.check), {}),
-        "target_parameters": f.Field("a list of names or null", f.optional(f.texts)),
+        "init_lora_weights": f.Field(bool | str, True),
+        "rank_pattern": f.Field(Annotated[Mapping[str, f.Whole], f.SIMPLE] | None, {}),
+        "alpha_pattern": f.Field(Annotated[Mapping[str, float], f.SIMPLE] | None, {}),
+        "target_parameters": f.LIST,
     }
 
     def site_problems(self, view: View) -> list[str]:

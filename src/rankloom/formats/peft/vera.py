@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rankloom.core.method import Method
 from rankloom.formats.entry import Entry, plain
@@ -27,13 +27,13 @@ class Vera(Translator):
     own_suffixes = ("vera_lambda_b", "vera_lambda_d")
     fields = {
         **f.COMMON,
-        "bias": f.Field("one of none, all, vera_only", f.one_of("none", "all", "vera_only"), "none"),
+        "bias": f.Field(Literal["none", "all", "vera_only"], "none"),
         "r": f.positive(256),
-        "projection_prng_key": f.Field("an integer", f.integer, 0),
-        "save_projection": f.Field(f.FLAG.holds, f.flag, True),
+        "projection_prng_key": f.Field(int, 0),
+        "save_projection": f.Field(bool, True),
         "vera_dropout": f.PROBABILITY,
-        "d_initial": f.Field("a number", f.number, 0.1),
-        "init_weights": f.Field(f.FLAG.holds, f.flag, True),
+        "d_initial": f.Field(float, 0.1),
+        "init_weights": f.Field(bool, True),
     }
 
     def site_problems(self, view: View) -> list[str]:

@@ -22,6 +22,7 @@ from rankloom.formats.limits import Limits
 from rankloom.formats.numbers import check_numbers
 from rankloom.formats.peft import TRANSLATORS, fields
 from rankloom.formats.peft.fields import read_fields
+from rankloom.settings import engine, values, yamltext
 from rankloom.train import configfile
 from reliability_board.board import Budget, Finding, Row, Sabotage, swapped
 from reliability_board.child import Outcome, forked
@@ -72,11 +73,11 @@ def manifest(raw: bytes) -> object:
 
 
 def recipe(raw: bytes) -> object:
-    """The YAML of a run."""
-    return configfile._load(raw.decode("utf-8", "replace"), "run")
+    """The YAML of a run, read to the end."""
+    return configfile.config_of(raw.decode("utf-8", "replace"), "run")
 
 
-MODULES = (strict, manifests, headers, numbers, fields, configfile)
+MODULES = (strict, manifests, headers, numbers, fields, configfile, yamltext, engine, values)
 PARSERS: dict[str, Parser] = {
     "config": config, "weights": weights, "header": header, "manifest": manifest, "recipe": recipe
 }  # fmt: skip
@@ -191,6 +192,7 @@ def _seeds(name: str) -> list[bytes]:
     return [
         b"model: x\ndata: {source: a.jsonl, format: chat}\nplan:\n  method: {name: lora, r: 8}\ntrain: {lr: 1e-3}\n",
         b"a: &a [1, 2]\nb: *a\nc: {<<: {x: 1}, y: 'z'}\n",
+        b"plan: {method: {name: dora, inner: lora}, store: {name: uniform, bits: 3}, rules: [lora_plus]}\nseed: 1\n",
     ]
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from rankloom import registry
-from rankloom.core.attach import as_plan, attach
-from rankloom.core.plan import Plan
+from rankloom.core.attach import attach
+from rankloom.core.plan import Plan, as_plan
 from rankloom.core.rule import Rule
 from rankloom.errors import RankloomError
 from rankloom.store.model import keep
