@@ -200,7 +200,7 @@ def test_fold_is_for_good(backend):
     bank = rl.attach(model, rl.DoRA(rl.LoRA(r=4)), target_modules=TARGETS)
     nudge(bank)
     said = say(model).detach()
-    bank.fold("default")
+    bank.fold("default", into="dense")
     bank.reset("default")
     assert torch.allclose(say(model), said, atol=1e-4)
     rl.detach(model)

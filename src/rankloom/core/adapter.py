@@ -78,6 +78,10 @@ class Adapter(nn.Module):
         lengths: Tensor = torch.linalg.vector_norm(base.matrix() + self.delta(base), dim=-1)
         return lengths
 
+    def whole(self) -> Tensor | None:
+        """The tensor that takes the place of the base's, where that is the change; of the base tensor's own shape."""
+        return None
+
     def repacked(self, base: Base, weight: float) -> Tensor | None:
         """The packed base weight with weight·ΔW in the same store, without loss; None where it cannot be."""
         return None
@@ -138,6 +142,15 @@ def tensors_by_role(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter, str]]
             if depth < len(parts) - 1:
                 owner = owner.get_submodule(part)
         yield path, parameter, role
+
+
+def adapts(adapter: Adapter) -> bool:
+    """Whether it changes a matrix; False for one that does nothing but train tensors whole ("whole" is every role)."""
+    roles = {role for *_, role in tensors_by_role(adapter)}
+    for part in adapter.modules():
+        for shared, key in part._borrowed.values() if isinstance(part, Adapter) else ():
+            roles |= {role for name, role in shared.roles.items() if name == key or name.startswith(f"{key}.")}
+    return bool(roles - {"whole"})
 
 
 class Sum(Adapter):

@@ -6,18 +6,20 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter, tensors_by_role
+from rankloom.core.adapter import Adapter, adapts, tensors_by_role
 from rankloom.core.burst import burst
 from rankloom.core.choosing import Rows, choose
-from rankloom.core.fingerprint import Print
-from rankloom.core.graft import set_class
-from rankloom.core.merging import check_in_memory, folded, holder, plain_class, plain_dtype, repacked
+from rankloom.core.fingerprint import Print, fingerprint
+from rankloom.core.journal import Edit, Fold, Into, Journal
+from rankloom.core.merging import check_fits, check_in_memory, edited, edits, kind_at, plain_dtype, repacked
+from rankloom.core.moments import Forget, forget
 from rankloom.core.plan import Plan
+from rankloom.core.replaced import Replaced, normalise
 from rankloom.core.selection import Selection, Selector, Weight
 from rankloom.core.shared import Shared
 from rankloom.core.site import Site
@@ -25,7 +27,6 @@ from rankloom.core.slots import bring_home, present
 from rankloom.core.start import Started
 from rankloom.errors import NotMergeable, SettingsError, StateError, UnreachedError, suggest
 from rankloom.ops.linalg import largest, largest_norm
-from rankloom.store.bridges import bridge_of
 
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -44,6 +45,8 @@ class Bank:
     """How the start of a plan came out, by adapter and site."""
     handed: Print | None
     """Fingerprint of the base before a plan's store packed it; None: it is as it was handed in."""
+    journal: Journal
+    """What was folded into the base."""
     driven: bool
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,14 +56,15 @@ class Bank:
         self.started = {}
         self.handed: Print | None = None
         self.driven = False
+        self.journal = Journal()
         self._sites: dict[str, list[Site]] = {}
         self._shared: dict[str, Shared] = {}
         self._undo: dict[str, list[Callable[[], None]]] = {}
         self._requires_grad: dict[str, bool] = {}
         self._trained: frozenset[str] | None = None
         self._merged: dict[str, float] = {}
-        self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
-        self._reclassed: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._replaced = Replaced()
+        self._unfolded: tuple[Journal, Replaced] | None = None
 
     def __repr__(self) -> str:
         return f"Bank(adapters={list(self.plans)}, active={list(self.active)}, merged={list(self._merged)})"
@@ -192,19 +196,85 @@ class Bank:
                     site.adapter.reset(site.base)
 
     @torch.no_grad()
-    def fold(
-        self, *names: str, into: Literal["dense", "store"] = "dense", sign: float = 1.0, **weights: float
-    ) -> dict[str, float]:
-        """Add the changes to the base for good (`sign=-1` subtracts); the adapters stay as they are.
+    def fold(self, *names: str, into: Into = "store", sign: float = 1.0, **weights: float) -> dict[str, float]:
+        """Add the changes to the base for good (`sign=-1` subtracts) and note them in the journal; the adapters stay as
+        they are.
 
-        All changes are computed before any is written. `into` and what is returned: as in `merge`. Raises
-        `NotMergeable` before touching anything.
+        All changes are computed before any is written. A packed weight stays packed, rounded anew unless the adapter's
+        change fits its store; `into="dense"` unpacks it. Returns, for each weight that stays packed, the part of the
+        change that was lost, as `merge` does. Raises `NotMergeable` before touching anything.
         """
         self._not_merged("fold")
-        return self._write({n: sign * w for n, w in self._numbers(names, weights).items()}, keep=False, into=into)
+        numbers = {n: sign * w for n, w in self._numbers(names, weights).items()}
+        return self._record(self._fold(numbers, into).kept())
 
     @torch.no_grad()
-    def merge(self, *names: str, into: Literal["dense", "store"] = "dense", **weights: float) -> dict[str, float]:
+    def restart(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        moments: Forget | None = None,
+        into: Into = "store",
+    ) -> dict[str, float]:
+        """Fold the adapter, fill it afresh from torch's random numbers, and let `optimizer` forget the tensors that
+        start anew (`moments`: by default all that it knows of them).
+
+        The model's outputs stay as they are, but for rounding; those of packed weights by what `fold` returns. Tensors
+        that are trained whole (modules_to_save, biases, token rows) go on as they are, and so does their state.
+        """
+        self._not_merged("restart")
+        moved = [site for site in self.sites(name) if adapts(site.adapter)]
+        kept = {id(site) for site in moved}
+        lost = self._record(self._fold({name: 1.0}, into, lambda site: id(site) in kept).kept())
+        for site in moved:
+            site.adapter.reset(site.base)
+        if optimizer is not None:
+            anew = {p: None for _, p, role in self.tensors(name) if role != "whole"}
+            forget(optimizer, anew, moments or Forget())
+        return lost
+
+    def original(self) -> Print:
+        """Fingerprint of the base before the first fold."""
+        return self.journal.base or fingerprint(self.model)
+
+    @torch.no_grad()
+    def refold(self, journal: Journal) -> None:
+        """Bring the base to where `journal` left one like it: fold what it has beyond this bank's own journal.
+
+        Raises `StateError` where this base has other folds, unless they can be taken back (`keep_originals`), and
+        `TargetError` for a site that the model has not; nothing is written then.
+        """
+        self._not_merged("refold")
+        if not journal.continues(self.journal):
+            before = None if self._unfolded is None else self._unfolded[0]
+            if before is None or not journal.continues(before):
+                raise StateError(
+                    f"the base has {len(self.journal)} folds of its own, which are not the first of these "
+                    f"{len(journal)}: load the base anew"
+                )
+            self.unfold()
+        check_fits(self.model, journal.rows(), {key: tensor.shape for key, tensor in journal.tensors().items()})
+        for fold in journal.folds[len(self.journal) :]:
+            self._record(fold)
+
+    def keep_originals(self) -> None:
+        """Keep the tensors that folds replace from now on, for `unfold`: memory for each of them twice."""
+        self._unfolded = (self.journal, Replaced())
+
+    def unfold(self) -> None:
+        """Take back what was folded since `keep_originals`, exactly: the very same tensors are in place again."""
+        self._not_merged("unfold")
+        if self._unfolded is None:
+            raise StateError(
+                "unfold: the tensors from before the folds were not kept; call keep_originals() before folding, or "
+                "load the base anew (fold(…, sign=-1) subtracts, which rounds)"
+            )
+        self.journal, replaced = self._unfolded
+        replaced.put_back()
+
+    @torch.no_grad()
+    def merge(self, *names: str, into: Into = "dense", **weights: float) -> dict[str, float]:
         """Put the changes of the named adapters (default: the active ones) into the base until `unmerge`.
 
         The old tensors are kept, so `unmerge` is exact. Weights tied to others come apart while merged. `into="store"`
@@ -213,7 +283,7 @@ class Bank:
         """
         self._not_merged("merge")
         chosen = self._numbers(names, weights) if names or weights else self._active_numbers()
-        lost = self._write(chosen, keep=True, into=into)
+        lost = self._write(self._fold(chosen, into), self._replaced)
         self._merged = chosen
         self.selector.disabled = True
         return lost
@@ -222,13 +292,8 @@ class Bank:
         """Put the tensors back that `merge` replaced: the very same ones."""
         if not self._merged:
             raise StateError("nothing is merged")
-        for layer, key, tensor in reversed(self._originals):
-            held = holder(layer, key)
-            held[key] = _beside(tensor, held[key])
-        for layer, original in self._reclassed:
-            set_class(layer, original)
-        _normalise([layer for layer, _, _ in self._originals])
-        self._originals, self._reclassed, self._merged = [], [], {}
+        self._replaced.put_back()
+        self._merged = {}
         self.selector.disabled = False
 
     def delta(self, name: str) -> dict[str, Tensor]:
@@ -288,37 +353,47 @@ class Bank:
                 raise NotMergeable(f"adapter {one.name!r} is active row by row: there is no single matrix to merge")
         return {one.name: float(one.weight) for one in active}
 
-    @burst()
-    def _write(
-        self, weights: Mapping[str, float], keep: bool, into: Literal["dense", "store"] = "dense"
-    ) -> dict[str, float]:
+    def _fold(self, weights: Mapping[str, float], into: Into, chosen: Callable[[Site], bool] = bool) -> Fold:
+        """What folding these adapters, at the chosen sites, does to each tensor; nothing is written."""
         by_layer: dict[int, list[tuple[Site, float]]] = {}
         for name, weight in weights.items():
             everything = self.sites(name)
             self._finite(name, everything)
-            for site in everything:
+            for site in filter(chosen, everything):
                 by_layer.setdefault(id(site.layer), []).append((site, weight))
         for parts in by_layer.values():
-            check_in_memory(parts[0][0])
-        _normalise([parts[0][0].layer for parts in by_layer.values()])
+            check_in_memory(parts[0][0].layer, parts[0][0].name)
+        normalise([parts[0][0].layer for parts in by_layer.values()])
+        return Fold(tuple(edit for parts in by_layer.values() for edit in edits(parts, into)), into)
+
+    @burst()
+    def _write(self, fold: Fold, replaced: Replaced) -> dict[str, float]:
+        """Write a fold; every value is computed before one is written."""
+        layers = [(self.model.get_submodule(edit.path), edit) for edit in fold.edits]
+        for layer, edit in layers:
+            check_in_memory(layer, edit.name)
         dtype = plain_dtype(self.model)
-        new = [entry for parts in by_layer.values() for entry in folded(parts, dtype)]
-        lost: dict[str, float] = {}
-        if into == "store":
-            packed = [(parts, entry) for parts in by_layer.values() for entry in new if entry[0] is parts[0][0].layer]
-            new = [repacked(parts, entry, lost) for parts, entry in packed]
-        for layer, key, value in new:
-            held = holder(layer, key)
-            if keep:
-                self._originals.append((layer, key, held[key]))
-            as_it_is = held is layer._buffers or isinstance(value, nn.Parameter)
-            held[key] = value if as_it_is else nn.Parameter(value, requires_grad=False)
-            original = plain_class(layer, key)
-            if original is not None:
-                if keep:
-                    self._reclassed.append((layer, type(layer).rankloom_original))  # type: ignore[attr-defined]
-                set_class(layer, original)
-        _normalise([layer for layer, _, _ in new])
+        new: dict[tuple[int, str], tuple[nn.Module, Edit, Tensor]] = {}
+        lost = {}
+        for layer, edit in layers:
+            key = (id(layer), kind_at(layer, edit.slot).parameter())
+            now = new[key][2] if key in new else None
+            new[key] = (layer, edit, edited(layer, edit, now, dtype))
+        if fold.into == "store":
+            for key, (layer, edit, value) in new.items():
+                kept, part = repacked(layer, edit, value)
+                new[key] = (layer, edit, kept)
+                lost |= {} if part is None else {edit.name: part}
+        for (_, key_), (layer, _, value) in new.items():
+            replaced.put(layer, key_, value)
+        normalise([layer for layer, _, _ in new.values()])
+        return lost
+
+    def _record(self, fold: Fold) -> dict[str, float]:
+        """Write a fold for good; what is written is what the journal holds."""
+        base = self.original()
+        lost = self._write(fold, Replaced() if self._unfolded is None else self._unfolded[1])
+        self.journal = Journal([*self.journal.folds, fold], base)
         return lost
 
     def _finite(self, name: str, everything: Sequence[Site]) -> None:
@@ -342,20 +417,3 @@ class Bank:
 
 def _has_values(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not tensor.is_meta
-
-
-def _normalise(layers: Sequence[nn.Module]) -> None:
-    for layer in layers:
-        kind = layer.__dict__["_rankloom"].kind
-        if kind is not None:
-            kind.normalise(layer)
-
-
-def _beside(tensor: Tensor | None, here: Tensor | None) -> Tensor | None:
-    """A kept tensor where, and in the dtype in which, the one that takes its place for now has come to be."""
-    if tensor is None or here is None or (here.device, here.dtype) == (tensor.device, tensor.dtype):
-        return tensor
-    if bridge_of(tensor) is not None:
-        return tensor if here.device == tensor.device else tensor.to(here.device)
-    tensor.data = tensor.data.to(here.device, here.dtype)
-    return tensor

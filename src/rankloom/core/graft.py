@@ -145,7 +145,7 @@ def _check_class(layer: Grafted) -> None:
 def _renew_class(layer: nn.Module) -> None:
     if isinstance(layer, Grafted):
         _check_class(layer)
-    original = type(layer).rankloom_original if isinstance(layer, Grafted) else type(layer)
+    original = original_class(layer)
     slots = layer._modules["adapters"]
     assert slots is not None
     parameters = tuple(sorted(s for s in slots._modules if s not in (LAYER, SHARED)))
@@ -154,10 +154,18 @@ def _renew_class(layer: nn.Module) -> None:
     layer.__class__ = cls
 
 
+def original_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer below its adapters."""
+    return type(layer).rankloom_original if isinstance(layer, Grafted) else type(layer)
+
+
 def set_class(layer: nn.Module, original: type[nn.Module]) -> None:
-    """Give a grafted layer another class below its adapters."""
+    """Give a layer another class, below its adapters if it has any."""
+    if not isinstance(layer, Grafted):
+        layer.__class__ = original
+        return
     slots = layer._modules["adapters"]
-    cls = _generated(original, type(layer).rankloom_parameters, slots is not None and LAYER in slots._modules)  # type: ignore[attr-defined]
+    cls = _generated(original, type(layer).rankloom_parameters, slots is not None and LAYER in slots._modules)
     _rebind_instance_forward(layer, cls)
     layer.__class__ = cls
 

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rankloom.core.adapter import Adapter
 from rankloom.core.choosing import Rows
+from rankloom.core.moments import Forget
 from rankloom.core.selection import Weight
 from rankloom.core.shared import Shared
 from rankloom.core.site import Site
@@ -43,7 +45,16 @@ class BankView(Protocol):
     def reset(self, name: str) -> None: ...
 
     def fold(
-        self, *names: str, into: Literal["dense", "store"] = "dense", sign: float = 1.0, **weights: float
+        self, *names: str, into: Literal["dense", "store"] = "store", sign: float = 1.0, **weights: float
+    ) -> dict[str, float]: ...
+
+    def restart(
+        self,
+        name: str,
+        optimizer: Optimizer | None = None,
+        *,
+        moments: Forget | None = None,
+        into: Literal["dense", "store"] = "store",
     ) -> dict[str, float]: ...
 
     def using(

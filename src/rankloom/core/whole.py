@@ -40,6 +40,9 @@ class WholeAdapter(Adapter):
         with torch.no_grad():
             self.value.copy_(base.kind.tensor(base.layer))
 
+    def whole(self) -> Tensor:
+        return self.value
+
     def delta(self, base: Base) -> Tensor:
         return self.value - base.kind.tensor(base.layer)
 

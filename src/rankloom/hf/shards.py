@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.bank import Bank
-from rankloom.core.merging import folded
+from rankloom.core.merging import edited, edits, kind_at
 from rankloom.core.site import Site
 from rankloom.core.slots import present
 from rankloom.core.targets import base_modules
@@ -101,10 +101,14 @@ def merged(bank: Bank, name: str, shards: Shards, dtype: torch.dtype | None) -> 
         layers.setdefault(site.path, []).append((site, 1.0))
     done: set[str] = set()
     for path, parts in layers.items():
-        with present(parts[0][0].layer):
-            for _, key, value in folded(parts):
-                done.add(f"{path}.{key}")
-                yield f"{path}.{key}", value
+        layer = parts[0][0].layer
+        with present(layer):
+            values: dict[str, Tensor] = {}
+            for edit in edits(parts, "dense"):
+                key = kind_at(layer, edit.slot).parameter()
+                values[key] = edited(layer, edit, values.get(key))
+        done |= {f"{path}.{key}" for key in values}
+        yield from ((f"{path}.{key}", value) for key, value in values.items())
     for key in shards.names:
         if key not in done:
             tensor = shards.tensor(key)
