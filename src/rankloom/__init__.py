@@ -25,6 +25,7 @@ _PUBLIC = {
     "Plan": "rankloom.core.plan",
     "QALoRA": "rankloom.methods.qalora",
     "RankloomError": "rankloom.errors",
+    "ReLoRA": "rankloom.rules.relora",
     "Rule": "rankloom.core.rule",
     "Slices": "rankloom.methods.slices",
     "Uniform": "rankloom.store.uniform",
@@ -47,6 +48,7 @@ _PUBLIC = {
     "qdylora": "rankloom.presets",
     "qlora": "rankloom.presets",
     "register": "rankloom.registry",
+    "relora": "rankloom.presets",
     "rslora": "rankloom.presets",
     "save": "rankloom.formats",
 }

@@ -11,6 +11,7 @@ from rankloom.methods.asymmetric import AsymmetricLoRA
 from rankloom.methods.dylora import DyLoRA
 from rankloom.methods.lora import LoRA
 from rankloom.rules.projection import ProjectedGradient
+from rankloom.rules.relora import ReLoRA
 from rankloom.starts.split import LQ, LQER, LoftQ
 from rankloom.store.base import Store
 from rankloom.store.blockfloat import BlockFloat
@@ -79,6 +80,22 @@ def qlora(bits: int = 4, double_quant: bool = True, **settings: Any) -> Plan:
     (`double_quant`). Its paged optimizer is a setting of the training: `train.optimizer=paged_adamw`.
     """
     return Plan(LoRA(**{"r": 64, "lora_alpha": 16.0, **settings}), store=NormalFloat(bits, double=double_quant))
+
+
+def relora(
+    every: int = 2000,
+    reset: Literal["zero", "random", "magnitude"] = "zero",
+    prune: float = 0.999,
+    restart_warmup: int = 50,
+    min_lr_ratio: float | None = None,
+    **settings: Any,
+) -> Plan:
+    """ReLoRA (arXiv 2307.05695): LoRA that is folded into the base and restarted every `every` steps (`rules.relora`).
+
+    The paper trains embeddings, norms and head whole beside it: attach(…, modules_to_save=[…], bias="all").
+    """
+    method = LoRA(**{"r": 128, "lora_alpha": 32.0, "lora_dropout": 0.1, **settings})
+    return Plan(method, rules=(ReLoRA(every, reset, prune, restart_warmup, min_lr_ratio=min_lr_ratio),))
 
 
 def rslora(**settings: Any) -> LoRA:

@@ -23,6 +23,7 @@ _METHODS: dict[str, str] = {
     "qa_lora": "rankloom.methods.qalora:QALoRA",
     "qdylora": "rankloom.presets:qdylora",
     "qlora": "rankloom.presets:qlora",
+    "relora": "rankloom.presets:relora",
     "rslora": "rankloom.presets:rslora",
     "slices": "rankloom.methods.slices:Slices",
     "unrolled_lora": "rankloom.methods.unrolled:UnrolledLoRA",
@@ -34,6 +35,7 @@ _RULES: dict[str, str] = {
     "orthogonal": "rankloom.rules.orthogonal:Orthogonal",
     "projected_gradient": "rankloom.rules.projection:ProjectedGradient",
     "rank_sampling": "rankloom.rules.sampling:RankSampling",
+    "relora": "rankloom.rules.relora:ReLoRA",
 }
 _STARTS: dict[str, str] = {
     "gptq": "rankloom.starts.gptq:GPTQ",

@@ -14,7 +14,7 @@ def export(
     arguments: ArgumentsOut = None,
     out: Out = None,
     as_: Annotated[str, typer.Option("--as", help="The kind of file: lora.")] = "lora",
-    r: Annotated[int, typer.Option("--r", help="Rank of the exported LoRA.")] = 8,
+    r: Annotated[int | None, typer.Option("--r", help="Highest rank; default: exact, or 8.")] = None,
     json: Json = False,
 ) -> None:
     """Write an adapter of any mergeable method as plain LoRA, by SVD, with the relative error stated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,9 @@ from rankloom.core.targets import base_tensors, block_index, pattern_key, resolv
 from rankloom.core.undriven import watch
 from rankloom.core.whole import TokenRows, Whole
 from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError
+from rankloom.store.base import Packed
+
+LOG = logging.getLogger("rankloom")
 
 
 @burst()
@@ -36,18 +40,19 @@ def attach(
     plan: Plan | Method,
     name: str = "default",
     *,
+    like: str | None = None,
     probe: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     **overrides: Any,
 ) -> Bank:
     """Adapt `model` in place by a plan, or by a method and the plan's settings as keywords; returns `model.rankloom`.
 
-    The base is frozen, every change starts at zero, and the first adapter of a model is active at once. `probe`: a
-    batch of keyword arguments for the model; sites that it never reaches are refused (`UnreachedError`). A plan with a
-    store packs the weights of the base for good; `calibration`: batches of keyword arguments for a start that
-    looks at data. Raises `TargetError`, `SettingsError` before anything is touched.
+    The base is frozen, every change starts at zero, and the first adapter of a model is active at once. `like`: an
+    adapter of the model, at whose very sites this one is to be (`Plan.sites`). `probe`: a batch of keyword
+    arguments for the model; sites that it never reaches are refused (`UnreachedError`). A plan with a store packs the
+    weights of the base for good; `calibration`: batches of keyword arguments for a start that looks at data. Raises `TargetError`, `SettingsError` before anything is touched.
     """
-    plan = as_plan(plan, overrides)
+    plan = as_plan(plan, overrides if like is None else {**overrides, "sites": bank_of(model).adapted(like)})
     bank = getattr(model, "rankloom", None)
     check_name(name, bank)
     if bank is not None and bank.merged:
@@ -57,7 +62,12 @@ def attach(
     flags = {f"{p}.{k}": v.requires_grad for p, _, k, v in base_tensors(model)} if bank is None else {}
     undo = [replicate(model, plan.layer_replication)] if plan.layer_replication else []
     try:
-        kept_layers(model, plan)
+        kept = kept_layers(model, plan)
+        if bank is not None and bank.journal.folds and not all(isinstance(w.weight, Packed) for w in kept.values()):
+            raise StateError(
+                f"attach: the store {plan.store} would pack a base into which changes were folded, and they could not "
+                "be folded again: pack the base first"
+            )
         sites, shared = build(model, plan)
     except BaseException:
         for step in undo:
@@ -90,7 +100,7 @@ def attach(
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter (or all) off; without adapters the model is exactly as it was handed to `attach`, except that
-    weights which a plan's store packed stay packed.
+    weights which a plan's store packed stay packed, and that what was folded into the base stays in it (logged).
     """
     bank = bank_of(model)
     if name is not None:
@@ -110,6 +120,12 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         if left != bank.selector.default.active:
             bank.selector.default = dataclasses.replace(bank.selector.default, active=left, segments=None)
     if not bank.names:
+        if bank.journal.folds:
+            LOG.warning(
+                "detach: the base keeps what was folded into it (%d folds, %d sites); load it anew for the original",
+                len(bank.journal),
+                len(bank.journal.sites),
+            )
         for path, _, key, value in base_tensors(model):
             value.requires_grad_(bank._requires_grad[f"{path}.{key}"])
         del model.rankloom

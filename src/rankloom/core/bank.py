@@ -25,6 +25,7 @@ from rankloom.core.shared import Shared
 from rankloom.core.site import Site
 from rankloom.core.slots import bring_home, present
 from rankloom.core.start import Started
+from rankloom.core.state import held, put
 from rankloom.errors import NotMergeable, SettingsError, StateError, UnreachedError, suggest
 from rankloom.ops.linalg import largest, largest_norm
 
@@ -180,6 +181,24 @@ class Bank:
         self._known(name)
         return self._shared[name]
 
+    def state(self, name: str, *, copy: bool = True) -> dict[str, Tensor]:
+        """Every tensor of the adapter `name` by key, as in `tensors`, with frozen ones and kept buffers; `copy=False`
+        gives the tensors themselves. In PEFT's keys: `rankloom.formats.state`.
+        """
+        found = held(self, name)
+        return {key: t.detach().clone() for key, t in found.items()} if copy else found
+
+    def load_state(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write what `state` gave into the adapter `name`, in its own dtypes.
+
+        Raises `StateError` before anything is written for missing and unknown keys and for shapes that it cannot take.
+        """
+        put(self, name, tensors)
+
+    def adapted(self, name: str) -> tuple[str, ...]:
+        """Names of the sites whose matrices the adapter changes, without tensors that are trained whole."""
+        return tuple(site.name for site in self.sites(name) if adapts(site.adapter))
+
     def trainable(self, *names: str) -> Iterator[tuple[str, nn.Parameter, str]]:
         """`tensors` of the named adapters (default: `trained`) that require gradients."""
         for name in names or self.trained:
@@ -261,6 +280,10 @@ class Bank:
     def keep_originals(self) -> None:
         """Keep the tensors that folds replace from now on, for `unfold`: memory for each of them twice."""
         self._unfolded = (self.journal, Replaced())
+
+    def forget_originals(self) -> None:
+        """Let go of what `keep_originals` kept."""
+        self._unfolded = None
 
     def unfold(self) -> None:
         """Take back what was folded since `keep_originals`, exactly: the very same tensors are in place again."""
@@ -374,7 +397,7 @@ class Bank:
             check_in_memory(layer, edit.name)
         dtype = plain_dtype(self.model)
         new: dict[tuple[int, str], tuple[nn.Module, Edit, Tensor]] = {}
-        lost = {}
+        lost: dict[str, float] = {}
         for layer, edit in layers:
             key = (id(layer), kind_at(layer, edit.slot).parameter())
             now = new[key][2] if key in new else None

@@ -95,8 +95,8 @@ def check_fits(model: nn.Module, rows: list[dict[str, Any]], shapes: Mapping[str
         wanted = _shape(model, edit, kind, name, shapes, key)
         if wanted is not None and shape != wanted:
             raise TargetError(
-                f"the journal's {name!r} of {edit.name!r} has shape {shape}, and this model needs {wanted}: it was made "
-                "on another base"
+                f"the journal's {name!r} of {edit.name!r} has shape {shape}, and this model needs {wanted}: it was "
+                "made on another base"
             )
 
 

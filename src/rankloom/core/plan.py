@@ -16,6 +16,15 @@ from rankloom.settings.engine import build, maker_of
 from rankloom.settings.values import join
 from rankloom.store.base import Keeping
 
+PATTERNS: Mapping[str, Any] = {
+    "target_modules": "all-linear",
+    "exclude_modules": (),
+    "target_parameters": (),
+    "layers_to_transform": None,
+    "layers_pattern": None,
+}
+"""Settings that choose sites by patterns, and what each is when it says nothing."""
+
 
 @dataclass(frozen=True)
 class Plan(Settings):
@@ -26,6 +35,8 @@ class Plan(Settings):
       linear layer but the output head and `modules_to_save`).
     - `exclude_modules`: suffixes or one regular expression, taken away from the targets.
     - `target_parameters`: suffixes of bare parameters (stacked experts, attention without layers), or one expression.
+    - `sites`: exactly these layers and bare parameters, by their whole names, in the place of all the settings that
+      choose by patterns (`attach(…, like="a")`: those of the adapter a).
     - `layers_to_transform`: block indices to keep; `layers_pattern`: name of the block list, if names have several.
     - `rank_pattern`, `alpha_pattern`: other `r` / `lora_alpha` for names that match (regular expression on the end).
     - `modules_to_save`: modules trained whole; `trainable_token_indices`: embedding rows trained whole, by embedding
@@ -43,6 +54,7 @@ class Plan(Settings):
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ()
     target_parameters: str | tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] | None = None
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
@@ -58,6 +70,12 @@ class Plan(Settings):
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.sites:
+            given = [name for name, unset in PATTERNS.items() if getattr(self, name) not in (unset, [], None)]
+            if given:
+                raise SettingsError(
+                    f"sites and {given[0]}={getattr(self, given[0])!r} both say what is adapted: give one of them"
+                )
         if self.store is None and (self.start is not None or self.store_skip_modules):
             said = f"start={self.start}" if self.start is not None else f"store_skip_modules={self.store_skip_modules}"
             raise SettingsError(f"{said} without a store: give one, as in store='normal_float'")

@@ -59,7 +59,10 @@ def resolve(model: nn.Module, plan: Plan) -> Resolution:
     """Every site that `plan` means in `model`. Raises `TargetError` with near matches for a name that hit nothing."""
     modules = dict(base_modules(model))
     saved = _saved_modules(modules, plan)
-    named, parameters = _target_layers(model, modules, plan, saved), _target_parameters(modules, plan)
+    if plan.sites:
+        named, parameters = _exact_sites(modules, plan.sites, saved)
+    else:
+        named, parameters = _target_layers(model, modules, plan, saved), _target_parameters(modules, plan)
     kept = _in_blocks([*named, *parameters], plan)
     layers = [name for name in named if name in kept]
     sites = [site for path in layers for site in _sites_of(path, modules)]
@@ -127,6 +130,31 @@ def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, 
     for name in chosen:
         _adaptable(name, modules)
     return chosen
+
+
+def _exact_sites(
+    modules: dict[str, nn.Module], sites: Sequence[str], saved: list[str]
+) -> tuple[list[str], dict[str, Site]]:
+    """The layers and bare parameters of these very names."""
+    wanted = set(sites)
+    owners = {name.rpartition(".")[0] for name in sites}
+    tensors = {
+        f"{path}.{key}" if path else key: (path, module, key)
+        for path, module in modules.items()
+        if path in owners
+        for key in module._parameters
+        if _has(module, key)
+    }
+    for name in sites:
+        if name not in modules and name not in tensors:
+            known = [*modules, *(f"{p}.{k}" if p else k for p, m in modules.items() for k in m._parameters)]
+            raise TargetError(f"sites: the model has no layer or parameter {name!r}{suggest(name, known)}")
+        if any(name == s or name.startswith(f"{s}.") for s in saved):
+            raise TargetError(f"sites: {name!r} lies in modules_to_save, which trains it whole: drop one")
+    layers = [name for name in modules if name in wanted]
+    for name in layers:
+        _adaptable(name, modules)
+    return layers, {name: _bare(*found) for name, found in tensors.items() if name in wanted and name not in modules}
 
 
 def _in_blocks(chosen: list[str], plan: Plan) -> set[str]:

@@ -10,14 +10,17 @@ if TYPE_CHECKING:
     from rankloom.formats.info import inspect
     from rankloom.formats.loading import load
     from rankloom.formats.saving import save
+    from rankloom.formats.state import load_state, state
 
 _HOME = {
     "export": "rankloom.formats.exporting",
     "inspect": "rankloom.formats.info",
     "load": "rankloom.formats.loading",
+    "load_state": "rankloom.formats.state",
     "save": "rankloom.formats.saving",
+    "state": "rankloom.formats.state",
 }
-__all__ = ["export", "inspect", "load", "save"]
+__all__ = ["export", "inspect", "load", "load_state", "save", "state"]
 
 
 def __getattr__(name: str) -> Any:

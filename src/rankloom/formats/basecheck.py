@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -30,28 +31,39 @@ def saved_print(view: View) -> dict[str, Any] | None:
     if bank.merged or any(plan.layer_replication for plan in bank.plans.values()):
         return None
     again = isinstance(view.plan.store, Store) and view.plan.start is None
-    return bank.handed if again and bank.handed is not None else fingerprint(view.model)
+    return bank.handed if again and bank.handed is not None else bank.original()
 
 
-def check_base(source: Source, model: nn.Module, copy: View, unknown: UnknownBase, check: bool) -> None:
+def check_base(
+    source: Source,
+    model: nn.Module,
+    copy: View,
+    unknown: UnknownBase,
+    check: bool,
+    after: Mapping[str, Any] | None = None,
+) -> bool:
     """Refuse another base, by both fingerprints. `copy`: the adapter on a copy of the model, for what it replaces.
+    `after`: of the base with the folder's folds in it; False if the model is that one already.
 
     A folder that has no fingerprint is a warning, or with `unknown="refuse"` refused; `check=False` logs that it was
     not asked.
     """
     if not check:
         LOG.warning("%s: loaded without a check of its base model (base_check=False)", source.folder)
-        return
+        return True
     bank = getattr(model, "rankloom", None)
     replicated = isinstance(bank, Bank) and any(plan.layer_replication for plan in bank.plans.values())
     if source.base is None or replicated:
         _unknown(source, unknown)
-        return
+        return True
     wrong = check_print(source.base)
     if wrong is not None:
         raise FileError(f"{source.folder / MANIFEST}: 'base' is no fingerprint: {wrong}")
     skip = {_name(site.path, site.slot) for site, _ in copy.whole}
-    now = fingerprint(model)
+    folded = after is not None and isinstance(bank, Bank) and bank.journal.base is not None
+    now = bank.original() if folded else fingerprint(model)  # type: ignore[union-attr]
+    if after is not None and not folded and difference(model, after, now, skip) is None:
+        return False
     if isinstance(bank, Bank) and bank.handed is not None and now["packed"] != source.base["packed"]:
         now = bank.handed
     reason = difference(model, source.base, now, skip)
@@ -62,6 +74,7 @@ def check_base(source: Source, model: nn.Module, copy: View, unknown: UnknownBas
             f"{short(source.base)}{_called(made)}; this model: {short(now)}{_called(base_name(model))}. Load the right "
             "base, or pass base_check=False if this one is meant"
         )
+    return True
 
 
 def _unknown(source: Source, unknown: UnknownBase) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.attach import attach, bank_of, detach
+from rankloom.compose.arithmetic import Part, Sum, overall, place, summed
+from rankloom.core import thin as forms
+from rankloom.core.attach import bank_of, detach
 from rankloom.core.bank import Bank
+from rankloom.core.journal import Edit, Journal, Pair, Value
 from rankloom.core.slots import present
 from rankloom.core.whole import tokens_key
-from rankloom.errors import SettingsError, suggest
-from rankloom.formats.peft.reading import exact
-from rankloom.formats.peft.targets import our_targets
+from rankloom.errors import NotMergeable, SettingsError, suggest
 from rankloom.formats.saving import SaveReport, parcel_of
 from rankloom.formats.view import View, view
-from rankloom.methods.lora import LoRA, LoRAAdapter
+from rankloom.methods.lora import check_rank
 from rankloom.ops.linalg import truncated_svd
 
 FORMATS = ("lora",)
 BORROWED = "rankloom-export"
+DEFAULT = 8
+"""Rank to which a dense change is cut."""
 
 
 @dataclass(frozen=True)
@@ -43,68 +44,105 @@ def export(
     name: str = "default",
     *,
     as_: str = "lora",
-    r: int = 8,
+    r: int | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> ExportReport:
-    """Write the adapter `name` as plain LoRA of rank `r`, by truncated SVD of each site's ΔW (…, out, in).
+    """Write the adapter `name` as plain LoRA of rank `r` at most: everything that was folded into the base, and its own
+    change. It belongs on the base as it was before the folds.
 
-    Tensors trained whole, biases and token rows go along unchanged. Raises `NotMergeable` where a change has no single
-    matrix; the model is then as before.
+    Thin changes lie side by side, exactly, at the sum of their ranks, or are cut down to `r` by a QR and a small SVD;
+    the ΔW (…, out, in) of any other by a truncated SVD (`r=None`: to rank 8). Tensors trained whole, biases and token
+    rows go along unchanged. Raises `NotMergeable` where a change has no single matrix; the model is then as before.
     """
     if as_ not in FORMATS:
         raise SettingsError(f"as_={as_!r}: nothing exports to that{suggest(as_, FORMATS)}")
+    if r is not None:
+        check_rank(r)
     bank = bank_of(model)
     source = view(bank, name)
-    changes, shifts = _changes(source)
-    plan = exact(source.plan, *map(sorted, our_targets(source)))
-    method = LoRA(r=r, lora_alpha=float(r), lora_bias=bool(shifts))
-    plan = dataclasses.replace(plan, method=method, rank_pattern={}, alpha_pattern={}, rules=(), layer_replication=())
-    speaking = bank.selector.default
-    attach(model, plan, BORROWED)
+    total = _total(source, bank.journal)
+    made = total.pairs(r)
+    active = bank.selector.default
     try:
-        bank.selector.default = speaking
-        errors = _fill(bank, changes, shifts)
+        place(bank, BORROWED, {at: (each.a, each.b) for at, each in made.items()}, name, lora_bias=bool(total.shifts))
+        bank.selector.default = active
+        _shift(bank, total.shifts)
         _copy_rest(bank, name)
-        bank.plans[BORROWED] = dataclasses.replace(
-            plan, **{k: getattr(source.plan, k) for k in ("target_modules", *_KEPT)}
-        )
         saved = parcel_of(view(bank, BORROWED)).write(folder, card or {})
     finally:
-        detach(model, BORROWED)
-    return ExportReport({n: e for n, (e, _) in errors.items()}, _overall(errors.values()), saved)
+        if BORROWED in bank.names:
+            detach(model, BORROWED)
+    return ExportReport({n: e.lost / e.size if e.size else 0.0 for n, e in made.items()}, overall(made.values()), saved)
 
 
-_KEPT = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "layer_replication")
+@dataclass(frozen=True)
+class _Total:
+    """Everything that is to go into one LoRA, by site: thin `parts`, `dense` changes, and `shifts` of biases."""
+
+    parts: dict[str, list[Part]]
+    dense: dict[str, Tensor]
+    shifts: dict[str, Tensor]
+
+    def pairs(self, r: int | None) -> dict[str, Sum]:
+        """One pair of factors for each site."""
+        thin = {at: found for at, found in self.parts.items() if at not in self.dense}
+        long = {at for at, found in thin.items() if r is not None and sum(p.a.shape[-2] for p in found) > r}
+        made = summed({at: found for at, found in thin.items() if at not in long}, "cat", 0)
+        made |= summed({at: thin[at] for at in thin if at in long}, "svd", r or 0)
+        for at, change in self.dense.items():
+            for part in self.parts.get(at, ()):
+                change = change + part.weight * part.scale * (part.b @ part.a).to(change)
+            made[at] = _cut(change, DEFAULT if r is None else r)
+        return {at: made[at] for at in dict.fromkeys([*self.parts, *self.dense])}
 
 
-def _changes(source: View) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    changes, shifts = {}, {}
+def _total(source: View, journal: Journal) -> _Total:
+    found = _Total({}, {}, {})
     with torch.no_grad():
         for site, adapter in source.adapted:
             with present(site.layer):
-                changes[site.name] = adapter.delta(site.base).float()
+                thin = adapter.thin(site.base, None)
+                if thin is None or thin.magnitude is not None:
+                    found.dense[site.name] = adapter.delta(site.base).float()
+                else:
+                    found.parts[site.name] = [Part(*forms.factors(thin), 1.0, thin.scale)]
                 shift = adapter.delta_bias(site.base)
             if shift is not None:
-                shifts[site.name] = shift
-    return changes, shifts
+                found.shifts[site.name] = shift.detach()
+        whole = {site.name for site, _ in source.whole}
+        for edit in (edit for fold in journal.folds for edit in fold.edits if edit.name not in whole):
+            _add(found, edit)
+    return found
 
 
-def _fill(bank: Bank, changes: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Put the truncated changes in; (relative error, ‖ΔW‖) of each site."""
-    errors = {}
+def _add(found: _Total, edit: Edit) -> None:
+    """What a fold did to one tensor, added to the rest."""
+    device = next((p.a.device for parts in found.parts.values() for p in parts), torch.device("cpu"))
+    for term in edit.terms:
+        if isinstance(term, Pair):
+            found.parts.setdefault(edit.name, []).append(Part(term.A.to(device), term.B.to(device), 1.0, term.scale))
+        elif isinstance(term, Value):
+            raise NotMergeable(
+                f"export: {edit.name!r} was trained whole and folded into the base, which LoRA cannot hold: "
+                "rankloom.save keeps it"
+            )
+        else:
+            table, at = (found.shifts, edit.path) if edit.slot == "bias" else (found.dense, edit.name)
+            change = term.scale * term.change.to(device).float()
+            table[at] = table[at] + change.to(table[at]) if at in table else change
+
+
+def _cut(change: Tensor, r: int) -> Sum:
+    u, s, vh = truncated_svd(change, r)
+    a, b = s.sqrt()[..., None] * vh, u * s.sqrt()[..., None, :]
+    return Sum(a, b, float(change.norm()), float((change - b @ a).norm()))
+
+
+def _shift(bank: Bank, shifts: Mapping[str, Tensor]) -> None:
     for site, adapter in view(bank, BORROWED).adapted:
-        assert isinstance(adapter, LoRAAdapter)
-        change = changes[site.name]
-        with torch.no_grad():
-            u, s, vh = truncated_svd(change, adapter.A.shape[-2])
-            adapter.A.zero_()[..., : vh.shape[-2], :] = s.sqrt()[..., None] * vh
-            adapter.B.zero_()[..., : u.shape[-1]] = u * s.sqrt()[..., None, :]
-            if adapter.bias is not None and site.name in shifts:
+        if site.name in shifts:
+            with torch.no_grad():
                 adapter.bias.copy_(shifts[site.name])
-            size = float(change.norm())
-            left = float((change - adapter.delta(site.base).float()).norm())
-        errors[site.name] = (left / size if size else 0.0, size)
-    return errors
 
 
 def _copy_rest(bank: Bank, name: str) -> None:
@@ -118,9 +156,3 @@ def _copy_rest(bank: Bank, name: str) -> None:
             if rows.lookup:
                 key = tokens_key(site.path)
                 bank.shared_of(BORROWED).tensor(key).copy_(bank.shared_of(name).tensor(key))
-
-
-def _overall(errors: Any) -> float:
-    pairs = list(errors)
-    total = math.sqrt(sum(size**2 for _, size in pairs))
-    return math.sqrt(sum((error * size) ** 2 for error, size in pairs)) / total if total else 0.0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankloom.core.attach import attach, build, check_name, detach
 from rankloom.core.bank import Bank
 from rankloom.core.burst import burst
+from rankloom.core.journal import Journal
 from rankloom.core.plan import Plan, plan_from_data
 from rankloom.core.prepare import kept_layers
 from rankloom.core.replicate import replicate
@@ -21,6 +22,7 @@ from rankloom.core.targets import base_modules
 from rankloom.errors import FileError, SettingsError, StateError, TargetError, suggest
 from rankloom.formats.base import skeleton
 from rankloom.formats.basecheck import UnknownBase, check_base
+from rankloom.formats.folds import Folds
 from rankloom.formats.header import Header
 from rankloom.formats.limits import Limits
 from rankloom.formats.manifest import Source, open_folder
@@ -68,14 +70,21 @@ def load(
     plan, kept = _plans(reader, source, copy)
     there = _arranged(reader, source, copy, plan, name)
     expected = {entry.key: entry.get() for entry in reader.entries_in(there, source)}
+    folds = Folds.of(source)
+    if folds is not None:
+        expected |= folds.expected(source, copy)
     copies = _check(source, expected, model)
-    check_base(source, model, there, unknown_base, base_check)
+    afresh = check_base(source, model, there, unknown_base, base_check, None if folds is None else folds.after)
     tensors = source.tensors()
+    journal = folds.journal(tensors) if folds is not None and afresh else None
+    _check_folds(source, model, journal)
     for key, of in copies.items():
         _is_copy(source, key, tensors[key], of, tensors)
     with _fitting(source):
         bank = attach(model, _on_this_base(plan, model, source, pack), name)
     try:
+        if journal is not None and not bank.journal.folds:
+            _refold(bank, journal)
         sorted_ = view(bank, name)
         reader.prepare(sorted_, source)
         for entry in reader.entries_in(sorted_, source):
@@ -88,6 +97,29 @@ def load(
         raise
     bank.plans[name] = kept
     return bank
+
+
+def _check_folds(source: Source, model: nn.Module, journal: Journal | None) -> None:
+    """Refuse folds under adapters that are there already: they would change the base of these."""
+    bank = getattr(model, "rankloom", None)
+    if journal is None or not isinstance(bank, Bank):
+        return
+    if len(journal) != len(bank.journal) or not journal.continues(bank.journal):
+        raise StateError(
+            f"{source.folder}: the adapter belongs on a base with {len(journal)} folds of its own, which would change "
+            f"the base of {', '.join(map(repr, bank.names))}: load it into a model of its own, or export it as LoRA"
+        )
+
+
+def _refold(bank: Bank, journal: Journal) -> None:
+    """Fold all of it, or leave the base as it is."""
+    bank.keep_originals()
+    try:
+        bank.refold(journal)
+    except BaseException:
+        bank.unfold()
+        raise
+    bank.forget_originals()
 
 
 def reader_of(source: Source) -> Reader:

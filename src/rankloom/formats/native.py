@@ -23,7 +23,7 @@ from rankloom.methods.adalora import AdaLoRAAdapter
 
 PEFT_TYPE = "RANKLOOM"
 VERSION = 1
-KEYS = frozenset({"base_model_name_or_path", "format", "peft_type", "plan"})
+KEYS = frozenset({"base_model_name_or_path", "format", "journal", "peft_type", "plan"})
 
 
 class Native:

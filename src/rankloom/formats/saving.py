@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from rankloom import __version__
 from rankloom.core.attach import bank_of
+from rankloom.core.bank import Bank
 from rankloom.core.plan import plan_data, plan_from_data
 from rankloom.errors import SettingsError, StateError
 from rankloom.files.manifest import sealed
 from rankloom.files.strict import as_json
-from rankloom.formats import hub
+from rankloom.formats import folds, hub
 from rankloom.formats.base import base_name
 from rankloom.formats.basecheck import saved_print
 from rankloom.formats.card import render
@@ -28,6 +29,8 @@ from rankloom.formats.native import Native, portable
 from rankloom.formats.peft import translator_for
 from rankloom.formats.view import View, view
 from rankloom.registry import name_of
+
+FOLDED = "changes were folded into the base, which PEFT's files do not hold; export(as_='lora') writes them in one LoRA"
 
 
 @dataclass(frozen=True)
@@ -94,21 +97,25 @@ def save(
 
 def parcel(model: nn.Module, name: str) -> Parcel:
     """What `save` writes. Where the base is split over several processes, each of them has to ask."""
-    return parcel_of(view(bank_of(model), name))
+    bank = bank_of(model)
+    return parcel_of(view(bank, name), bank if bank.journal.folds else None)
 
 
-def parcel_of(view: View) -> Parcel:
-    """A sorted adapter, as PEFT's translator writes it where nothing keeps it from that format."""
+def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
+    """A sorted adapter, as PEFT's translator writes it where nothing keeps it from that format. `folded`: the bank
+    whose journal goes along.
+    """
     translator, problems = translator_for(view)
+    problems = problems if folded is None else [*problems, FOLDED]
     native = problems or translator is None
     writer: Any = Native() if native else translator
-    tensors = collect(writer.entries(view))
+    tensors = collect([*writer.entries(view), *(() if folded is None else folds.entries(folded.journal))])
     manifest = {
         "versions": {"rankloom": __version__, "torch": torch.__version__},
         "plan": _plan_data(view),
         "base": saved_print(view),
     }
-    config = writer.config(view)
+    config = writer.config(view) | ({} if folded is None else folds.config(folded))
     verdict = compat(config, {site.kind.name for site, _ in view.adapted}, problems)
     about = {
         **_described(view, bool(native)),

@@ -18,6 +18,7 @@ from rankloom.core.attach import detach
 from rankloom.core.bank import Bank
 from rankloom.core.plan import Plan
 from rankloom.errors import SettingsError, StateError
+from rankloom.formats.folds import Folds
 from rankloom.formats.loading import kept_plan
 from rankloom.formats.manifest import open_folder
 from rankloom.hf.folder import folder_size, model_folder
@@ -154,7 +155,8 @@ def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> _
     settings = config.need_model()
     bare = skeleton(settings, labels=known_labels(config))
     files = model_files(settings)
-    why = _why_whole(kept_plan(open_folder(adapter)), files)
+    source = open_folder(adapter)
+    why = _why_whole(kept_plan(source), files, folded=Folds.of(source) is not None)
     if not why:
         shards = Shards(files)
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -169,8 +171,10 @@ def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> _
     return _Written(f"in memory: {why}", _in_memory(config, adapter, hidden, pack))
 
 
-def _why_whole(plan: Plan | None, files: Path) -> str:
+def _why_whole(plan: Plan | None, files: Path, folded: bool) -> str:
     """Why the model must be in memory to be merged; "" where it need not."""
+    if folded:
+        return "changes were folded into its base"
     if plan is not None and plan.layer_replication:
         return "its layers are replicated"
     return "" if has_shards(files) else "the weights are in no safetensors file"
@@ -191,7 +195,7 @@ def _why_tied(bank: Bank, name: str, missing: set[str]) -> str:
 def _in_memory(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> torch.dtype:
     loaded = load_model(config.need_model(), labels=known_labels(config))
     model = loaded.model
-    formats.load(model, adapter, config.name, pack=pack).fold(config.name)
+    formats.load(model, adapter, config.name, pack=pack).fold(config.name, into="dense")
     detach(model)
     unpack(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -248,8 +248,8 @@ def known_labels(config: RunConfig) -> tuple[str, ...]:
     return config.data.labels or () if config.data is not None else ()
 
 
-def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int = 8) -> Any:
-    """The adapter as another kind of file: `as_="lora"` is the best LoRA of rank `r`, with its error by site."""
+def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int | None = None) -> Any:
+    """The adapter as another kind of file: `as_="lora"` is a LoRA of rank `r` at most, with its error by site."""
     check_out(out, False)
     loaded = load_adapted(config, adapter)
     with writing(out):

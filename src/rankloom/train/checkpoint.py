@@ -1,8 +1,9 @@
 """Checkpoints of a run: immutable version folders `step-00000012`; the newest that verifies wins.
 
 Each holds weights.safetensors, state.safetensors and state.json (optimizer, schedule, scaler, random numbers, data
-position, rules' memory), sealed by manifest.json. No pickle is written or read. Where one adapter is active it is an
-adapter folder too, which `rankloom.load` and PEFT read: adapter_config.json, adapter_model.safetensors.
+position, rules' memory, what was folded into the base), sealed by manifest.json. No pickle is written or read. Where
+one adapter is active it is an adapter folder too, which `rankloom.load` and PEFT read: adapter_config.json,
+adapter_model.safetensors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from rankloom.core.journal import Journal
+from rankloom.core.state import held
 from rankloom.errors import FileError, SettingsError, StateError, suggest
 from rankloom.files.folders import discard, read_folder, sweep, write_folder
 from rankloom.files.manifest import sealed
@@ -175,12 +178,21 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
         return {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n in names | buffers}
     found: dict[str, Tensor] = {}
     for name in bank.active:
-        for site in bank.sites(name):
-            for key, tensor in site.adapter.state_dict(keep_vars=True).items():
-                found[f"{name}/{site.name}:{key}"] = tensor
-        for key, tensor in bank.shared_of(name).state_dict(keep_vars=True).items():
-            found[f"{name}/shared:{key}"] = tensor
+        found |= {f"{name}/{key}": tensor for key, tensor in held(bank, name).items()}
     return found
+
+
+def folds(model: nn.Module) -> dict[str, Any] | None:
+    """What was folded into the base, as state; None without a bank."""
+    bank = bank_or_none(model)
+    return None if bank is None else bank.journal.state()
+
+
+def restore_base(model: nn.Module, saved: Mapping[str, Any] | None) -> None:
+    """Fold what `folds` gave into the same base. Raises `StateError` where this base has other folds."""
+    bank = bank_or_none(model)
+    if bank is not None and saved is not None:
+        bank.refold(Journal.of(saved))
 
 
 @torch.no_grad()

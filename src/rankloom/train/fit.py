@@ -132,7 +132,10 @@ def fit(
         enter(checkpointed(model, settings.gradient_checkpointing))
         enter(mode(model, True))
         run = TrainRun(model, settings.steps, parameters, device=device)
-        driver = Rules(bank_or_none(model), rules)
+        bank = bank_or_none(model)
+        if bank is not None and settings.end_with == "best":
+            bank.keep_originals()
+        driver = Rules(bank, rules)
         seed_all(_seed(settings, processes))
         run.optimizer = build_optimizer(build_groups(run, driver, settings), settings)
         loop = Loop(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from rankloom.core.fingerprint import fingerprint, short
+from rankloom.core.fingerprint import short
 from rankloom.core.plan import plan_data
 from rankloom.errors import StateError
 from rankloom.train.run import bank_or_none
@@ -31,7 +31,7 @@ def identity(model: nn.Module, settings: TrainSettings) -> dict[str, Any]:
         shown = weight if isinstance(weight, (int, float)) else "tensor"
         adapters[name] = {"weight": shown, "plan": plan_data(bank.plans[name])}
     data = {
-        "base": None if bank is None else fingerprint(model),
+        "base": None if bank is None else bank.original(),
         "adapters": adapters,
         "settings": dataclasses.asdict(settings),
     }

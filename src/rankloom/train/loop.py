@@ -22,9 +22,11 @@ from rankloom.train.checkpoint import (
     PLACE,
     Checkpoint,
     as_adapter,
+    folds,
     load_checkpoint,
     model_tensors,
     prune,
+    restore_base,
     restore_weights,
     save_checkpoint,
 )
@@ -144,6 +146,7 @@ class Loop:
         state = checkpoint.state(self.run.device)
         check_identity(state["identity"], self.identity)
         self.rules.check(state["rules"])
+        restore_base(self.run.model, state["journal"])
         restore_weights(self.run.model, checkpoint.weights, checkpoint.folder.name)
         restore_optimizer(self.run.optimizer, self.run.parameters, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -310,6 +313,7 @@ class Loop:
         return {
             "device": self.run.device.type,
             "identity": dict(self.identity),
+            "journal": folds(self.run.model),
             "standing": dataclasses.asdict(self.standing),
             "optimizer": optimizer_state(self.run.optimizer, self.run.parameters),
             "schedule": self.schedule.state_dict(),
@@ -330,7 +334,9 @@ class Loop:
             raise StateError(
                 f"end_with='best': the checkpoint of step {int(best['step'])} is not in {self.out / PLACE}"
             )
-        restore_weights(self.run.model, load_checkpoint(folder).weights, folder.name)
+        checkpoint = load_checkpoint(folder)
+        restore_base(self.run.model, checkpoint.state(self.run.device)["journal"])
+        restore_weights(self.run.model, checkpoint.weights, folder.name)
         return True
 
 

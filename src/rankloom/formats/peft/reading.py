@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from rankloom.core.plan import Plan
+from rankloom.core.plan import PATTERNS, Plan
 from rankloom.core.targets import matches
 from rankloom.errors import FileError, suggest
 from rankloom.formats.manifest import Source
-from rankloom.formats.patterns import alternatives, simple
+from rankloom.formats.patterns import simple
 from rankloom.formats.peft.paths import strip
 from rankloom.formats.peft.targets import ends_with, selected, selected_parameters
 
@@ -50,14 +50,8 @@ def places(source: Source, values: Values, modules: Modules, suffixes: Sequence[
 
 def exact(plan: Plan, layers: Sequence[str], parameters: Sequence[str]) -> Plan:
     """`plan` aimed at exactly these layers and parameters."""
-    return dataclasses.replace(
-        plan,
-        target_modules=alternatives(list(layers)) if layers else (),
-        exclude_modules=(),
-        layers_to_transform=None,
-        layers_pattern=None,
-        target_parameters=tuple(parameters),
-    )
+    nothing = {} if layers or parameters else {"target_modules": ()}
+    return dataclasses.replace(plan, **{**PATTERNS, **nothing}, sites=(*layers, *parameters))
 
 
 def saved_modules(names: Sequence[str] | None, source: Source, modules: Modules) -> tuple[str, ...]:

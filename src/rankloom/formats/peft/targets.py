@@ -78,7 +78,7 @@ def all_parameters(view: View) -> list[str]:
 def _candidates(view: View, modules: set[str]) -> Iterable[dict[str, Any]]:
     plan = view.plan
     saved = {"modules_to_save": saved_wording(view)}
-    if plan.target_modules != "all-linear":
+    if plan.target_modules != "all-linear" and not plan.sites:
         layers = list(plan.layers_to_transform) if plan.layers_to_transform is not None else None
         yield {
             **saved,
