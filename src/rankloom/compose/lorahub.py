@@ -1,8 +1,8 @@
 """LoRAHub: the weights of a library of LoRAs for a new task, found from a few examples without a gradient.
 
 Minimises mean loss + l1 · mean |wᵢ| over w ∈ [−bound, bound]ⁿ from w = 0, by CMA-ES. "factor" is the paper's
-composition, ΔW = (Σ wᵢ√s Bᵢ)(Σ wᵢ√s Aᵢ), with its cross terms; "delta" is Σ wᵢ ΔWᵢ. Huang et al., COLM 2024, arXiv 2307.13269;
-CMA-ES: Hansen & Ostermeier, 2001 (library `cma`).
+composition, ΔW = (Σ wᵢ√s Bᵢ)(Σ wᵢ√s Aᵢ), with its cross terms; "delta" is Σ wᵢ ΔWᵢ. Huang et al., COLM 2024,
+arXiv 2307.13269; CMA-ES: Hansen & Ostermeier, 2001 (library `cma`).
 """
 
 from __future__ import annotations

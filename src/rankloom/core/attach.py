@@ -48,9 +48,10 @@ def attach(
     """Adapt `model` in place by a plan, or by a method and the plan's settings as keywords; returns `model.rankloom`.
 
     The base is frozen, every change starts at zero, and the first adapter of a model is active at once. `like`: an
-    adapter of the model, at whose very sites this one is to be (`Plan.sites`). `probe`: a batch of keyword
-    arguments for the model; sites that it never reaches are refused (`UnreachedError`). A plan with a store packs the
-    weights of the base for good; `calibration`: batches of keyword arguments for a start that looks at data. Raises `TargetError`, `SettingsError` before anything is touched.
+    adapter of the model, at whose very sites this one is to be (`Plan.sites`). `probe`: a batch of keyword arguments
+    for the model; sites that it never reaches are refused (`UnreachedError`). A plan with a store packs the weights of
+    the base for good; `calibration`: batches of keyword arguments for a start that looks at data. Raises `TargetError`,
+    `SettingsError` before anything is touched.
     """
     plan = as_plan(plan, overrides if like is None else {**overrides, "sites": bank_of(model).adapted(like)})
     bank = getattr(model, "rankloom", None)
