@@ -18,6 +18,7 @@ _PUBLIC = {
     "DyLoRA": "rankloom.methods.dylora",
     "HydraLoRA": "rankloom.methods.hydralora",
     "LoRA": "rankloom.methods.lora",
+    "LoRAHub": "rankloom.compose.lorahub",
     "LoRAPlus": "rankloom.rules.loraplus",
     "Method": "rankloom.core.method",
     "MixedBits": "rankloom.store.mixed",

@@ -50,14 +50,25 @@ _STORES: dict[str, str] = {
     "normal_float": "rankloom.store.normalfloat:NormalFloat",
     "uniform": "rankloom.store.uniform:Uniform",
 }
-_KINDS: dict[str, dict[str, str]] = {"method": _METHODS, "rule": _RULES, "start": _STARTS, "store": _STORES}
+_COMPOSERS: dict[str, str] = {
+    "lorahub": "rankloom.compose.lorahub:LoRAHub",
+}
+_KINDS: dict[str, dict[str, str]] = {
+    "composer": _COMPOSERS,
+    "method": _METHODS,
+    "rule": _RULES,
+    "start": _STARTS,
+    "store": _STORES,
+}
 _BASES: dict[str, str] = {
+    "composer": "rankloom.compose.composer:Composer",
     "method": "rankloom.core.method:Method",
     "rule": "rankloom.core.rule:Rule",
     "start": "rankloom.core.start:Start",
     "store": "rankloom.store.base:Keeping",
 }
 """Kind of part → the class that all parts of this kind are."""
+COMPOSERS: Mapping[str, str] = MappingProxyType(_COMPOSERS)
 METHODS: Mapping[str, str] = MappingProxyType(_METHODS)
 RULES: Mapping[str, str] = MappingProxyType(_RULES)
 STARTS: Mapping[str, str] = MappingProxyType(_STARTS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import rankloom
-from rankloom.registry import METHODS, RULES, load
+from rankloom.registry import COMPOSERS, METHODS, RULES, load
 from rankloom.systems import System, list_methods, list_systems
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def test_a_working_system_has_its_proof_and_runs(system):
 def test_names_and_parts_resolve():
     for system in list_systems():
         for name in system.runs:
-            table = METHODS if name in METHODS else RULES
+            table = next(table for table in (METHODS, RULES, COMPOSERS) if name in table)
             assert load(table[name]) is not None
         for part in system.parts:
             assert find_spec(f"rankloom.{part}") is not None, part

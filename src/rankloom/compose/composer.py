@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from rankloom.core.bank import Bank
+from rankloom.settings import Settings
 
 
-class Composer(Protocol):
-    """What chooses weights for adapters of a bank. `evidence` is what it looks at (batches, embeddings, a loss), by
-    keyword; what it returns goes to `Bank.use(**weights)`, `merge` or `rankloom.combine`. Names without a weight stay
-    off. It leaves the bank as it was.
-    """
+class Composer(Settings, ABC):
+    """Settings that choose weights for adapters of a bank."""
 
-    def __call__(self, bank: Bank, names: Sequence[str], **evidence: Any) -> dict[str, float]: ...
+    @abstractmethod
+    def __call__(self, bank: Bank, names: Sequence[str], **evidence: Any) -> dict[str, float]:
+        """Weights by name, for `Bank.use(**weights)`, `merge` or `rankloom.combine`; names without one stay off. The bank
+        is left as it was. `evidence`: what it looks at (batches, a loss, embeddings), by keyword.
+        """

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.compose.arithmetic import combine, parts_of, place, summed
+from rankloom.compose.composer import Composer
 from rankloom.core.attach import detach
 from rankloom.core.bank import Bank
 from rankloom.errors import MissingExtra, SettingsError
+from rankloom.settings import Count, NotNegative, Positive, Seed
 
 SCRATCH = "rankloom-hub"
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -36,30 +38,20 @@ class Found:
 
 
 @dataclass(frozen=True)
-class LoRAHub:
+class LoRAHub(Composer):
     """`num_modules`: drawn from more names than that (by `seed`); `budget`: evaluations of the few-shot loss; `bound`,
     `l1` as in the module's formula; `sigma`: CMA-ES's first step size; `optimizer`: "cma", "one_plus_one" (a (1+1)
     evolution strategy with the one-fifth rule) or "random"; `mode`: "factor" needs LoRAs of one rank.
     """
 
-    num_modules: int = 20
-    budget: int = 40
-    bound: float = 1.5
-    l1: float = 0.05
-    sigma: float = 0.5
+    num_modules: Count = 20
+    budget: Count = 40
+    bound: Positive = 1.5
+    l1: NotNegative = 0.05
+    sigma: Positive = 0.5
     mode: Literal["factor", "delta"] = "factor"
     optimizer: Literal["cma", "one_plus_one", "random"] = "cma"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_modules", "budget", "bound", "sigma"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"LoRAHub({name}={getattr(self, name)}): above 0")
-        if self.l1 < 0:
-            raise SettingsError(f"LoRAHub(l1={self.l1}): at least 0")
-        for name, known in (("mode", ("factor", "delta")), ("optimizer", tuple(SEARCHES))):
-            if getattr(self, name) not in known:
-                raise SettingsError(f"LoRAHub({name}={getattr(self, name)!r}): one of {', '.join(known)}")
+    seed: Seed = 0
 
     def __call__(self, bank: Bank, names: Sequence[str], **evidence: Any) -> dict[str, float]:
         """The weights alone; `evidence` as for `search`."""
@@ -153,7 +145,7 @@ def _cma(objective: Objective, n: int, how: LoRAHub) -> tuple[list[float], float
         return (best, value) if how.budget == 1 else _one_plus_one(objective, n, how, (best, value))
     before = np.random.get_state()
     try:
-        options = {"bounds": [-how.bound, how.bound], "seed": how.seed + 1, "verbose": -9, "maxfevals": how.budget - 1}
+        options = {"bounds": [-how.bound, how.bound], "seed": how.seed % (1 << 31) + 1, "verbose": -9, "maxfevals": how.budget - 1}
         search = cma.CMAEvolutionStrategy([0.0] * n, min(how.sigma, how.bound), options)
         left = how.budget - 1
         while left and not search.stop():

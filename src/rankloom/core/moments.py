@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rankloom.errors import SettingsError
+from rankloom.settings import Settings, Within
+
+Part = Annotated[float, Within(0, 1)]
+"""From 0 to 1."""
 
 
 @dataclass(frozen=True)
-class Forget:
+class Forget(Settings):
     """`how`: "zero" drops all of a tensor's state, step count included; "random" and "magnitude" set the part `p` of
     each moment to zero, drawn at random or the smallest ones, and keep the rest (ReLoRA, arXiv 2307.05695 §3).
     """
 
     how: Literal["zero", "random", "magnitude"] = "zero"
-    p: float = 0.999
-
-    def __post_init__(self) -> None:
-        if self.how not in ("zero", "random", "magnitude"):
-            raise SettingsError(f"how={self.how!r} is not one of 'zero', 'random', 'magnitude'")
-        if not 0 <= self.p <= 1:
-            raise SettingsError(f"p={self.p}: the part of the moments that is set to zero, from 0 to 1")
+    p: Part = 0.999
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from rankloom.core.whole import tokens_key
 from rankloom.errors import NotMergeable, SettingsError, suggest
 from rankloom.formats.saving import SaveReport, parcel_of
 from rankloom.formats.view import View, view
-from rankloom.methods.lora import check_rank
 from rankloom.ops.linalg import truncated_svd
+from rankloom.settings import Rank, from_data
 
 FORMATS = ("lora",)
 BORROWED = "rankloom-export"
@@ -57,7 +57,7 @@ def export(
     if as_ not in FORMATS:
         raise SettingsError(f"as_={as_!r}: nothing exports to that{suggest(as_, FORMATS)}")
     if r is not None:
-        check_rank(r)
+        from_data(Rank, r, "export.r")
     bank = bank_of(model)
     source = view(bank, name)
     total = _total(source, bank.journal)

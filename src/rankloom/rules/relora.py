@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from rankloom.core.moments import Forget
+from rankloom.core.moments import Forget, Part
 from rankloom.core.rule import Rule, Run
 from rankloom.errors import SettingsError
+from rankloom.settings import Count, Steps, Within
+
+Ratio = Annotated[float, Within(0, 1, open_below=True)]
+"""Above 0, at most 1."""
 
 
 @dataclass
@@ -29,32 +33,21 @@ class ReLoRA(Rule):
     warm-ups. `into`: "store" keeps packed weights packed, each fold rounding them anew.
     """
 
-    every: int = 2000
+    every: Count = 2000
     reset: Literal["zero", "random", "magnitude"] = "zero"
-    prune: float = 0.999
-    restart_warmup: int = 50
-    cycle_length: int | None = None
-    first_warmup: int = 0
-    min_lr_ratio: float | None = None
+    prune: Part = 0.999
+    restart_warmup: Steps = 50
+    cycle_length: Count | None = None
+    first_warmup: Steps = 0
+    min_lr_ratio: Ratio | None = None
     into: Literal["store", "dense"] = "store"
 
     def __post_init__(self) -> None:
-        self._forget()
-        for name, value in (("every", self.every), ("cycle_length", self.cycle)):
-            if value < 1:
-                raise SettingsError(f"ReLoRA({name}={value}): at least one step")
-        for name, value in (("restart_warmup", self.restart_warmup), ("first_warmup", self.first_warmup)):
-            if value < 0:
-                raise SettingsError(f"ReLoRA({name}={value}): a number of steps, from 0")
-        if self.into not in ("store", "dense"):
-            raise SettingsError(f"ReLoRA(into={self.into!r}): 'store' or 'dense'")
         if self.min_lr_ratio is None and self.first_warmup:
             raise SettingsError(
                 f"ReLoRA(first_warmup={self.first_warmup}) belongs to the curve that min_lr_ratio asks for; without it "
                 "the training's own warmup_steps say this"
             )
-        if self.min_lr_ratio is not None and not 0 < self.min_lr_ratio <= 1:
-            raise SettingsError(f"ReLoRA(min_lr_ratio={self.min_lr_ratio}): above 0, at most 1")
 
     @property
     def cycle(self) -> int:
