@@ -25,9 +25,11 @@ def base_of(model):
 def folded(method=None, folds=2, **plan):
     """An adapter that was restarted, and is not zero."""
     model = adapted(method, **plan)
-    for _ in range(folds):
+    for seed in range(folds):
         model.rankloom.restart("default")
-        shake(model.rankloom)
+        generator = torch.Generator().manual_seed(seed)
+        for _, p, _ in model.rankloom.trainable("default"):
+            p.data.add_(torch.randn(p.shape, generator=generator) * 0.3)
     return model
 
 

@@ -39,12 +39,12 @@ def planted():
     return base, change, batches, floor
 
 
-def trained(model, batches, rules, steps=1200, **settings):
+def trained(model, batches, rules, steps=500, **settings):
     torch.manual_seed(0)
     rl.attach(model, rl.LoRA(r=R, lora_alpha=float(R)), target_modules=["0"])
     torch.manual_seed(5)
     return fit(
-        model, batches, rules=rules, settings=TrainSettings(steps=steps, lr=0.03, schedule="constant", **settings)
+        model, batches, rules=rules, settings=TrainSettings(steps=steps, lr=0.05, schedule="constant", **settings)
     )
 
 
@@ -52,7 +52,7 @@ def test_restarts_learn_what_one_low_rank_cannot():
     base, change, batches, floor = planted()
     plain, again = copy.deepcopy(base), copy.deepcopy(base)
     lora = trained(plain, batches, [])
-    relora = trained(again, batches, [ReLoRA(every=200, restart_warmup=0)])
+    relora = trained(again, batches, [ReLoRA(every=100, restart_warmup=0)])
     assert lora.losses[-1] == pytest.approx(floor, rel=0.02)
     assert relora.losses[-1] < 0.05 * floor
     bank = again.rankloom
@@ -151,7 +151,7 @@ def test_a_run_that_broke_off_after_a_fold_goes_on_bit_for_bit(store, reset, tmp
 def test_the_best_of_a_run_comes_back_with_the_base_that_it_had(tmp_path):
     base, _, batches, _ = planted()
     rl.attach(base, rl.LoRA(r=R), target_modules=["0"])
-    losses = iter([5.0, 4.0, 1.0, 3.0, 2.0])
+    losses = iter([5.0, 4.0, 1.0, 3.0, 2.0, 1.0])
     heard = []
 
     def evaluate(model):
@@ -163,7 +163,7 @@ def test_the_best_of_a_run_comes_back_with_the_base_that_it_had(tmp_path):
     found = fit(base, batches, rules=[rule], settings=settings, evaluate=evaluate, out=tmp_path / "a")
     assert found.best.step == 10
     assert torch.allclose(base(batches[0][0]), heard[2], atol=1e-6)
-    assert not torch.allclose(heard[2], heard[-1], atol=1e-2)
+    assert not torch.allclose(heard[2], heard[4], atol=1e-2)
     assert len(base.rankloom.journal) == 2
 
 
@@ -175,8 +175,8 @@ def test_a_four_bit_base_is_trained_and_stays_packed():
     batches = [(x, x @ goal.T)]
     bank = rl.attach(base, rl.LoRA(r=1), store=NormalFloat(4, block=16), target_modules=["0"])
     untrained = float((base(x) - batches[0][1]).square().mean())
-    rule = ReLoRA(every=150, restart_warmup=0)
-    settings = TrainSettings(steps=900, lr=0.03, schedule="constant")
+    rule = ReLoRA(every=60, restart_warmup=0)
+    settings = TrainSettings(steps=360, lr=0.05, schedule="constant")
     found = fit(base, batches, rules=[rule], settings=settings)
     assert isinstance(base[0].weight, Packed)
     assert len(bank.journal) == 5

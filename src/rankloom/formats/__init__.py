@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from rankloom.formats.exporting import export
     from rankloom.formats.info import inspect
     from rankloom.formats.loading import load
+    from rankloom.formats.memory import load_state, state
     from rankloom.formats.saving import save
-    from rankloom.formats.state import load_state, state
 
 _HOME = {
     "export": "rankloom.formats.exporting",
     "inspect": "rankloom.formats.info",
     "load": "rankloom.formats.loading",
-    "load_state": "rankloom.formats.state",
+    "load_state": "rankloom.formats.memory",
     "save": "rankloom.formats.saving",
-    "state": "rankloom.formats.state",
+    "state": "rankloom.formats.memory",
 }
 __all__ = ["export", "inspect", "load", "load_state", "save", "state"]
 
