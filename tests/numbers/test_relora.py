@@ -235,7 +235,7 @@ def test_the_rule_says_the_curve():
         ({"cycle_length": 0}, "cycle_length=0"),
         ({"restart_warmup": -1}, "restart_warmup=-1"),
         ({"reset": "half"}, "'zero', 'random', 'magnitude'"),
-        ({"prune": 2.0}, "p=2.0"),
+        ({"prune": 2.0}, "prune=2.0"),
         ({"min_lr_ratio": 0.0}, "min_lr_ratio=0.0"),
         ({"first_warmup": 3}, "belongs to the curve that min_lr_ratio"),
         ({"into": "16bit"}, "into='16bit'"),

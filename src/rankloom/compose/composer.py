@@ -15,6 +15,7 @@ class Composer(Settings, ABC):
 
     @abstractmethod
     def __call__(self, bank: Bank, names: Sequence[str], **evidence: Any) -> dict[str, float]:
-        """Weights by name, for `Bank.use(**weights)`, `merge` or `rankloom.combine`; names without one stay off. The bank
-        is left as it was. `evidence`: what it looks at (batches, a loss, embeddings), by keyword.
+        """Weights by name, for `Bank.use(**weights)`, `merge` or `rankloom.combine`; names without one stay off.
+
+        The bank is left as it was. `evidence`: what it looks at (batches, a loss, embeddings), by keyword.
         """

@@ -145,7 +145,12 @@ def _cma(objective: Objective, n: int, how: LoRAHub) -> tuple[list[float], float
         return (best, value) if how.budget == 1 else _one_plus_one(objective, n, how, (best, value))
     before = np.random.get_state()
     try:
-        options = {"bounds": [-how.bound, how.bound], "seed": how.seed % (1 << 31) + 1, "verbose": -9, "maxfevals": how.budget - 1}
+        options = {
+            "bounds": [-how.bound, how.bound],
+            "seed": how.seed % (1 << 31) + 1,
+            "verbose": -9,
+            "maxfevals": how.budget - 1,
+        }
         search = cma.CMAEvolutionStrategy([0.0] * n, min(how.sigma, how.bound), options)
         left = how.budget - 1
         while left and not search.stop():
