@@ -26,13 +26,13 @@ MIDDLE = PARTS | {
 UPPER = MIDDLE | {"continual", "unlearn", "federated", "longcontext", "serve", "testing"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
-    "settings": {"registry"},
     "store": {"ops"},
     "ops": set(),
     "files": set(),
     "core": {"store", "ops", "registry"},
     **dict.fromkeys(("methods", "gates", "starts", "rules", "optim"), PARTS),
     "registry": set(),
+    "settings": {"registry"},
     "systems": {"core", "registry"},
     "microworld": set(),
     **dict.fromkeys(("presets", "compose", "objectives", "formats", "train", "theory"), MIDDLE),

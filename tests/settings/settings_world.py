@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rankloom import registry
 from rankloom.settings import Where, Within
-from rankloom.settings.engine import settings_of
+from rankloom.settings.engine import REQUIRED, settings_of
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6)
 SMALL = 300
@@ -74,8 +74,10 @@ def number(kind, bounds):
 def data_of(target, depth=0, base=None):
     """A strategy for mappings of some of the settings of a class or function."""
     known = settings_of(target, base)
-    must = {s.name: value(s.hint, depth) for s in known if s.standard is None}
-    return st.fixed_dictionaries(must, optional={s.name: value(s.hint, depth) for s in known if s.standard is not None})
+    must = {s.name: value(s.hint, depth) for s in known if s.default is REQUIRED}
+    return st.fixed_dictionaries(
+        must, optional={s.name: value(s.hint, depth) for s in known if s.default is not REQUIRED}
+    )
 
 
 def part(base, name, depth=0):

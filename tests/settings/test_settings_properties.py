@@ -15,7 +15,7 @@ from rankloom.train.config import RunConfig, as_data
 from rankloom.train.config import from_data as run_from_data
 from rankloom.train.configfile import config_of, dump
 
-quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 BASES = {kind: registry.load(base) for kind, base in registry._BASES.items()}
 
 
@@ -87,7 +87,7 @@ def test_garbage_for_a_part_is_refused_as_settings(kind, name):
 def test_garbage_for_a_whole_is_refused_as_settings(cls):
     known = [s.name for s in settings_of(cls)]
 
-    @settings(quick, max_examples=200)
+    @settings(quick, max_examples=60)
     @given(st.dictionaries(st.sampled_from(known), GARBAGE, max_size=4) | GARBAGE)
     def check(data):
         assert len(refusal(from_data, cls, data)) < 2000
@@ -95,14 +95,14 @@ def test_garbage_for_a_whole_is_refused_as_settings(cls):
     check()
 
 
-@settings(quick, max_examples=200)
+@settings(quick, max_examples=60)
 @given(st.text(st.sampled_from("abmr:{}[]&*!|>#'\"-?~<,.=\n 019eE\t%@`\\") | st.characters(), max_size=40))
 def test_any_text_is_a_configuration_or_refused(text):
     said = refusal(config_of, text, "run.yaml")
     assert not said or "run.yaml" in said
 
 
-@settings(quick, max_examples=100)
+@settings(quick, max_examples=30)
 @given(
     st.lists(
         st.tuples(

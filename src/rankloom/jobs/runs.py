@@ -150,7 +150,9 @@ def _ready(config: RunConfig, out: Path, resume: bool | str, processes: Processe
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(settings, task=loaded.task),
-        data=dataclasses.replace(data, hold_out=records.held_out, labels=records.labels or data.labels),
+        data=dataclasses.replace(
+            data, hold_out=records.held_out, labels=records.labels or data.labels, max_length=train.max_length
+        ),
         train=_length(config.train, data, len(batches)),
     )
     return _Ready(config, loaded, records, batches, _evaluator(loaded, held, config, processes))

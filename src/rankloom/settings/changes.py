@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rankloom import registry
 from rankloom.errors import SettingsError, suggest
 from rankloom.settings import yamltext
-from rankloom.settings.engine import Setting, Settings, maker_of, part_of, settings_of, takes_mapping, to_data
+from rankloom.settings.engine import REQUIRED, Setting, Settings, maker_of, part_of, settings_of, takes_mapping, to_data
 
 Path = tuple[str, ...]
 Origins = dict[str, str]
@@ -44,7 +44,7 @@ def spots(target: Any, data: Mapping[str, Any], base: type | None = None, at: Pa
     for s in settings_of(target, base):
         part, path = part_of(s.hint), (*at, s.name)
         given = data.get(s.name, shown.get(s.name))
-        here = _parts_data(part, to_data(s.default()) if given is None else given) if part is not None else {}
+        here = _parts_data(part, _default(s) if given is None else given) if part is not None else {}
         yield Spot(path, target, s, part, here)
         if part is not None and registry.kind_of(part):
             yield Spot((*path, "name"), part, NAME, None, {})
@@ -81,6 +81,11 @@ def _parts_data(part: type, given: Any) -> Mapping[str, Any]:
     return given if isinstance(given, Mapping) else {}
 
 
+def _default(s: Setting) -> Any:
+    """The default as data; None where it has to be given."""
+    return None if s.default is REQUIRED else to_data(s.default)
+
+
 def _parsed(said: str) -> Change:
     key, sign, text = said.partition("=")
     if not sign or not key.strip():
@@ -109,13 +114,14 @@ def _meant(change: Change, there: Mapping[Path, Spot], elsewhere: Mapping[str, s
         ends, rest = _ends(change.key[:cut], there), ".".join(change.key[cut:])
         if len(ends) > 1 and not rest:
             said = " or ".join(".".join(spot.path) for spot in ends)
-            raise SettingsError(f"{'.'.join(change.key)!r} may mean {said}: write it in full")
+            raise SettingsError(f"argument {change.said!r}: {'.'.join(change.key)!r} may mean {said}: write it in full")
         if len(ends) == 1 and (not rest or takes_mapping(ends[0].setting.hint)):
             return ends[0], (rest,) if rest else ()
     said = ".".join(change.key)
     names = {path[-1] for path in there} if len(change.key) == 1 else {".".join(path) for path in there}
     ours = elsewhere.get(change.key[-1])
-    raise SettingsError(f"there is no setting {said!r}{f'; it is {ours}' if ours else suggest(said, names)}")
+    better = f"; it is {ours}" if ours else suggest(said, names)
+    raise SettingsError(f"argument {change.said!r}: there is no setting {said!r}{better}")
 
 
 def _make(data: dict[str, Any], change: Change, there: Mapping[Path, Spot], elsewhere: Mapping[str, str]) -> str:

@@ -23,6 +23,8 @@ from rankloom.settings.values import Reader, join, meant, refusal, shown
 
 DEEPEST = 32
 """Parts inside parts."""
+REQUIRED = type("Required", (), {})()
+"""The default of a setting that has to be given."""
 
 
 class Settings:
@@ -61,12 +63,7 @@ class Setting:
 
     name: str
     hint: Any
-    standard: Callable[[], Any] | None = None
-    """Makes its default; None for one that has to be given."""
-
-    def default(self) -> Any:
-        """Its default; None where it has none."""
-        return None if self.standard is None else self.standard()
+    default: Any = REQUIRED
 
     def read(self, value: Any, where: str) -> Any:
         """The value as it is kept. Raises `SettingsError` that says what to write."""
@@ -88,8 +85,7 @@ class Setting:
             except SettingsError:
                 continue
             return f"; write {self.name}={shown(other)}"
-        example = self.default()
-        return "" if example is None else f", as in {self.name}={shown(example)}"
+        return "" if self.default in (None, REQUIRED) else f", as in {self.name}={shown(self.default)}"
 
 
 class UnknownSetting(SettingsError):
@@ -122,11 +118,10 @@ def to_data(value: Any, *, full: bool = False) -> Any:
         return [to_data(item, full=full) for item in value]
     name, known = registry.name_of(type(value)), settings_of(type(value))
     if name is None and (registry.kind_of(type(value)) or not known):
-        raise SettingsError(
-            f"{type(value).__name__} has no name: register it, as in rankloom.register('mine', 'a.b:Mine')"
-        )
-    said = {s.name: getattr(value, s.name) for s in known}
-    kept = {s.name: to_data(said[s.name], full=full) for s in known if full or not _is_default(s, said[s.name])}
+        said = f"{type(value).__name__} has no name to be written by"
+        raise SettingsError(f"{said}: register it, as in rankloom.register('mine', 'package.module:Mine')")
+    given = [(s, getattr(value, s.name)) for s in known]
+    kept = {s.name: to_data(v, full=full) for s, v in given if full or type(v) is not type(s.default) or v != s.default}
     return kept if name is None else {"name": name, **kept}
 
 
@@ -142,7 +137,7 @@ def build(target: Any, data: Any, where: str, base: type | None = None) -> Any:
         if key not in known:
             raise UnknownSetting(where, name, key, known)
     for s in known.values():
-        if s.standard is None and s.name not in data:
+        if s.default is REQUIRED and s.name not in data:
             raise SettingsError(f"{where or name}: {s.name} is missing: {reader_of(s.hint).words}", where)
     given = {key: known[key].read(value, join(where, key)) for key, value in data.items()}
     try:
@@ -163,22 +158,24 @@ def settings_of(target: Any, base: type | None = None) -> tuple[Setting, ...]:
 
 @functools.cache
 def _settings_of(target: Any, base: Any) -> tuple[Setting, ...]:
-    hints = typing.get_type_hints(target, include_extras=True)
+    try:
+        hints = typing.get_type_hints(target, include_extras=True)
+    except NameError as error:
+        place = f"{target.__module__}.{target.__qualname__}"
+        raise SettingsError(f"{place}: {error} in a type hint: import it in that module, when it runs") from error
     if isinstance(target, type):
         fields = dataclasses.fields(target) if dataclasses.is_dataclass(target) else ()
-        return tuple(Setting(f.name, hints[f.name], _standard(f)) for f in fields if f.init)
+        return tuple(Setting(f.name, hints[f.name], _default(f)) for f in fields if f.init)
     parameters = inspect.signature(target).parameters.values()
     found = {
-        p.name: Setting(p.name, hints[p.name], None if p.default is p.empty else functools.partial(_same, p.default))
+        p.name: Setting(p.name, hints[p.name], REQUIRED if p.default is p.empty else p.default)
         for p in parameters
         if p.kind is not p.VAR_KEYWORD
     }
     if base is not None and len(found) < len(parameters):
         part = part_in(target(), base)
-        rest = {
-            s.name: Setting(s.name, s.hint, functools.partial(getattr, part, s.name)) for s in settings_of(type(part))
-        }
-        found = {**rest, **found}
+        rest = settings_of(type(part))
+        found = {**{s.name: dataclasses.replace(s, default=getattr(part, s.name)) for s in rest}, **found}
     return tuple(found.values())
 
 
@@ -199,9 +196,8 @@ def part_of(hint: Any) -> type | None:
 
 def takes_mapping(hint: Any) -> bool:
     """Whether a hint takes mappings with any keys."""
-    return typing.get_origin(hint) in (Mapping, dict) or (
-        _is_union(hint) and any(map(takes_mapping, typing.get_args(hint)))
-    )
+    inner = typing.get_args(hint) if _is_union(hint) else ()
+    return typing.get_origin(hint) in (Mapping, dict) or any(map(takes_mapping, inner))
 
 
 @functools.cache
@@ -221,9 +217,10 @@ def _each(make: Callable[..., Reader]) -> Callable[..., Reader]:
 
 
 def _tuple(*inner: Any) -> Reader:
-    if len(inner) == 2 and inner[1] is Ellipsis:
-        return values.many(reader_of(inner[0]), lone=int in (inner[0], *typing.get_args(inner[0])))
-    return values.few(*map(reader_of, inner))
+    repeated = inner[-1:] == (Ellipsis,)
+    items = inner[:1] if repeated else inner
+    lone = repeated and int in (inner[0], *typing.get_args(inner[0]))
+    return values.sequence(*map(reader_of, items), repeated=repeated, lone=lone)
 
 
 _GENERIC: Mapping[Any, Callable[..., Reader]] = {
@@ -256,9 +253,8 @@ def _part(base: type) -> Reader:
         target = maker_of(base, named.pop("name", None), where)
         made = build(target, named, where, base)
         if not isinstance(made, base):
-            raise SettingsError(
-                f"{where}: {value['name']!r} is a whole {type(made).__name__}, no {kind}", where, advised=True
-            )
+            said = f"{where}: {value['name']!r} is a whole {type(made).__name__}, no {kind}"
+            raise SettingsError(said, where, advised=True)
         return made
 
     return Reader(words, read)
@@ -292,18 +288,10 @@ def _checks(cls: Any) -> tuple[tuple[Setting, str, Callable[[Any, str], Any]], .
     return tuple((s, f"{cls.__name__}.{s.name}", reader_of(s.hint).read) for s in settings_of(cls))
 
 
-def _is_default(s: Setting, value: Any) -> bool:
-    return s.standard is not None and type(value) is type(default := s.standard()) and bool(value == default)
-
-
-def _standard(f: dataclasses.Field[Any]) -> Callable[[], Any] | None:
+def _default(f: dataclasses.Field[Any]) -> Any:
     if f.default_factory is not MISSING:
-        return f.default_factory
-    return None if f.default is MISSING else functools.partial(_same, f.default)
-
-
-def _same(value: Any) -> Any:
-    return value
+        return f.default_factory()
+    return REQUIRED if f.default is MISSING else f.default
 
 
 def _is_union(hint: Any) -> bool:

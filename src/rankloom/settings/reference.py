@@ -11,7 +11,7 @@ from typing import Any
 from rankloom import registry
 from rankloom.errors import SettingsError, suggest
 from rankloom.settings.changes import NAME, spots
-from rankloom.settings.engine import Setting, Settings, part_of, reader_of, settings_of, to_data
+from rankloom.settings.engine import REQUIRED, Setting, Settings, part_of, reader_of, settings_of, to_data
 
 _SAID = re.compile(r"(?:^|\n|[;.:] )((?:`\w+`(?:, | and )?)+):? ?")
 """The names that a passage of a docstring begins with: "`r`: the rank; `beta1`, `beta2`: of the mean"."""
@@ -56,7 +56,7 @@ def _field(s: Setting, name: str, owner: Any) -> Field:
     part = part_of(s.hint)
     names = registry.names(part) if part is not None else []
     words = f"{reader_of(s.hint).words} ({', '.join(names)})" if names else reader_of(s.hint).words
-    return Field(name, words, to_data(s.default()), _docs(owner).get(s.name, ""))
+    return Field(name, words, None if s.default is REQUIRED else to_data(s.default), _docs(owner).get(s.name, ""))
 
 
 def _docs(owner: Any) -> dict[str, str]:

@@ -123,32 +123,29 @@ def bounded(inner: Reader, *notes: Any) -> Reader:
     return Reader(words, read, inner.known)
 
 
-def many(item: Reader, *, lone: bool = False) -> Reader:
-    """A list of any length; a set is sorted, and a `lone` whole number is a list of one, as in PEFT's configs."""
-    words = f"a list of {PLURAL.get(item.words, f'({item.words})')}"
+def sequence(*items: Reader, repeated: bool, lone: bool = False) -> Reader:
+    """A list with one value for each reader, or, `repeated`, of any length for the one reader.
+
+    A set is sorted. `lone`: a whole number is a list of one, as in PEFT's configs.
+    """
+    words = [item.words for item in items]
+    said = (
+        f"a list of {PLURAL.get(words[0], f'({words[0]})')}"
+        if repeated
+        else f"a list of {len(items)}: {', '.join(words)}"
+    )
 
     def read(value: Any, where: str) -> Any:
         if isinstance(value, (set, frozenset)):
             value = sorted(value, key=repr)
         if lone and whole(value) is not None:
             value = [value]
-        if not isinstance(value, (list, tuple)):
-            raise refusal(where, value, words)
-        return tuple(item.read(each, f"{where}[{i}]") for i, each in enumerate(value))
+        if not isinstance(value, (list, tuple)) or not (repeated or len(value) == len(items)):
+            raise refusal(where, value, said)
+        readers = items * len(value) if repeated else items
+        return tuple(item.read(each, f"{where}[{i}]") for i, (item, each) in enumerate(zip(readers, value)))
 
-    return Reader(words, read)
-
-
-def few(*items: Reader) -> Reader:
-    """A list with one value for each reader."""
-    words = f"a list of {len(items)}: {', '.join(item.words for item in items)}"
-
-    def read(value: Any, where: str) -> Any:
-        if not isinstance(value, (list, tuple)) or len(value) != len(items):
-            raise refusal(where, value, words)
-        return tuple(item.read(each, f"{where}[{i}]") for i, (item, each) in enumerate(zip(items, value)))
-
-    return Reader(words, read)
+    return Reader(said, read)
 
 
 def mapping(key: Reader, item: Reader) -> Reader:
