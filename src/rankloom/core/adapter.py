@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,8 @@ class Adapter(nn.Module):
 
     roles: ClassVar[Mapping[str, str]] = {}
     peft_names: ClassVar[Mapping[str, str]] = {}
+    more_than_thin: ClassVar[str] = "its change is more than a thin form"
+    """Why `thin` gives None, for people."""
     dropout: float = 0.0
 
     def __init__(self, site_name: str) -> None:
@@ -112,6 +115,13 @@ class Adapter(nn.Module):
             shared, key = borrowed[name]
             return getattr(shared, key)
         return super().__getattr__(name)
+
+
+@cache
+def says_thin(cls: type[Adapter]) -> bool:
+    """Whether the thin form of a class is all of its change: `forward` and `add` are not stated anew below it."""
+    at = [next(i for i, one in enumerate(cls.__mro__) if name in vars(one)) for name in ("thin", "forward", "add")]
+    return at[0] == min(at)
 
 
 def take_dropout(adapter: Adapter) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ class Grafted(nn.Module):
 
     rankloom_original: type[nn.Module]
     rankloom_parameters: tuple[str, ...]
+    rankloom_forward: Callable[..., Any]
+    """The forward below the adapters."""
     _rankloom: Anchor
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -48,7 +51,8 @@ def _generated(original: type[nn.Module], parameters: tuple[str, ...], has_layer
         for name in parameters:
             body[name] = parameter_property(name)
         below = (*repairs_of(original), original)
-        body["forward"] = forward_of(next(cls.forward for cls in below if hasattr(cls, "forward")), parameters)
+        body["rankloom_forward"] = next(cls.forward for cls in below if hasattr(cls, "forward"))
+        body["forward"] = forward_of(body["rankloom_forward"], parameters)
         _classes[key] = type(f"Grafted{original.__name__}", (Grafted, *below), body)
     return _classes[key]
 
