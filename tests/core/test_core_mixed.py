@@ -10,8 +10,7 @@ from core_tiny import difference, llama, nudge, tokens, tower, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankloom as rl
-from rankloom.core import bank as bank_module
-from rankloom.core import packing, slots
+from rankloom.core import choosing, packing, slots
 from rankloom.core.adapter import Adapter
 
 NAMES = ["q_proj", "v_proj"]
@@ -93,8 +92,8 @@ def test_operations_do_not_grow_with_the_adapters_where_the_batch_is_even(count,
 def test_a_batch_is_sorted_once_and_not_in_every_layer(monkeypatch):
     model, bank = many(4, model=tower(depth=5))
     sorts = []
-    real = bank_module.segments
-    monkeypatch.setattr(bank_module, "segments", lambda which: (sorts.append(which), real(which))[1])
+    real = choosing.segments
+    monkeypatch.setattr(choosing, "segments", lambda which: (sorts.append(which), real(which))[1])
     with bank.using(rows=["n3", None, "n0", "n3"]):
         for _ in range(3):
             model(words(batch=4))

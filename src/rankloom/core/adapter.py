@@ -110,6 +110,9 @@ class Adapter(nn.Module):
             self._borrowed[attribute] = (shared, key)
 
     def __getattr__(self, name: str) -> Any:
+        owned = self.__dict__["_parameters"].get(name) if "_parameters" in self.__dict__ else None
+        if owned is not None:
+            return owned
         borrowed = self.__dict__.get("_borrowed")
         if borrowed and name in borrowed:
             shared, key = borrowed[name]

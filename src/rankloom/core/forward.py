@@ -28,7 +28,7 @@ def forward_of(plain: Callable[..., Any], parameters: tuple[str, ...]) -> Callab
             return plain(self, *args, **kwargs)
         traced = torch.compiler.is_compiling()
         if anchor.kind is not None and len(args) == 1 and not kwargs and not traced and torch.is_grad_enabled():
-            selection = anchor.selector.current()
+            selection = anchor.selector.uncompiled()
             if selection.active:
                 if anchor.selector.reached is not None:
                     anchor.selector.reached.add(anchor.name)

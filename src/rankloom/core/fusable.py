@@ -29,12 +29,13 @@ PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 class Seen(NamedTuple):
-    """What layers are called with, the same for all of a group: the input, the dtype of its products, why it cannot be
-    fused ("": it can), who is active.
+    """What layers are called with, the same for all of a group: the input, the dtype of its products, whether autocast
+    chose that, why it cannot be fused ("": it can), who is active.
     """
 
     x: Any
     dtype: torch.dtype
+    casts: bool
     why: str
     selection: Selection
 
@@ -42,15 +43,15 @@ class Seen(NamedTuple):
 def seen(x: Any, selection: Selection) -> Seen:
     """Look at an input once for all layers that read it."""
     if not (isinstance(x, Tensor) and type(x) in PLAIN and x.is_floating_point() and x.ndim > 1 and x.numel()):
-        return Seen(x, torch.float32, "an input that is no plain tensor of floats, rows by columns", selection)
-    why, dtype = "", x.dtype
+        return Seen(x, torch.float32, False, "an input that is no plain tensor of floats, rows by columns", selection)
+    why, dtype, casts = "", x.dtype, False
     if x.is_inference() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         why = "a transform of the forward pass"
     elif torch.autograd.forward_ad._current_level >= 0:
         why = "forward-mode differentiation"
     elif dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return Seen(x, dtype, why, selection)
+        dtype, casts = torch.get_autocast_dtype(x.device.type), True
+    return Seen(x, dtype, casts, why, selection)
 
 
 def part_of(layer: nn.Module, given: Seen) -> Layer | str:
@@ -69,7 +70,7 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
         return "its weight was made in inference mode"
     kind, x = anchor.kind, given.x
     assert isinstance(kind, Dense)
-    if weight.dtype != x.dtype and given.dtype == x.dtype and weight.is_floating_point():
+    if weight.dtype != x.dtype and not given.casts and weight.is_floating_point():
         return f"an input of {x.dtype} on weights of {weight.dtype}"
     if weight.device != x.device or x.shape[-1] != kind.shape(layer)[-1]:
         return "an input that does not fit"
@@ -116,78 +117,61 @@ def _thins(layer: nn.Module, base: Base, given: Seen) -> list[tuple[Thin, float]
 
 
 def _whole(base: Base, weight: Tensor, bias: Tensor | None, found: list[tuple[Thin, float]], x: Tensor) -> Layer | str:
-    """Layer and changes in the form that the fused function takes, or why there is nothing to gain."""
-    kind, layer = base.kind, base.layer
-    assert isinstance(kind, Dense)
-    read, own = kind.read, None
-    if type(weight) not in PLAIN and not isinstance(weight, Packed):
-        read, own = (lambda _: kind.matrix(layer)), _Own(layer)
-    first, factor = found[0]
-    if len(found) == 1 and first.magnitude is not None and not first.dropout and factor == 1 and first.bias is None:
-        thin = forms.folded(first)
-        made = Layer(
-            weight,
-            read,
-            bias,
-            (Change(thin.A, thin.B, thin.scale),),
-            magnitude=first.magnitude,
-            square=square_norms(base),
-            product=own,
-        )
-    else:
-        made = _sum(base, Layer(weight, read, bias, (), product=own), found, x)
-    if not _trains(made):
-        return "nothing trains here"
-    return made
+    """Layer and changes in the form that the fused function takes, or why there is nothing to gain.
 
-
-def _sum(base: Base, made: Layer, found: Sequence[tuple[Thin, float]], x: Tensor) -> Layer:
-    """The layer with several changes, or one with a magnitude and more: gains are folded into the factors.
-
-    Changes without dropout are one, side by side; each other one has an input of its own.
+    Gains are folded into the factors, but that of a magnitude which is alone and does not drop out. Changes without
+    dropout are one, side by side; each other one has an input of its own.
     """
-    gain, bias, changes, still = None, made.bias, list[Change](), list[tuple[Thin, float]]()
-    for thin, weight in found:
+    thin, factor = found[0]
+    magnitude = gain = None
+    if len(found) == 1 and thin.magnitude is not None and not thin.dropout and factor == 1 and thin.bias is None:
+        magnitude = thin.magnitude
+    changes, still = list[Change](), list[tuple[Thin, float]]()
+    for thin, factor in found:
         thin, column = forms.folded(thin), None
-        if thin.magnitude is not None:
+        up, shift = thin.B, thin.bias
+        if thin.magnitude is not None and magnitude is None:
             own = forms.gains(thin, base, square_norms(base))
-            shift = None if thin.bias is None else own * thin.bias
-            column = (own - 1) if weight == 1 else weight * (own - 1)
-            thin = thin._replace(B=own[:, None] * thin.B, bias=shift, magnitude=None)
+            column, up = factor * (own - 1), own[:, None] * up
+            shift = shift if shift is None else own * shift
             if not thin.dropout:
-                gain, column = column + (1 if gain is None else gain), None
-        if not thin.dropout:
-            still.append((thin, weight))
-            continue
-        changes.append(_change(thin._replace(scale=thin.scale * weight), x, column))
-        if thin.bias is not None:
-            bias = weight * thin.bias if bias is None else bias + weight * thin.bias
+                gain, column = (1 if gain is None else gain) + column, None
+        if shift is not None:
+            shift = shift if factor == 1 else factor * shift
+            bias = shift if bias is None else bias + shift
+        if thin.dropout or len(found) == 1:
+            inner = thin.inner
+            if inner is not None and inner.shape[:-1] != x.shape[:-1]:
+                inner = inner.expand(*x.shape[:-1], inner.shape[-1])
+            changes.append(Change(thin.A, up, thin.scale * factor, thin.dropout, inner, column))
+        else:
+            still.append((Thin(thin.A, up, thin.scale, thin.inner), factor))
     if still:
-        joined = forms.joined(still)
-        assert joined is not None
-        changes.append(_change(joined, x, None))
-        if joined.bias is not None:
-            bias = joined.bias if bias is None else bias + joined.bias
-    return made._replace(bias=bias, changes=tuple(changes), gain=gain)
+        changes.append(_side_by_side(still, x))
+    if not _trains(gain, magnitude, changes):
+        return "nothing trains here"
+    square, kind, layer = None if magnitude is None else square_norms(base), base.kind, base.layer
+    assert isinstance(kind, Dense)
+    if type(weight) in PLAIN:
+        return Layer(kind.read(weight), None, bias, changes, gain, magnitude, square)
+    if isinstance(weight, Packed):
+        return Layer(weight, kind.read, bias, changes, gain, magnitude, square)
+    return Layer(weight, lambda _: kind.matrix(layer), bias, changes, gain, magnitude, square, _Own(layer))
 
 
-def _change(thin: Thin, x: Tensor, column: Tensor | None) -> Change:
-    inner = thin.inner
-    if inner is not None and inner.shape[:-1] != x.shape[:-1]:
-        inner = inner.expand(*x.shape[:-1], inner.shape[-1])
-    return Change(thin.A, thin.B, thin.scale, thin.dropout, inner, column)
-
-
-def _trains(made: Layer) -> bool:
-    for t in (made.gain, made.magnitude):
-        if t is not None and t.requires_grad:
+def _trains(gain: Tensor | None, magnitude: Tensor | None, changes: Sequence[Change]) -> bool:
+    for change in changes:
+        if change.A.requires_grad or change.B.requires_grad or (change.inner is not None and change.inner.requires_grad):
             return True
-    for change in made.changes:
-        if change.A.requires_grad or change.B.requires_grad:
-            return True
-        if change.inner is not None and change.inner.requires_grad:
-            return True
-    return False
+    return any(t is not None and t.requires_grad for t in (gain, magnitude))
+
+
+def _side_by_side(each: Sequence[tuple[Thin, float]], x: Tensor) -> Change:
+    """Changes of one input as one."""
+    joined = forms.joined(each)
+    assert joined is not None
+    inner = joined.inner if joined.inner is None else joined.inner.expand(*x.shape[:-1], joined.inner.shape[-1])
+    return Change(joined.A, joined.B, joined.scale, inner=inner)
 
 
 class _Own:

@@ -94,6 +94,8 @@ def factors(thin: Thin) -> tuple[Tensor, Tensor]:
 
 def folded(thin: Thin) -> Thin:
     """The same change with `outer` in B, and `inner` too unless it goes by token."""
+    if thin.inner is None and thin.outer is None:
+        return thin
     if thin.by_token:
         b = thin.B if thin.outer is None else thin.outer[..., None] * thin.B
         return thin._replace(B=b, outer=None)
