@@ -63,7 +63,8 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
         return given.why or "switched off"
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
-    why = _unfit(type(layer), type(weight), type(bias), weight.requires_grad)
+    cls: Any = type(layer)
+    why = _unfit(cls, type(weight), type(bias), weight.requires_grad)  # type: ignore[arg-type]
     if why or "_hf_hook" in layer.__dict__:
         return why or "an offload hook moves its weights"
     if weight.is_inference() or (bias is not None and bias.is_inference()):
@@ -78,7 +79,7 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
     found = _thins(layer, base, given)
     if isinstance(found, str):
         return found
-    if bias is not None and type(layer).rankloom_parameters:
+    if bias is not None and cls.rankloom_parameters:
         bias = layer.bias  # type: ignore[assignment]
     return _whole(base, weight, bias, found, x)
 
@@ -129,23 +130,21 @@ def _whole(base: Base, weight: Tensor, bias: Tensor | None, found: list[tuple[Th
     changes, still = list[Change](), list[tuple[Thin, float]]()
     for thin, factor in found:
         thin, column = forms.folded(thin), None
-        up, shift = thin.B, thin.bias
         if thin.magnitude is not None and magnitude is None:
-            own = forms.gains(thin, base, square_norms(base))
-            column, up = factor * (own - 1), own[:, None] * up
-            shift = shift if shift is None else own * shift
+            thin, own = forms.ungained(thin, base, square_norms(base))
+            column = factor * (own - 1)
             if not thin.dropout:
                 gain, column = (1 if gain is None else gain) + column, None
-        if shift is not None:
-            shift = shift if factor == 1 else factor * shift
+        if thin.bias is not None:
+            shift = thin.bias if factor == 1 else factor * thin.bias
             bias = shift if bias is None else bias + shift
         if thin.dropout or len(found) == 1:
             inner = thin.inner
             if inner is not None and inner.shape[:-1] != x.shape[:-1]:
                 inner = inner.expand(*x.shape[:-1], inner.shape[-1])
-            changes.append(Change(thin.A, up, thin.scale * factor, thin.dropout, inner, column))
+            changes.append(Change(thin.A, thin.B, thin.scale * factor, thin.dropout, inner, column))
         else:
-            still.append((Thin(thin.A, up, thin.scale, thin.inner), factor))
+            still.append((Thin(thin.A, thin.B, thin.scale, thin.inner), factor))
     if still:
         changes.append(_side_by_side(still, x))
     if not _trains(gain, magnitude, changes):
@@ -161,7 +160,11 @@ def _whole(base: Base, weight: Tensor, bias: Tensor | None, found: list[tuple[Th
 
 def _trains(gain: Tensor | None, magnitude: Tensor | None, changes: Sequence[Change]) -> bool:
     for change in changes:
-        if change.A.requires_grad or change.B.requires_grad or (change.inner is not None and change.inner.requires_grad):
+        if (
+            change.A.requires_grad
+            or change.B.requires_grad
+            or (change.inner is not None and change.inner.requires_grad)
+        ):
             return True
     return any(t is not None and t.requires_grad for t in (gain, magnitude))
 

@@ -82,9 +82,9 @@ def add_adapter(
 def remove_adapter(layer: nn.Module, slot: str, name: str) -> None:
     """Take the adapter out; the last one gives the layer its own class back."""
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
-    layer.__dict__["_rankloom"].stacks = Stacks()
-    _drop(slots, slot, name)
     anchor: Anchor = layer.__dict__["_rankloom"]
+    anchor.stacks, anchor.alone = Stacks(), Stacks()
+    _drop(slots, slot, name)
     if slot == LAYER and LAYER not in slots and anchor.kind is not None:
         anchor.kind.release(layer)
         anchor.kind = None

@@ -104,6 +104,18 @@ def folded(thin: Thin) -> Thin:
     return thin._replace(B=b, inner=None, outer=None)
 
 
+def ungained(thin: Thin, base: Base, square: Tensor | None = None) -> tuple[Thin, Tensor | None]:
+    """The change without its magnitude, whose gain g (out,) is in B and in the bias, and g: (g − 1) ∘ (W x) is left out.
+
+    `square`: ‖W‖² by rows where it is known. None where there is no magnitude.
+    """
+    if thin.magnitude is None:
+        return thin, None
+    own = gains(thin, base, square)
+    bias = None if thin.bias is None else own * thin.bias
+    return thin._replace(B=own[..., None] * thin.B, bias=bias, magnitude=None), own
+
+
 def gain(magnitude: Tensor, lengths: Tensor) -> Tensor:
     """magnitude / lengths, and 1 where a length is zero."""
     living = lengths > 0

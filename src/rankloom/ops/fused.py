@@ -10,7 +10,6 @@ origin is known. Where the tokens and ranks are so many that it is cheaper, W + 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,8 +38,8 @@ class Change(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer: `weight` is its frozen matrix (out, in), or `read(weight)`, unpacked only for the product; bias (out,); `gain`
-    (out,) of the product with the matrix alone, or `magnitude` and ‖W‖² by rows, `square` (out,), of a DoRA that is the
+    """One layer: `weight` is its frozen matrix (out, in), or `read(weight)`, unpacked only for the product; bias (out,);
+    `gain` (out,) of the product with the matrix alone, or `magnitude` and ‖W‖² by rows, `square` (out,), of a DoRA that is the
     only change; `product`: the layer's own x ↦ W x + b, where it has kernels or rounding of its own.
     """
 
@@ -119,10 +118,10 @@ class _Call:
 
     def split(self, stacked: Tensor, dim: int = 0) -> Sequence[Tensor]:
         """The parts of what is stacked by the ranks of all changes."""
-        ranks = []
+        ranks = list[int]()
         for layer in self.layers:
             for change in layer.changes:
-                ranks.append(change.A.shape[0])
+                ranks += (change.A.shape[0],)
         return (stacked,) if len(ranks) == 1 else torch.split_with_sizes(stacked, ranks, dim=dim)
 
 
@@ -194,12 +193,12 @@ def _order(call: _Call, flat: Tensor, dx: bool) -> Order:
     """
     if call.dtype not in (torch.float32, torch.float64):
         return Order.THIN
-    shapes = []
+    shapes = list[tuple[tuple[int, int], int]]()
     for layer in call.layers:
         if layer.product is not None or layer.gain is not None:
             return Order.THIN
         for change in layer.changes:
-            shapes.append(((change.B.shape[0], change.A.shape[1]), change.A.shape[0]))
+            shapes += (((change.B.shape[0], change.A.shape[1]), change.A.shape[0]),)
     return cheapest(flat.shape[0], tuple(shapes), dx)
 
 
