@@ -255,7 +255,7 @@ def test_weights_fold_into_the_scale_and_other_selections_take_the_plain_path():
     for select, fits in (
         ({"a": 0.7}, True),
         ({"b": -2.0}, True),
-        ({"a": 0.5, "b": 2.0}, False),
+        ({"a": 0.5, "b": 2.0}, True),
         ({"a": torch.tensor(0.5)}, False),
         ({"a": torch.tensor([0.5, 1.0])}, False),
         ({"rows": ["a", "b"]}, False),
@@ -602,12 +602,79 @@ def test_a_subclass_that_says_something_else_is_heard():
 
 
 def test_what_is_not_fused_says_why():
-    model = llama().train()
-    bank = rl.attach(model, rl.VeRA(r=3), **ALL)
-    causal(model)
-    assert set(plain(model).values()) == {"VeRAAdapter is not, or not now, a pair of thin factors"}
-    rl.detach(model)
-    bank = rl.attach(model, rl.LoRA(r=2), bias="lora_only", **ALL)
-    causal(model)
-    assert bank.names
-    assert plain(model) == {}
+    for method, said in (
+        (rl.DoRA(rl.LoRA(r=2), detach_norm=False), "DoRAAdapter: its norm has a gradient"),
+        (rl.QALoRA(r=2, group_size=4, lora_dropout=0.5), "QALoRAAdapter: its dropout acts on pooled columns"),
+        (rl.LoRA(r=2, init_lora_weights="pissa", lora_dropout=0.5), "ResidualAdapter: the change drops out"),
+    ):
+        model = tower().train()
+        rl.attach(model, method, target_modules=["q_proj"])
+        model(words())
+        assert plain(model)
+        assert all(why.startswith(said) for why in plain(model).values()), plain(model)
+
+
+MORE = {
+    "lora_bias": [rl.LoRA(r=2, lora_bias=True)],
+    "lora_bias_dropout": [rl.LoRA(r=2, lora_bias=True, lora_dropout=0.3)],
+    "vera": [rl.VeRA(r=3)],
+    "vera_dropout": [rl.VeRA(r=3, vera_dropout=0.3)],
+    "adalora": [rl.AdaLoRA(init_r=3, target_r=2)],
+    "dylora": [rl.DyLoRA(r=4)],
+    "hydralora": [rl.HydraLoRA(r=2, n_b=3)],
+    "hydralora_dropout": [rl.HydraLoRA(r=2, n_b=3, lora_dropout=0.3)],
+    "qalora": [rl.QALoRA(r=2, group_size=4)],
+    "pissa": [rl.LoRA(r=2, init_lora_weights="pissa")],
+    "dora_dropout": [rl.DoRA(rl.LoRA(r=2, lora_dropout=0.3))],
+    "dora_bias": [rl.DoRA(rl.LoRA(r=2, lora_bias=True, lora_dropout=0.3))],
+    "dora_of_vera": [rl.DoRA(rl.VeRA(r=3))],
+    "dora_of_adalora": [rl.DoRA(rl.AdaLoRA(init_r=3, target_r=2))],
+    "two": [rl.LoRA(r=2), rl.LoRA(r=3)],
+    "two_of_which_one_drops": [rl.LoRA(r=2), rl.LoRA(r=3, lora_dropout=0.3)],
+    "dora_and_lora": [rl.DoRA(rl.LoRA(r=2)), rl.LoRA(r=3, lora_bias=True)],
+    "two_doras": [rl.DoRA(rl.LoRA(r=2, lora_dropout=0.3)), rl.DoRA(rl.LoRA(r=3))],
+    "three": [rl.DoRA(rl.LoRA(r=2)), rl.HydraLoRA(r=2, n_b=2, lora_dropout=0.2), rl.VeRA(r=3)],
+}
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0.5, -2.0, 0.75)])
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("methods", MORE.values(), ids=MORE)
+def test_the_whole_thin_form(methods, bias, weights):
+    """Outputs and gradients of any options and of several adapters, of first order and once of second."""
+    torch.manual_seed(0)
+    model = tower().double().train()
+    trained = [bias, "none", "none"]
+    for i, method in enumerate(methods):
+        bank = rl.attach(model, method, f"n{i}", target_modules=["q_proj", "v_proj"], bias=trained[i])
+    nudge(bank)
+    ids = words()
+    with bank.using(**{f"n{i}": weights[i] for i in range(len(methods))}):
+        assert_agree(model, bank, lambda m: m(ids).sin().sum(), passes=2)
+        assert plain(model) == {}
+        assert_second_order(model, bank, ids)
+
+
+def assert_second_order(model, bank, ids):
+    """Where all A are frozen the input is let go, and that is said; routers are float32."""
+    parameters = [p for _, p, _ in bank.trainable()]
+    factors = [p for name in bank.names for _, p, role in bank.tensors(name) if role in ("in", "basis")]
+    frozen = not any(p.requires_grad for p in factors)
+    found = []
+    for fused in (False, True):
+        bank.selector.fused = fused
+        torch.manual_seed(3)
+        ys = model(ids).sin().sum()
+        if fused and frozen:
+            with pytest.raises(RuntimeError, match="fused = False"):
+                torch.autograd.grad(ys, parameters, create_graph=True, allow_unused=True)
+            return
+        first = torch.autograd.grad(ys, parameters, create_graph=True, allow_unused=True)
+        norm = sum(g.square().sum() for g in first if g is not None)
+        found.append(torch.autograd.grad(norm, parameters, allow_unused=True))
+    for one, other in zip(*found):
+        if one is not None and other is not None:
+            size = one.abs().max().clamp_min(1e-3)
+            torch.testing.assert_close(other / size, one / size, rtol=1e-5, atol=1e-5)
+        else:
+            assert all(g is None or not g.any() for g in (one, other))

@@ -10,8 +10,7 @@ from core_tiny import difference, llama, nudge, tokens, tower, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankloom as rl
-from rankloom.core import bank as bank_module
-from rankloom.core import packing, slots
+from rankloom.core import choosing, packing, slots
 from rankloom.core.adapter import Adapter
 
 NAMES = ["q_proj", "v_proj"]
@@ -93,8 +92,8 @@ def test_operations_do_not_grow_with_the_adapters_where_the_batch_is_even(count,
 def test_a_batch_is_sorted_once_and_not_in_every_layer(monkeypatch):
     model, bank = many(4, model=tower(depth=5))
     sorts = []
-    real = bank_module.segments
-    monkeypatch.setattr(bank_module, "segments", lambda which: (sorts.append(which), real(which))[1])
+    real = choosing.segments
+    monkeypatch.setattr(choosing, "segments", lambda which: (sorts.append(which), real(which))[1])
     with bank.using(rows=["n3", None, "n0", "n3"]):
         for _ in range(3):
             model(words(batch=4))
@@ -148,6 +147,122 @@ def test_adapters_at_different_layers_and_of_other_methods_in_one_batch():
     expected = alone(model, bank, ids, rows)
     with bank.using(rows=rows):
         assert difference(model(ids), expected) < 1e-12
+
+
+KINDS = {
+    "dora": rl.DoRA(rl.LoRA(r=2)),
+    "dora_bias": rl.DoRA(rl.LoRA(r=3, lora_bias=True)),
+    "bias": rl.LoRA(r=2, lora_bias=True),
+    "vera": rl.VeRA(r=3),
+    "adalora": rl.AdaLoRA(init_r=3, target_r=2),
+    "dylora": rl.DyLoRA(r=4),
+    "pissa": rl.LoRA(r=2, init_lora_weights="pissa"),
+    "hydralora": rl.HydraLoRA(r=2, n_b=2),
+}
+
+
+def zoo(dtype=torch.float64):
+    model = tower().to(dtype)
+    for i, (name, method) in enumerate(KINDS.items()):
+        bank = rl.attach(model, method, name, target_modules=NAMES)
+        nudge(bank, name, seed=i)
+    return model, bank
+
+
+@pytest.mark.parametrize("length", [1, 12])
+def test_every_thin_form_in_one_batch(length, monkeypatch):
+    """DoRA, biases, vectors, nested and borrowed tensors: rows as alone, in a pass for all but what routes tokens."""
+    model, bank = zoo()
+    rows = [*KINDS, None, "dora"]
+    ids = words(batch=len(rows), tokens=length)
+    with torch.no_grad():
+        expected = alone(model, bank, ids, rows)
+        one_by_one = []
+        monkeypatch.setattr(Adapter, "add", lambda self, *a: (one_by_one.append(type(self).__name__), add(self, *a))[1])
+        with bank.using(rows=rows):
+            assert difference(model(ids), expected) < 1e-12
+    assert set(one_by_one) == {"HydraLoRAAdapter"}
+
+
+add = Adapter.add
+
+
+def test_every_thin_form_trains_in_one_batch():
+    model, bank = zoo()
+    rows = [*KINDS, None, "dora"]
+    ids = words(batch=len(rows), tokens=5)
+    parameters = [p for n in bank.names for _, p, _ in bank.trainable(n)]
+    with bank.using(rows=rows):
+        found = torch.autograd.grad(model(ids).sin().sum(), parameters, allow_unused=True)
+    expected = torch.autograd.grad(alone(model, bank, ids, rows).sin().sum(), parameters, allow_unused=True)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # the router is float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", ["nested", "borrowed", "setting", "nested_setting", "base"])
+def test_a_stack_sees_every_change(write):
+    """What is nested, borrowed, set or multiplied by: the next pass, of rows and of all, is right."""
+    model, bank = zoo()
+    rows = list(KINDS)
+    ids = words(batch=len(rows))
+
+    def right():
+        expected = torch.stack([fresh(model, ids[i : i + 1], name)[0] for i, name in enumerate(rows)])
+        with bank.using(rows=rows):
+            assert difference(model(ids), expected) < 1e-12
+        return expected
+
+    before = right()
+    layer = model.layers[0].q_proj
+    table = layer.adapters["layer"]
+    if write == "nested":
+        table["dora"].inner.B.mul_(2)
+    elif write == "borrowed":
+        table["vera"].A.mul_(2)
+    elif write == "setting":
+        table["dylora"].rank = 2
+    elif write == "nested_setting":
+        table["dora"].inner.scaling = 0.1
+    else:
+        layer._parameters["weight"].mul_(2)
+    assert difference(right(), before) > 1e-6
+
+
+def fresh(model, ids, name):
+    """The output of a copy, which has no stacks."""
+    other = copy.deepcopy(model)
+    other.rankloom.use(name)
+    return other(ids)
+
+
+@torch.no_grad()
+def test_decoding_casts_no_factor_again():
+    model, bank = zoo(torch.bfloat16)
+    ids = words(batch=1)
+    for name in KINDS:
+        if name == "hydralora":
+            continue
+        with bank.using(name):
+            model(ids)
+            with Operations() as seen:
+                model(ids)
+        with bank.using(), Operations() as base:
+            model(ids)
+        extra = seen.counts - base.counts
+        assert extra["_to_copy"] == 0, name
+        assert extra["addmm_"] == 4, name
+
+
+@torch.no_grad()
+def test_several_adapters_with_weights_decode_in_one_pass():
+    model, bank = zoo()
+    ids = words(batch=2)
+    with bank.using(dora=0.5, bias=-1.0, vera=2.0):
+        found = model(ids)
+        with torch.enable_grad():
+            bank.selector.fused = False
+            assert difference(found, model(ids)) < 1e-12
 
 
 @pytest.mark.parametrize("rows", [["n0", "n1", "n2", None], ["n1", "n0", "n1", "n2"]])

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankloom.ops import fused as under
-from rankloom.ops.fused import Layer, fused
+from rankloom.ops.fused import Change, Layer, fused
 from rankloom.ops.order import Order, cheapest, operations
 
 TOKENS, IN = 24, 10
@@ -26,7 +26,8 @@ def layers(dtype=torch.float64, dropout=0.0, dora=False, frozen=""):
         weight, bias = random(out, IN), random(out)
         square = weight.square().sum(1) if dora else None
         magnitude = random(out).requires_grad_() if dora else None
-        made.append(Layer(weight, lambda w: w, bias, a, b, 0.5, dropout, magnitude, square))
+        change = Change(a, b, 0.5, dropout)
+        made.append(Layer(weight, lambda w: w, bias, (change,), None, magnitude, square))
     return made
 
 
@@ -34,7 +35,7 @@ def run(made, dx=True, dtype=torch.float64):
     """Outputs, gradients of the input and of every factor."""
     x = torch.randn(2, TOKENS // 2, IN, generator=torch.Generator().manual_seed(1), dtype=dtype, requires_grad=dx)
     ys = fused(x, made, None, dtype)
-    trained = [t for layer in made for t in (layer.A, layer.B, layer.magnitude) if t is not None and t.requires_grad]
+    trained = [t for m in made for t in (*m.changes[0][:2], m.magnitude) if t is not None and t.requires_grad]
     grads = torch.autograd.grad(sum(y.sin().sum() for y in ys), [*([x] if dx else []), *trained])
     return [*ys, *grads]
 
@@ -88,7 +89,7 @@ def test_the_cheapest_is_taken():
     x, weight = torch.randn(tokens, side, requires_grad=True), torch.randn(side, side)
     order = cheapest(tokens, (((side, side), r),), True)
     with FlopCounterMode(display=False) as counter:
-        fused(x, [Layer(weight, lambda w: w, None, a, b, 1.0)], None, torch.float32)[0].sum().backward()
+        fused(x, [Layer(weight, None, None, (Change(a, b),))], None, torch.float32)[0].sum().backward()
     assert order is Order.DENSE
     assert counter.get_total_flops() == 4 * tokens * side * side + operations(order, tokens, (side, side), r, True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,8 @@ class Adapter(nn.Module):
 
     roles: ClassVar[Mapping[str, str]] = {}
     peft_names: ClassVar[Mapping[str, str]] = {}
+    more_than_thin: ClassVar[str] = "its change is more than a thin form"
+    """Why `thin` gives None, for people."""
     dropout: float = 0.0
 
     def __init__(self, site_name: str) -> None:
@@ -110,12 +113,33 @@ class Adapter(nn.Module):
         for attribute, key in keys.items():
             self._borrowed[attribute] = (shared, key)
 
+    @property
+    def settings(self) -> int:
+        """How often something other than a tensor was set anew: what was made of the adapter before is stale then."""
+        count: int = self.__dict__.get("_settings", 0)
+        return count
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not isinstance(value, Tensor) and self.__dict__.get(name, self) is not value:
+            self.__dict__["_settings"] = self.__dict__.get("_settings", 0) + 1
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
+        owned = self.__dict__["_parameters"].get(name) if "_parameters" in self.__dict__ else None
+        if owned is not None:
+            return owned
         borrowed = self.__dict__.get("_borrowed")
         if borrowed and name in borrowed:
             shared, key = borrowed[name]
             return getattr(shared, key)
         return super().__getattr__(name)
+
+
+@cache
+def says_thin(cls: Any) -> bool:
+    """Whether the thin form of a class of adapters is all of its change: `forward` and `add` are not stated anew below it."""
+    at = [next(i for i, one in enumerate(cls.__mro__) if name in vars(one)) for name in ("thin", "forward", "add")]
+    return at[0] == min(at)
 
 
 def take_dropout(adapter: Adapter) -> float:

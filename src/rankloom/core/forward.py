@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter
 from rankloom.core.base import Base
 from rankloom.core.fuse import answer
 from rankloom.core.kinds import Kind
-from rankloom.core.packing import in_segments
-from rankloom.core.selection import Active, Selection, Weight
+from rankloom.core.packing import for_all, in_segments
+from rankloom.core.selection import Selection, Weight
 from rankloom.core.site import LAYER
 from rankloom.core.slots import Anchor, anchor_of, bring_home, computed_once, slot_table
 from rankloom.errors import StateError
@@ -29,9 +28,13 @@ def forward_of(plain: Callable[..., Any], parameters: tuple[str, ...]) -> Callab
             return plain(self, *args, **kwargs)
         traced = torch.compiler.is_compiling()
         if anchor.kind is not None and len(args) == 1 and not kwargs and not traced and torch.is_grad_enabled():
-            fused = _fused(self, anchor, args[0])
-            if fused is not None:
-                return fused
+            selection = anchor.selector.uncompiled()
+            if selection.active:
+                if anchor.selector.reached is not None:
+                    anchor.selector.reached.add(anchor.name)
+                fused = answer(self, anchor.memo, args[0], selection)
+                if fused is not None:
+                    return fused
         if parameters and not traced:
             with computed_once(self):
                 y = plain(self, *args, **kwargs)
@@ -52,30 +55,19 @@ def forward_of(plain: Callable[..., Any], parameters: tuple[str, ...]) -> Callab
     return forward
 
 
-def _fused(layer: nn.Module, anchor: Anchor, x: Any) -> Tensor | None:
-    """The output by the fused path, where the layer fits it and one adapter is active."""
-    selection = anchor.selector.current()
-    if not selection.active:
-        return None
-    if anchor.selector.reached is not None:
-        anchor.selector.reached.add(anchor.name)
-    return answer(layer, x, selection, _only_one)
-
-
-def _only_one(layer: nn.Module, selection: Selection) -> tuple[Active, Adapter] | str:
-    table = slot_table(layer, LAYER)
-    found = [(active, table[active.name]) for active in selection.active if active.name in table]
-    return found[0] if len(found) == 1 else f"{len(found)} adapters are active"
-
-
 def _changed(layer: nn.Module, anchor: Anchor, kind: Kind, x: Any, y: Tensor, selection: Selection) -> Tensor:
     table = slot_table(layer, LAYER)
     base = Base(kind, layer, selection.context, anchor.selector.notes, anchor.name)
     hooked = "_hf_hook" in layer.__dict__
     out, each = y, selection.active
-    if selection.segments is not None and kind.linear and not hooked and _plain(y):
-        _times(layer, y, selection.batch)
-        out, each = in_segments(table, x, y, base, selection, anchor.stacks)
+    if kind.linear and not hooked and _plain(y):
+        if selection.segments is not None:
+            _times(layer, y, selection.batch)
+            out, each = in_segments(table, x, y, base, selection, anchor.stacks)
+        elif not torch.is_grad_enabled() and y.is_contiguous() and type(x) is Tensor:
+            found = for_all(table, x, y, base, selection, anchor.alone)
+            if found is not None:
+                return found
     for active in each:
         adapter = table.get(active.name)
         if adapter is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ class Grafted(nn.Module):
 
     rankloom_original: type[nn.Module]
     rankloom_parameters: tuple[str, ...]
+    rankloom_forward: Callable[..., Any]
+    """The forward below the adapters."""
     _rankloom: Anchor
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -48,7 +51,8 @@ def _generated(original: type[nn.Module], parameters: tuple[str, ...], has_layer
         for name in parameters:
             body[name] = parameter_property(name)
         below = (*repairs_of(original), original)
-        body["forward"] = forward_of(next(cls.forward for cls in below if hasattr(cls, "forward")), parameters)
+        body["rankloom_forward"] = next(cls.forward for cls in below if hasattr(cls, "forward"))
+        body["forward"] = forward_of(body["rankloom_forward"], parameters)
         _classes[key] = type(f"Grafted{original.__name__}", (Grafted, *below), body)
     return _classes[key]
 
@@ -78,9 +82,9 @@ def add_adapter(
 def remove_adapter(layer: nn.Module, slot: str, name: str) -> None:
     """Take the adapter out; the last one gives the layer its own class back."""
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
-    layer.__dict__["_rankloom"].stacks = Stacks()
-    _drop(slots, slot, name)
     anchor: Anchor = layer.__dict__["_rankloom"]
+    anchor.stacks, anchor.alone = Stacks(), Stacks()
+    _drop(slots, slot, name)
     if slot == LAYER and LAYER not in slots and anchor.kind is not None:
         anchor.kind.release(layer)
         anchor.kind = None

@@ -1,55 +1,103 @@
-"""Mixed batches: rows with adapters of their own, all thin changes of a layer in one pass over its output."""
+"""Thin changes in passes over a layer's output: mixed batches, whose rows have adapters of their own, and decoding.
+
+Without gradients the factors lie side by side, cast and scaled, in a `Stack` that is made once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import is_
-from typing import Any, TypeGuard
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter
+from rankloom.core import thin as forms
+from rankloom.core.adapter import Adapter, says_thin
 from rankloom.core.base import Base
 from rankloom.core.selection import Active, Selection
 from rankloom.core.thin import Thin
 from rankloom.errors import NotMergeable
-from rankloom.ops.segments import Stack, added, stack, trained
+from rankloom.ops.segments import Segments, Stack, added, stack, trained
+
+
+class Change(NamedTuple):
+    """Δy = s·B A x + column∘(W x) + shift: a thin change that depends on no token and drops nothing."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    column: Tensor | None
+    shift: Tensor | None
+
+
+class Packed(NamedTuple):
+    """Changes by their place in the selection: their factors, and (n + 1, out) columns and shifts, the last one zero."""
+
+    places: tuple[int, ...]
+    factors: Stack
+    columns: Tensor | None
+    shifts: Tensor | None
 
 
 class Stacks:
-    """The thin changes that a layer's last mixed batch used, and their factors side by side in one tensor each.
+    """What a layer's last passes without gradients put side by side.
 
-    Made again when an adapter, one of its tensors or numbers is another, or a tensor was written to. A write past
-    autograd's version counter (through `.data`) is not seen: write to the parameter itself, under `torch.no_grad()`.
+    Made again when an adapter, one of its tensors or settings, or under a magnitude the base, is another, or a tensor
+    was written to. A write past autograd's version counter (through `.data`) is not seen: write to the parameter
+    itself, under `torch.no_grad()`.
     """
 
     def __init__(self) -> None:
-        self._state: tuple[Any, ...] = ()
-        self._tensors: Sequence[Tensor] = ()
-        self._factors: dict[int, Thin] = {}
-        self._held: dict[torch.dtype, Stack] = {}
+        self._key: tuple[Any, ...] = ()
+        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
+        self._settings: list[tuple[Adapter, int]] = []
+        self._changes: dict[int, Change] = {}
+        self._held: dict[Any, Any] = {}
 
     def __reduce__(self) -> Any:
         return Stacks, ()
 
-    def factors(self, each: Sequence[Adapter | None], base: Base) -> Mapping[int, Thin]:
-        """The changes that are nothing but two factors, by their place in `each`."""
-        adapters = [a for a in each if a is not None]
-        tensors = [p for a in adapters for p in a._parameters.values() if p is not None]
-        numbers = [(a.training, a.dropout, a.__dict__.get("scaling"), len(a.__dict__)) for a in adapters]
-        state = (each, numbers, [t._version for t in tensors], [t.data_ptr() for t in tensors])
-        if state != self._state or len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
-            pairs = {i: _own(adapter, base) for i, adapter in enumerate(each) if adapter is not None}
-            self._factors = {i: thin for i, thin in pairs.items() if _plain(thin)}
-            self._state, self._tensors, self._held = state, tensors, {}
-        return self._factors
+    def changes(self, each: Sequence[Adapter | None], base: Base) -> Mapping[int, Change]:
+        """Those of the adapters `each` that are nothing more than a `Change`, by their place."""
+        if self._key != tuple(each) or not self._holds():
+            self._key = tuple(each)
+            self._changes, self._held = changes_of(each, base), {}
+            adapters = [adapter for adapter in each if adapter is not None]
+            modules = [m for adapter in adapters for m in _modules(adapter)]
+            tables = [table for m in modules for table in (m._parameters, m._buffers)]
+            found = [(table, key, t) for table in tables for key, t in table.items() if t is not None]
+            if any(change.column is not None for change in self._changes.values()):
+                found.append((base.layer._parameters, "weight", base.kind.tensor(base.layer)))
+            self._tensors = [(table, key, t, t._version, t.data_ptr()) for table, key, t in found]
+            self._settings = [(m, m.settings) for m in modules if isinstance(m, Adapter)]
+        return self._changes
 
-    def stacked(self, dtype: torch.dtype) -> Stack:
-        """The factors last asked for, in `dtype`."""
+    def _holds(self) -> bool:
+        for table, key, tensor, version, at in self._tensors:
+            if table.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != at:
+                return False
+        for adapter, count in self._settings:
+            if adapter.settings != count:
+                return False
+        return True
+
+    def packed(self, dtype: torch.dtype) -> Packed:
+        """The changes last asked for, in `dtype`."""
         if dtype not in self._held:
-            self._held = {dtype: stack([(t.A, t.B, t.scale) for t in self._factors.values()], dtype)}
-        return self._held[dtype]
+            changes = self._changes
+            rows = stack([(c.A, c.B, c.scale) for c in changes.values()], dtype)
+            columns, shifts = _tables(list(changes.values()), dtype)
+            self._held = {dtype: Packed(tuple(changes), rows, columns, shifts)}
+        found: Packed = self._held[dtype]
+        return found
+
+    def summed(self, weights: tuple[float, ...], dtype: torch.dtype) -> Change:
+        """The weighted sum of the changes last asked for as one of scale 1, its factors Aᵀ (in, R) and Bᵀ (R, out)."""
+        key = (weights, dtype)
+        if key not in self._held:
+            self._held = {key: _summed(list(self._changes.values()), weights, dtype)}
+        found: Change = self._held[key]
+        return found
 
 
 def in_segments(
@@ -60,26 +108,105 @@ def in_segments(
     Without gradients `y`, fresh from its layer, is written to; else the sum is a new tensor, differentiable by all.
     """
     assert selection.segments is not None
-    factors = stacks.factors([table.get(v.name) for v in selection.active], base)
-    if not factors:
+    each, grad = [table.get(v.name) for v in selection.active], torch.is_grad_enabled()
+    changes = changes_of(each, base) if grad else stacks.changes(each, base)
+    if not changes:
         return y, selection.active
-    rest = tuple(v for i, v in enumerate(selection.active) if i not in factors)
-    found, x = selection.segments.only(tuple(factors)), x.to(y.dtype)
-    if torch.is_grad_enabled():
-        return trained(y, x, found, [(t.A, t.B, t.scale) for t in factors.values()]), rest
-    return added(y, x, found, stacks.stacked(y.dtype)), rest
+    rest = tuple(v for i, v in enumerate(selection.active) if i not in changes)
+    found, x = selection.segments.only(tuple(changes)), x.to(y.dtype)
+    if grad:
+        out = _moved(y, found, base, *_tables(list(changes.values()), y.dtype))
+        return trained(out, x, found, [(c.A, c.B, c.scale) for c in changes.values()]), rest
+    packed = stacks.packed(y.dtype)
+    return added(_moved(y, found, base, packed.columns, packed.shifts), x, found, packed.factors), rest
 
 
-def _own(adapter: Adapter, base: Base) -> Thin | None:
-    """The thin form of an adapter that has all its tensors itself and needs no input."""
-    if adapter._modules or adapter._borrowed:
+def for_all(
+    table: Mapping[str, Adapter], x: Tensor, y: Tensor, base: Base, selection: Selection, stacks: Stacks
+) -> Tensor | None:
+    """Without gradients: `y`, fresh from its layer, with the changes of all adapters written into it; None where one is
+    more than a `Change`, or its weight is no number.
+    """
+    each, weights = list[Adapter | None](), list[float]()
+    for active in selection.active:
+        if active.name in table:
+            if active.rows is not None or not isinstance(active.weight, (int, float)):
+                return None
+            each.append(table[active.name])
+            weights.append(active.weight)
+    if not each or len(stacks.changes(each, base)) < len(each):
         return None
+    change = stacks.summed(tuple(weights), y.dtype)
+    rows = y.view(-1, y.shape[-1])
+    if change.column is not None:
+        rows.addcmul_(base.unbiased(rows), change.column)
+    if change.shift is not None:
+        rows.add_(change.shift)
+    rows.addmm_(x.to(y.dtype).reshape(-1, x.shape[-1]) @ change.A, change.B)
+    return y
+
+
+def changes_of(each: Sequence[Adapter | None], base: Base) -> dict[int, Change]:
+    """Those of the adapters that are nothing more than a `Change`, by their place in `each`."""
+    found = {i: _change(adapter, base) for i, adapter in enumerate(each) if adapter is not None}
+    return {i: change for i, change in found.items() if change is not None}
+
+
+def _change(adapter: Adapter, base: Base) -> Change | None:
     try:
-        return adapter.thin(base, None)
+        thin = adapter.thin(base, None) if says_thin(type(adapter)) else None
     except NotMergeable:
         return None
+    if thin is None or thin.dropout or thin.by_token:
+        return None
+    thin, own = forms.ungained(forms.folded(thin), base)
+    return Change(thin.A, thin.B, thin.scale, None if own is None else own - 1, thin.bias)
 
 
-def _plain(thin: Thin | None) -> TypeGuard[Thin]:
-    """Whether a change is nothing but two factors."""
-    return thin is not None and thin[3:] == (None, None, None, None, 0.0)
+def _modules(adapter: Adapter) -> Iterator[nn.Module]:
+    """All modules whose tensors an adapter may read: its own and those that it borrows from."""
+    for module in adapter.modules():
+        yield module
+        if isinstance(module, Adapter):
+            for shared, _ in module._borrowed.values():
+                yield from shared.modules()
+
+
+def _tables(changes: Sequence[Change], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Columns and shifts of changes, (n + 1, out) with a row of zeros at the end; None where no change has any."""
+    zero, made = changes[0].B.new_zeros(changes[0].B.shape[0], dtype=dtype), list[Tensor | None]()
+    for each in ([c.column for c in changes], [c.shift for c in changes]):
+        rows = [zero if v is None else v.to(dtype) for v in (*each, None)]
+        made.append(None if all(v is None for v in each) else torch.stack(rows))
+    return made[0], made[1]
+
+
+def _moved(y: Tensor, found: Segments, base: Base, columns: Tensor | None, shifts: Tensor | None) -> Tensor:
+    """`y` with columns∘(W x) and shifts of each row's adapter; in place without gradients."""
+    if columns is None and shifts is None:
+        return y
+    which = found.numbers(y.device)
+    rows = y.reshape(found.batch, -1, y.shape[-1])
+    if columns is not None:
+        moved, own = columns[which][:, None], base.unbiased(rows)
+        rows = torch.addcmul(rows, own, moved) if torch.is_grad_enabled() else rows.addcmul_(own, moved)
+    if shifts is not None:
+        rows = rows + shifts[which][:, None]
+    return rows.reshape(y.shape)
+
+
+def _summed(changes: Sequence[Change], weights: Sequence[float], dtype: torch.dtype) -> Change:
+    parts = [(Thin(c.A, c.B, c.scale), weight) for c, weight in zip(changes, weights)]
+    joined = forms.joined(parts)
+    assert joined is not None
+    column, shift = list[Tensor](), list[Tensor]()
+    for change, weight in zip(changes, weights):
+        column += [] if change.column is None else [weight * change.column]
+        shift += [] if change.shift is None else [weight * change.shift]
+    return Change(
+        joined.A.to(dtype).T,
+        (joined.B * joined.scale).to(dtype).T.contiguous(),
+        1.0,
+        torch.stack(column).sum(0).to(dtype) if column else None,
+        torch.stack(shift).sum(0).to(dtype) if shift else None,
+    )

@@ -89,13 +89,12 @@ def _announce(entries: _Entries) -> None:
     torch._C._stash_obj_in_tls(_TRAVELS, entries)
 
 
-def _entries() -> _Entries:
-    """The entries of this task; in a thread of autograd's own (recomputation), those of whoever called backward."""
-    mine = _task.get()
-    if mine or torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_TRAVELS):
-        return mine
-    handed_on: _Entries = torch._C._get_obj_in_tls(_TRAVELS)
-    return handed_on
+def _handed_on() -> _Entries:
+    """In a thread of autograd's own (recomputation): the entries of whoever called backward."""
+    if not torch._C._is_key_in_tls(_TRAVELS):
+        return ()
+    entries: _Entries = torch._C._get_obj_in_tls(_TRAVELS)
+    return entries
 
 
 class Selector:
@@ -125,16 +124,26 @@ class Selector:
 
     def current(self) -> Selection:
         """The selection here and now."""
+        if not torch.compiler.is_compiling():
+            return self.uncompiled()
+        return BASE_ONLY if self.disabled else self._of(_thread.entries)
+
+    def uncompiled(self) -> Selection:
+        """`current`, for a caller who knows that nothing compiles it."""
         if self.disabled:
             return BASE_ONLY
-        if torch.compiler.is_compiling():
-            entries = _thread.entries
-        else:
-            if self._frames and (own := self._of_generator()) is not None:
-                return own
-            entries = _entries()
-            if not entries and self._entered and not self._warned:
-                self._warn_in_executor()
+        if self._frames and (own := self._of_generator()) is not None:
+            return own
+        entries = _task.get()
+        if not entries and torch._C._current_graph_task_id() != -1:
+            entries = _handed_on()
+        if entries:
+            return self._of(entries)
+        if self._entered and not self._warned:
+            self._warn_in_executor()
+        return self.default
+
+    def _of(self, entries: _Entries) -> Selection:
         for entry in entries:
             if entry.selector is self:
                 return entry.selection

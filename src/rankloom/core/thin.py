@@ -55,7 +55,7 @@ def change(thin: Thin, x: Any, y: Tensor, base: Base) -> Tensor:
         out = out + base.shift(y, thin.bias.to(y.dtype))
     if thin.magnitude is None:
         return out
-    factor = _gain(thin, base).to(y.dtype)
+    factor = gains(thin, base).to(y.dtype)
     plain = base.apply(x, base.matrix().to(y.dtype)) if thin.dropout else base.unbiased(y)
     return base.scale(plain, factor - 1) + base.scale(out, factor)
 
@@ -67,14 +67,14 @@ def matrix(thin: Thin, base: Base) -> Tensor:
     if thin.magnitude is None:
         return found
     own = base.matrix().to(thin.magnitude.dtype)
-    return _gain(thin, base)[..., None] * (own + found) - own
+    return gains(thin, base)[..., None] * (own + found) - own
 
 
 def shift(thin: Thin, base: Base) -> Tensor | None:
     """Δb (out,), or None."""
     if thin.bias is None or thin.magnitude is None:
         return thin.bias
-    return _gain(thin, base) * thin.bias
+    return gains(thin, base) * thin.bias
 
 
 def norms(thin: Thin, base: Base) -> Tensor:
@@ -92,16 +92,42 @@ def factors(thin: Thin) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def folded(thin: Thin) -> Thin:
+    """The same change with `outer` in B, and `inner` too unless it goes by token."""
+    if thin.inner is None and thin.outer is None:
+        return thin
+    if thin.by_token:
+        b = thin.B if thin.outer is None else thin.outer[..., None] * thin.B
+        return thin._replace(B=b, outer=None)
+    b = thin.B if thin.inner is None else thin.B * thin.inner[..., None, :]
+    b = b if thin.outer is None else thin.outer[..., None] * b
+    return thin._replace(B=b, inner=None, outer=None)
+
+
+def ungained(thin: Thin, base: Base, square: Tensor | None = None) -> tuple[Thin, Tensor | None]:
+    """The change without its magnitude, whose gain g (out,) is in B and in the bias, and g: (g − 1) ∘ (W x) is left out.
+
+    `square`: ‖W‖² by rows where it is known. None where there is no magnitude.
+    """
+    if thin.magnitude is None:
+        return thin, None
+    own = gains(thin, base, square)
+    bias = None if thin.bias is None else own * thin.bias
+    return thin._replace(B=own[..., None] * thin.B, bias=bias, magnitude=None), own
+
+
 def gain(magnitude: Tensor, lengths: Tensor) -> Tensor:
     """magnitude / lengths, and 1 where a length is zero."""
     living = lengths > 0
     return torch.where(living, magnitude / torch.where(living, lengths, 1.0), 1.0)
 
 
-def _gain(thin: Thin, base: Base) -> Tensor:
+def gains(thin: Thin, base: Base, square: Tensor | None = None) -> Tensor:
+    """g = m/‖W + ΔW‖ (…, out) by rows, the norm a constant; `square`: ‖W‖² by rows where it is known."""
     assert thin.magnitude is not None
     with torch.no_grad():
-        lengths = norms(thin._replace(magnitude=None), base).to(thin.magnitude.dtype)
+        a, b = factors(thin)
+        lengths = row_norms(base.matrix(), a, b, thin.scale, square).to(thin.magnitude.dtype)
     return gain(thin.magnitude, lengths)
 
 

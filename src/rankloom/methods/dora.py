@@ -64,6 +64,7 @@ class DoRAAdapter(Adapter):
 
     roles = {"magnitude": "magnitude"}
     peft_names = {"magnitude": "lora_magnitude_vector"}
+    more_than_thin = "its norm has a gradient, or its inner change is more than thin or depends on the input"
 
     def __init__(self, site: Site, method: DoRA, inner: Adapter) -> None:
         super().__init__(site.name)

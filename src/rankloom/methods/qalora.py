@@ -53,6 +53,7 @@ class QALoRAAdapter(Adapter):
 
     roles = {"A": "in", "B": "out"}
     peft_names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    more_than_thin = "its dropout acts on pooled columns, not on the layer's input"
 
     def __init__(self, site: Site, method: QALoRA) -> None:
         super().__init__(site.name)

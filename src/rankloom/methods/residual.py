@@ -20,6 +20,8 @@ from rankloom.core.thin import Thin, joined
 class ResidualAdapter(Adapter):
     """`inner` is trained; `start` is a frozen copy of it, taken at reset."""
 
+    more_than_thin = "the change drops out and its start does not, or one of them is more than a thin form"
+
     def __init__(self, site: Site, inner: Adapter) -> None:
         super().__init__(site.name)
         self.inner = inner

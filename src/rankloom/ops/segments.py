@@ -47,6 +47,15 @@ class Segments:
         found: tuple[Tensor, Tensor] = self._known[device]
         return found
 
+    def numbers(self, device: torch.device) -> Tensor:
+        """(batch,) the adapter of each row, their count for none; moved once to a device."""
+        key = ("numbers", device)
+        if key not in self._known:
+            none = self.slots.shape[0]
+            self._known[key] = torch.tensor([none if i < 0 else i for i in self.which], device=device)
+        found: Tensor = self._known[key]
+        return found
+
     def blocks(self, tokens: int, tile: int, device: torch.device) -> Tensor:
         """(blocks, 3) int32: up to `tile` neighbouring tokens of an adapter: its number, the first, the end."""
         key = (tokens, tile, device)

@@ -276,6 +276,8 @@ def dense(weight: Tensor) -> Tensor:
     A plain floating tensor is returned as it is. Raises `StateError` for a weight that no store of ours and no bridge
     can read.
     """
+    if type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.element_size() >= 2:
+        return weight
     if isinstance(weight, Packed):
         return weight.unpack()
     bridge = None if type(weight) in (Tensor, torch.nn.Parameter) else bridge_of(weight)

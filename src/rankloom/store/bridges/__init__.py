@@ -42,10 +42,11 @@ BRIDGES: dict[str, Bridge] = {
 
 def bridge_of(weight: Tensor) -> Bridge | None:
     """The bridge of `weight`, by class name along its bases; None for a tensor that is nobody else's."""
-    return _bridge(type(weight))
+    return bridge_for(type(weight))
 
 
 @cache
-def _bridge(cls: type[Tensor]) -> Bridge | None:
+def bridge_for(cls: type[Tensor]) -> Bridge | None:
+    """The bridge of tensors of a class."""
     names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
     return next((BRIDGES[name] for name in names if name in BRIDGES), None)
