@@ -17,7 +17,8 @@ from rankloom.core.plan import Plan
 from rankloom.errors import MissingExtra, SettingsError, StateError
 from rankloom.optim.paged import PagedAdamW, Pager
 from rankloom.train.fit import fit
-from rankloom.train.optim import build_optimizer, optimizer_state, restore_optimizer
+from rankloom.optim.state import optimizer_state, restore_optimizer
+from rankloom.train.optim import build_optimizer
 from rankloom.train.settings import TrainSettings
 
 WIDE = Plan(rl.LoRA(r=160), target_modules=("o_proj", "up_proj"))

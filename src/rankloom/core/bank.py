@@ -87,8 +87,9 @@ class Bank:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The active adapters that a training moves: those named by `train`, else all that are active."""
-        return tuple(n for n in self.active if self._trained is None or n in self._trained)
+        """The active adapters that a training moves: those named by `train`, else all; without the frozen ones."""
+        chosen = (n for n in self.active if self._trained is None or n in self._trained)
+        return tuple(n for n in chosen if any(p.requires_grad for _, p, _ in self.tensors(n)))
 
     def train(self, *names: str) -> None:
         """Train these adapters and no other: the rest of the active ones take part and stay still, their rules rest.

@@ -11,7 +11,7 @@ from rankloom.core.bank import Bank
 from rankloom.core.plan import Plan
 from rankloom.core.rule import Rule
 
-DRIVEN = ("start", "before_step", "loss", "after_backward", "after_step", "finish")
+DRIVEN = ("start", "rate", "before_step", "loss", "after_backward", "after_step", "finish")
 """Hooks that only a driver calls; `groups` alone needs the optimizer and nobody else."""
 
 

@@ -6,8 +6,8 @@
 The hooks are those of `rankloom.fit`, in the same order. What the Trainer makes different:
 
 - It clips before its callbacks hear of the gradients: rules see clipped ones, and what they change is clipped again.
-- A rule's `loss` may only add to the loss: it is applied to a zero loss once a step, and its gradient is added to those
-  of the Trainer, which logs the loss without it.
+- A rule's `loss` changes the loss that the model's forward returns, while the graph is alive, in training passes only
+  (`hf/losses.py`): the Trainer logs the loss with it. A loss that is made outside the model is refused.
 - Nobody but the user can add the callback: an optimizer of `optimizer_for` refuses to step while rules have hooks and
   no callback drives them. A Trainer with neither is warned in its second step (`core/undriven.py`).
 """
@@ -15,6 +15,7 @@ The hooks are those of `rankloom.fit`, in the same order. What the Trainer makes
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankloom.core.bank import Bank
+from rankloom.core.notes import Notes
 from rankloom.core.rule import Rule
 from rankloom.core.undriven import DRIVEN
 from rankloom.errors import FileError, MissingExtra, SettingsError, StateError
 from rankloom.files.folders import read_folder, write_folder
 from rankloom.files.manifest import sealed
 from rankloom.files.strict import as_json
+from rankloom.hf.losses import Losses
 from rankloom.train import guard
+from rankloom.train.columns import Columns
 from rankloom.train.drive import Rules
 from rankloom.train.run import TrainRun, bank_or_none, base_statistics, trainable
 from rankloom.train.tree import pack, unpack
@@ -103,14 +107,25 @@ class RuleDriver:
         rules: beside those of the adapters, and those that `optimizer_for` was given.
         resume_from: the Trainer checkpoint that a resumed run takes the rules' memory from; default: the one of the
             resumed step in `args.output_dir`.
+        context: columns of each batch that gates are told; the model itself gets them only where its forward names
+            them. A Trainer drops what the model does not name, unless `remove_unused_columns=False`.
     """
 
-    def __init__(self, rules: Iterable[Rule] = (), resume_from: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        rules: Iterable[Rule] = (),
+        resume_from: str | Path | None = None,
+        context: Iterable[str] = (),
+    ) -> None:
         self.passed = tuple(rules)
         self.resume_from = None if resume_from is None else Path(resume_from)
+        self.context = tuple(context)
         self._rules: Rules | None = None
         self._run: TrainRun | None = None
         self._unchecked = True
+        self._losses: Losses | None = None
+        self._told: Columns | None = None
+        self._rates: list[Any] = []
         self._still: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
@@ -121,42 +136,71 @@ class RuleDriver:
         _check_groups(rules, made)
         parameters = trainable(model)
         device = next(iter(parameters.values())).device
-        run = TrainRun(model, state.max_steps, parameters, step=state.global_step, device=device)
+        self._release()
+        notes = Notes(rules.reads)
+        run = TrainRun(model, state.max_steps, parameters, step=state.global_step, device=device, notes=notes)
         run.optimizer = optimizer
         rules.start(run)
+        run.adopt()
         if state.global_step and rules.each:
             folder = self.resume_from or _checkpoint(args, state)
             rules.restore(_read_rules(folder / PLACE / "rules", rules, device))
         self._rules, self._run, self._unchecked = rules, run, True
         self._still = [m.register_forward_pre_hook(_evaluating) for m in model.modules() if base_statistics(m)]
+        self._losses = Losses(rules, run, args) if rules.uses("loss") else None
+        if self.context:
+            self._told = Columns(model, bank.selector, self.context, lambda: run.in_pass)
         if made:
             made.driven = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
-        """`before_step`."""
+        """`before_step`, and the learning rates times `rate`."""
         rules, run = self._going()
         run.step = state.global_step
         rules.before_step(run)
+        run.adopt()
+        factor = rules.rate(run)
+        if factor != 1:
+            self._rates = [group["lr"] for group in run.optimizer.param_groups]
+            for group in run.optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
-        """Penalties, `after_backward`, and clipping once more if they changed a gradient."""
+        """`after_backward`, and clipping once more if it changed a gradient."""
         rules, run = self._going()
+        if self._told is not None:
+            self._told.settle()
         if self._unchecked:
             guard.check_gradients(run.parameters, "error")
-            _check_adds(rules, run)
             self._unchecked = False
+        if self._losses is not None:
+            self._losses.check()
         if not self._finite(trainer["optimizer"]):
             return
-        _add_penalties(rules, run)
         rules.after_backward(run)
-        if args.max_grad_norm and (rules.uses("loss") or rules.uses("after_backward")):
+        if args.max_grad_norm and rules.uses("after_backward"):
             guard.scale_gradients(run.parameters, float(guard.total_norm(run.parameters)), args.max_grad_norm)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
-        """`after_step`; the gradients are still there."""
+        """`after_step`; the gradients are still there. The scheduler gets its own rates back and logs the real one."""
         rules, run = self._going()
         if self._finite(trainer["optimizer"]):
             rules.after_step(run)
+            run.adopt()
+        schedule = getattr(trainer["lr_scheduler"], "scheduler", trainer["lr_scheduler"])
+        if self._rates and not reads_groups(schedule):
+            schedule._last_lr = [group["lr"] for group in run.optimizer.param_groups]
+            self._give_back_rates()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        """Rates that are logged from the groups themselves are given back here."""
+        self._give_back_rates()
+
+    def _give_back_rates(self) -> None:
+        _, run = self._going()
+        for group, lr in zip(run.optimizer.param_groups, self._rates):
+            group["lr"] = lr
+        self._rates = []
 
     def on_save(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         """The rules' memory and each active adapter, into the Trainer's own checkpoint."""
@@ -178,11 +222,19 @@ class RuleDriver:
         rules, run = self._going()
         run.step = state.global_step
         rules.finish(run)
-        for hook in self._still:
-            hook.remove()
+        self._release()
         made = _MADE.get(run.optimizer)
         if made:
             made.driven = False
+
+    def _release(self) -> None:
+        """Take off what hangs on the model, after this training or one that broke off."""
+        for part in (self._losses, self._told):
+            if part is not None:
+                part.close()
+        for hook in self._still:
+            hook.remove()
+        self._losses, self._told, self._still = None, None, []
 
     def _going(self) -> tuple[Rules, TrainRun]:
         if self._rules is None or self._run is None:
@@ -241,33 +293,9 @@ def _check_groups(rules: Rules, made: _Made | None) -> None:
             )
 
 
-def _check_adds(rules: Rules, run: TrainRun) -> None:
-    """A rule may add to the loss; one that scales or replaces it would do nothing here."""
-    for rule in rules.each:
-        if type(rule).loss is Rule.loss:
-            continue
-        found = []
-        for value in (1.0, 2.0):
-            with torch.no_grad(), torch.random.fork_rng(enabled=True):
-                found.append(float(rule.loss(run, torch.tensor(value, device=run.device))))
-        if abs(found[1] - found[0] - 1) > 1e-3:
-            raise SettingsError(
-                f"{type(rule).__name__} does more to the loss than adding to it, which a Trainer's callback cannot do: "
-                "train with rankloom.fit"
-            )
-
-
-def _add_penalties(rules: Rules, run: TrainRun) -> None:
-    if not rules.uses("loss"):
-        return
-    with torch.enable_grad():
-        penalty = rules.loss(run, torch.zeros((), device=run.device))
-    if not penalty.requires_grad:
-        return
-    parameters = list(dict.fromkeys(run.parameters.values()))
-    for parameter, change in zip(parameters, torch.autograd.grad(penalty, parameters, allow_unused=True)):
-        if change is not None:
-            parameter.grad = change if parameter.grad is None else parameter.grad.add_(change)
+def reads_groups(schedule: Any) -> bool:
+    """Whether a Trainer logs the rates of this scheduler from the optimizer's groups: it steps on a metric."""
+    return "metrics" in inspect.signature(schedule.step).parameters
 
 
 def _evaluating(module: nn.Module, args: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,10 +15,10 @@ from rankloom.errors import SettingsError, StateError, suggest
 
 
 class Rules:
-    """All rules of a run, in order: each active adapter's method and plan, then those that were passed.
+    """All rules of a run, in order: each trained adapter's method and plan, then those that were passed.
 
-    A driver calls, in this order: `groups` → `start` (→ `restore`) → [ `before_step` → forward → `loss` → backward →
-    `after_backward` → clip → optimizer step → `after_step` → zero_grad ] for each step → `finish`.
+    A driver calls, in this order: `groups` → `start` (→ `restore`) → [ `before_step` → `rate` → forward → `loss` →
+    backward → `after_backward` → clip → optimizer step → `after_step` → zero_grad ] for each step → `finish`.
     """
 
     def __init__(self, bank: Bank | None, rules: Iterable[Rule] = ()) -> None:
@@ -46,6 +47,10 @@ class Rules:
         """True if some rule does something at this hook."""
         return any(getattr(type(rule), hook) is not getattr(Rule, hook) for rule in self.each)
 
+    def changes_loss(self, rule: Rule) -> bool:
+        """Whether this rule does something to the loss."""
+        return type(rule).loss is not Rule.loss
+
     def groups(self, run: Run, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The optimizer's parameter groups after every rule; none may lose or double a tensor."""
         wanted = sorted(id(p) for g in groups for p in g["params"])
@@ -65,6 +70,21 @@ class Rules:
         """Before the first forward of a step."""
         for rule in self.each:
             rule.before_step(run)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Kinds of notes that some rule looks at."""
+        return frozenset(kind for rule in self.each for kind in rule.reads)
+
+    def rate(self, run: Run) -> float:
+        """What all rules together multiply the learning rate of the coming step by. Refuses a negative or no number."""
+        factor = 1.0
+        for rule in self.each:
+            one = float(rule.rate(run))
+            if not 0 <= one < math.inf:
+                raise SettingsError(f"{type(rule).__name__}.rate gave {one} at step {run.step}: a number from 0 on")
+            factor *= one
+        return factor
 
     def loss(self, run: Run, loss: Tensor) -> Tensor:
         """The loss of one batch with every penalty added."""

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankloom.core.notes import Notes
 from rankloom.core.rule import Rule
 from rankloom.errors import SettingsError, StateError
 from rankloom.files.disk import rename
 from rankloom.files.folders import sweep
 from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, model_tensors, steps_in
+from rankloom.train.columns import Columns
 from rankloom.train.drive import Rules
 from rankloom.train.engine import accelerator, processes_of
 from rankloom.train.evaluate import Evaluate
@@ -26,7 +28,7 @@ from rankloom.train.identity import identity
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
 from rankloom.train.loss import Loss
-from rankloom.train.optim import build_groups, build_optimizer, build_schedule
+from rankloom.train.optim import build_groups, build_optimizer, factor, set_rates
 from rankloom.train.processes import Processes
 from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
 from rankloom.train.rng import seed_all
@@ -78,6 +80,7 @@ def fit(
     *,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
+    context: tuple[str, ...] = (),
     settings: TrainSettings | None = None,
     out: str | Path | None = None,
     resume: bool | str | Path = False,
@@ -98,6 +101,8 @@ def fit(
             error for tuples (inputs …, target).
         evaluate: batches for a mean loss, or `evaluate(model)` → number or dict of numbers; run before and after, and
             every `settings.eval_every` steps.
+        context: columns of each batch that gates are told (a mapping's keys, such as "attention_mask" or "task"); the
+            model itself gets them only where its forward names them. Here or in `settings`.
         out: folder for metrics.jsonl and checkpoints.
         resume: `True` or `"auto"`: go on from the newest good checkpoint in `out`, if there is one; or a folder.
         report: is told every row of metrics.jsonl.
@@ -110,7 +115,7 @@ def fit(
         Terminated, Interrupted: SIGTERM or SIGINT came, in the main thread and with `out`; the step was finished and
             its checkpoint is complete. A second signal is as if there were no run.
     """
-    settings = _settings(settings, steps, lr)
+    settings = _settings(settings, steps, lr, tuple(context))
     out = None if out is None else Path(out)
     _check(settings, loss, evaluate, out)
     with ExitStack() as stack:
@@ -131,18 +136,18 @@ def fit(
         shard(model, settings, processes)
         enter(checkpointed(model, settings.gradient_checkpointing))
         enter(mode(model, True))
-        run = TrainRun(model, settings.steps, parameters, device=device)
         bank = bank_or_none(model)
         if bank is not None and settings.end_with == "best":
             bank.keep_originals()
         driver = Rules(bank, rules)
+        run = TrainRun(model, settings.steps, parameters, device=device, notes=Notes(driver.reads))
         seed_all(_seed(settings, processes))
         run.optimizer = build_optimizer(build_groups(run, driver, settings), settings)
         loop = Loop(
             run=run,
             rules=driver,
-            schedule=build_schedule(run.optimizer, settings),
             stream=stream_of(batches, processes),
+            told=_told(run, settings, stack),
             loss=loss or loss_of_batches(settings),
             counted=loss is None,
             evaluate=evaluate,
@@ -154,7 +159,9 @@ def fit(
             out=out,
             identity=about,
         )
+        set_rates(run.optimizer, factor(0, settings))
         driver.start(run)
+        run.adopt()
         if checkpoint is not None:
             loop.resume(checkpoint)
         loop.report = processes.agree(lambda: _reports(loop, report, checkpoint))
@@ -162,14 +169,24 @@ def fit(
         return _finish(loop, loop.train())
 
 
-def _settings(settings: TrainSettings | None, steps: int, lr: float) -> TrainSettings:
+def _settings(settings: TrainSettings | None, steps: int, lr: float, context: tuple[str, ...]) -> TrainSettings:
     if settings is None:
-        return TrainSettings(steps=steps, lr=lr)
-    for name, given, default in (("steps", steps, STEPS), ("lr", lr, LR)):
+        return TrainSettings(steps=steps, lr=lr, context=context)
+    settings = dataclasses.replace(settings, context=settings.context or context)
+    for name, given, default in (("steps", steps, STEPS), ("lr", lr, LR), ("context", context, ())):
         said = getattr(settings, name)
         if given not in (default, said):
             raise SettingsError(f"{name}={given} and settings.{name}={said}: say it once")
     return settings
+
+
+def _told(run: TrainRun, settings: TrainSettings, stack: ExitStack) -> Columns | None:
+    """What hands columns of the batches to gates, until the run ends."""
+    if not settings.context:
+        return None
+    told = Columns(run.model, run.bank.selector, settings.context, lambda: run.in_pass, lambda: run.batch)
+    stack.callback(told.close)
+    return told
 
 
 def _check(settings: TrainSettings, loss: Loss | None, evaluate: Evaluate | None, out: Path | None) -> None:

@@ -18,7 +18,7 @@ from rankloom.train.settings import TrainSettings
 
 STEERING = (
     "optimizer", "lr", "weight_decay", "betas", "eps", "schedule", "warmup_steps", "warmup_ratio", "accumulate", "clip",
-    "precision", "seed",
+    "precision", "seed", "context",
 )  # fmt: skip
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from rankloom.core.fuse import known_groups, recall_groups
 from rankloom.errors import StateError
+from rankloom.optim.state import optimizer_state, restore_optimizer
 from rankloom.train import guard
 from rankloom.train.checkpoint import (
     FORM,
@@ -30,12 +30,13 @@ from rankloom.train.checkpoint import (
     restore_weights,
     save_checkpoint,
 )
+from rankloom.train.columns import Columns
 from rankloom.train.drive import Rules
 from rankloom.train.engine import restore_scaler, scaler_state
 from rankloom.train.evaluate import Evaluate, evaluate_run, loss_of
 from rankloom.train.identity import check_identity
 from rankloom.train.loss import Loss, move, shares, tokens
-from rankloom.train.optim import optimizer_state, restore_optimizer
+from rankloom.train.optim import factor, set_rates
 from rankloom.train.processes import Processes
 from rankloom.train.report import Report, memory_mb
 from rankloom.train.rng import rng_state, set_rng_state
@@ -70,13 +71,14 @@ class Standing:
 class Loop:
     """A run with everything that it needs; `train` goes from where it stands to the end.
 
-    `counted`: whether batches weigh by their labels; `processes`: those that share the run.
+    `told`: hands columns of batches to gates; `counted`: whether batches weigh by their labels; `processes`: those
+    that share the run.
     """
 
     run: TrainRun
     rules: Rules
-    schedule: LambdaLR
     stream: Stream
+    told: Columns | None
     loss: Loss
     counted: bool
     evaluate: Evaluate | None
@@ -148,10 +150,10 @@ class Loop:
         self.rules.check(state["rules"])
         restore_base(self.run.model, state["journal"])
         restore_weights(self.run.model, checkpoint.weights, checkpoint.folder.name)
-        restore_optimizer(self.run.optimizer, self.run.parameters, state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         restore_scaler(self.engine, state["scaler"])
         self.rules.restore(state["rules"])
+        self.run.adopt()
+        restore_optimizer(self.run.optimizer, self.run.parameters, state["optimizer"])
         self.run.step = checkpoint.step
         self.standing = Standing(**state["standing"])
         if self.out is not None and checkpoint.folder.parent == self.out / PLACE:
@@ -164,6 +166,8 @@ class Loop:
         run, rules, settings, scaler = self.run, self.rules, self.settings, self.engine.scaler
         began = time.perf_counter()
         rules.before_step(run)
+        run.adopt()
+        set_rates(run.optimizer, factor(run.step, settings) * rules.rate(run))
         batches = self.processes.agree(lambda: [self.stream.next() for _ in range(settings.accumulate)])
         data, total = self._backward(batches)
         if self._unchecked:
@@ -188,8 +192,8 @@ class Loop:
             guard.scale_gradients(run.parameters, norm, settings.clip)
         self._optimize()
         rules.after_step(run)
+        run.adopt()
         lr = float(run.optimizer.param_groups[0]["lr"])
-        self.schedule.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
         self._skips = 0
@@ -208,11 +212,14 @@ class Loop:
         data, total = 0.0, 0.0
         for batch, share in zip(batches, parts):
             batch = move(batch, self.run.device)
-            with self.engine.autocast():
-                plain = self.loss(self.run.model, batch)
-            guard.check_graph(plain, self.run.step + 1)
-            full = self.rules.loss(self.run, plain)
+            with self.run.watched(batch, self.rules.uses("loss")):
+                with self.engine.autocast():
+                    plain = self.loss(self.run.model, batch)
+                guard.check_graph(plain, self.run.step + 1)
+                full = self.rules.loss(self.run, plain)
             self.engine.backward((full if share == 1 else full * share).reshape(()))
+            if self.told is not None:
+                self.told.settle()
             data += share * float(plain.detach())
             total += share * float(full.detach())
         return data, total
@@ -316,7 +323,6 @@ class Loop:
             "journal": folds(self.run.model),
             "standing": dataclasses.asdict(self.standing),
             "optimizer": optimizer_state(self.run.optimizer, self.run.parameters),
-            "schedule": self.schedule.state_dict(),
             "scaler": scaler_state(self.engine),
             "rules": self.rules.state(),
             "stream": self.stream.state(),

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from rankloom.errors import MissingExtra, SettingsError, StateError
+from rankloom.errors import MissingExtra, SettingsError
 from rankloom.optim.paged import PagedAdamW
 from rankloom.train.drive import Rules
 from rankloom.train.run import TrainRun
@@ -78,47 +77,10 @@ def factor(step: int, settings: TrainSettings) -> float:
     return 1 - done if settings.schedule == "linear" else 1.0
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LambdaLR:
-    """The schedule; every group keeps its own peak, so ratios between groups hold in each step."""
-    return LambdaLR(optimizer, lambda step: factor(step, settings))
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group its own peak times `factor`, so that ratios between groups hold in each step.
 
-
-def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """The optimizer's memory with tensors known by key, not by position."""
-    if isinstance(optimizer, PagedAdamW):
-        optimizer.flush()
-    keys = {id(p): key for key, p in parameters.items()}
-    groups = [{**g, "params": [keys[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-    state = {keys[id(p)]: dict(memory) for p, memory in optimizer.state.items()}
-    return {"class": type(optimizer).__name__, "groups": groups, "state": state}
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]
-) -> None:
-    """Take back what `optimizer_state` gave, dtypes kept. Raises `StateError` where groups or tensors differ."""
-    keys = {id(p): key for key, p in parameters.items()}
-    mine = [[keys[id(p)] for p in g["params"]] for g in optimizer.param_groups]
-    theirs = [g["params"] for g in saved["groups"]]
-    if saved["class"] != type(optimizer).__name__ or mine != theirs:
-        raise StateError(
-            f"the checkpoint's optimizer is {saved['class']} with groups of {[len(g) for g in theirs]} tensors, this "
-            f"run's {type(optimizer).__name__} with {[len(g) for g in mine]}: resume with the same adapters and rules"
-        )
-    for group, old in zip(optimizer.param_groups, saved["groups"]):
-        group.update({name: value for name, value in old.items() if name != "params"})
-    optimizer.state.clear()
-    for key, memory in saved["state"].items():
-        parameter = parameters[key]
-        optimizer.state[parameter] = {name: _placed(value, parameter, optimizer) for name, value in memory.items()}
-
-
-def _placed(value: Any, parameter: nn.Parameter, optimizer: Any) -> Any:
-    """Moments where the optimizer wants them, other tensors beside their parameter; counters (no dims) stay where the
-    checkpoint had them.
+    The peak, `initial_lr`, is the rate that the group was made with; groups may join at any time.
     """
-    if not isinstance(value, torch.Tensor) or not value.ndim:
-        return value
-    if hasattr(optimizer, "get_state_buffer") and value.shape == parameter.shape:
-        return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
-    return value.to(parameter.device)
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor

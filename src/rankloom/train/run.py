@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankloom.core.bank import Bank
 from rankloom.core.notes import Notes
 from rankloom.core.slots import slot_table
 from rankloom.errors import SettingsError, StateError
+from rankloom.optim.state import exchange
+from rankloom.train.loss import move
 
 
 @dataclass
 class TrainRun:
     """One training, whoever drives it: model, bank, optimizer and where it stands.
 
-    `step`: optimizer steps done so far; `parameters`: the tensors that train, by key; `device`: where batches go.
+    `step`: optimizer steps done so far; `parameters`: the tensors that train, by key; `device`: where batches go;
+    `batch`, `output`, `notes`: of the forward pass that `Rule.loss` is called for, empty outside of it.
     `bank` and `optimizer` raise `StateError` where there is none (yet).
     """
 
@@ -34,6 +37,7 @@ class TrainRun:
     output: Any = None
     notes: Notes = field(default_factory=Notes)
     _optimizer: torch.optim.Optimizer | None = None
+    _aside: int = 0
 
     @property
     def bank(self) -> Bank:
@@ -47,13 +51,102 @@ class TrainRun:
         return found
 
     def forward(self, batch: Any, *names: str) -> Any:
-        """The model's output for `batch` with these adapters active, the base alone without any."""
-        with self.bank.using(*names):
-            return self.model(**batch) if isinstance(batch, Mapping) else self.model(*batch)
+        """The model's output for `batch` with these adapters active, the base alone without any.
 
-    def replace(self, parameter: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
-        """Put a tensor of another shape in the place of a trained parameter."""
-        raise NotImplementedError
+        A mapping goes in as keywords; of a tuple all but its last, the target; anything else alone. The model's mode
+        and gradients are as they are here. Where layers are checkpointed by code that `fit` has not switched on, ask
+        for it without gradients.
+        """
+        selector = self.bank.selector
+        notes, selector.notes = selector.notes, None
+        self._aside += 1
+        try:
+            with self.bank.using(*names, context=selector.current().context):
+                return _called(self.model, move(batch, self.device))
+        finally:
+            self._aside -= 1
+            selector.notes = notes
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a call of the model is a driver's own, with a backward pass to come, and not `forward`'s."""
+        return not self._aside and torch.is_grad_enabled()
+
+    @contextmanager
+    def watched(self, batch: Any, answers: bool) -> Iterator[None]:
+        """The forward pass of a batch and what rules add to its loss: inside, `batch` is known, and with `answers` the
+        output and the notes of the last call of the model.
+        """
+        self.batch = batch
+        hooks: list[Any] = []
+        if answers:
+            hooks.append(self.model.register_forward_pre_hook(lambda *_: self.opened()))
+            hooks.append(self.model.register_forward_hook(lambda model, args, output: self.answered(output)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.passed()
+
+    def opened(self) -> None:
+        """A call of the model begins: what is noted from here on is of this call."""
+        bank = bank_or_none(self.model)
+        if self.in_pass and bank is not None:
+            self.notes.clear()
+            bank.selector.notes = self.notes
+
+    def answered(self, output: Any) -> None:
+        """A call of the model has given `output`."""
+        if self.in_pass:
+            self.output = output
+
+    def passed(self) -> None:
+        """The rules have seen the pass; recomputation in the backward pass notes nothing."""
+        bank = bank_or_none(self.model)
+        if bank is not None:
+            bank.selector.notes = None
+        self.notes.clear()
+        self.batch = self.output = None
+
+    def replace(self, parameter: nn.Parameter, new: Tensor, kept: tuple[int, Tensor] | None = None) -> nn.Parameter:
+        """Put a tensor of another shape in the place of a trained parameter: in every module that has it, in
+        `parameters` and in the optimizer. Its gradient is dropped.
+
+        `kept`: (dim, indices) of `parameter` that `new` consists of: the optimizer's memory of them stays. Otherwise it
+        starts anew. Raises `StateError` for a tensor that no module of the model has.
+        """
+        made = nn.Parameter(new.detach(), requires_grad=parameter.requires_grad)
+        homes = [(m, name) for m in self.model.modules() for name, p in m._parameters.items() if p is parameter]
+        if not homes:
+            raise StateError(
+                f"a tensor {tuple(parameter.shape)} to be replaced is in no module of this "
+                f"{type(self.model).__name__}: take it from run.parameters or run.bank, as it is now"
+            )
+        for module, name in homes:
+            module._parameters[name] = made
+        self.take_over(parameter, made, kept)
+        return made
+
+    def take_over(self, old: nn.Parameter, new: nn.Parameter, kept: tuple[int, Tensor] | None = None) -> None:
+        """`new` stands in the model where `old` was: so it does in `parameters` and in the optimizer."""
+        for key, parameter in self.parameters.items():
+            if parameter is old:
+                self.parameters[key] = new
+        if self._optimizer is not None:
+            exchange(self._optimizer, old, new, kept)
+
+    def adopt(self) -> None:
+        """Count tensors that rules have given the optimizer among `parameters`: by their key in the bank, or by their
+        place in the optimizer.
+        """
+        known = {id(p) for p in self.parameters.values()}
+        bank = bank_or_none(self.model)
+        for number, group in enumerate(self.optimizer.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    keys = {} if bank is None else {id(p): key for key, p, _ in bank.trainable()}
+                    self.parameters[keys.get(id(parameter), f"optimizer/{number}.{place}")] = parameter
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -65,6 +158,14 @@ class TrainRun:
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*(batch[:-1] if len(batch) > 1 else batch))
+    return model(batch)
 
 
 def bank_or_none(model: nn.Module) -> Bank | None:
@@ -85,9 +186,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         raise StateError(f"{', '.join(map(repr, bank.merged))} is merged into the base: bank.unmerge() before training")
     if not bank.active:
         raise StateError(f"no adapter is active, so none would train: bank.use({', '.join(map(repr, bank.names))})")
-    found = {key: parameter for key, parameter, _ in bank.trainable()}
+    found = {key: parameter for key, parameter, _ in bank.trainable()} if bank.trained else {}
     if not found:
-        raise SettingsError(f"nothing in {', '.join(map(repr, bank.active))} is trainable: all its tensors are frozen")
+        raise SettingsError(
+            f"nothing that is active ({', '.join(map(repr, bank.active))}) is trained: its tensors are frozen, or "
+            "bank.train(…) names others; bank.train() trains all that are active"
+        )
     return found
 
 
@@ -112,6 +216,8 @@ def only_these_train(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
             parameter.grad = None
         yield chosen
     finally:
+        for parameter in chosen.values():
+            parameter.grad = None
         for parameter, flag in flags:
             parameter.grad = None
             if parameter.requires_grad != flag:
@@ -155,13 +261,22 @@ def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
             f"gradient_checkpointing=True: {type(model).__name__} has no gradient_checkpointing_enable(); "
             "wrap its blocks in torch.utils.checkpoint yourself, or leave the setting out"
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": _same_selection(model)})
     _call(model, "enable_input_require_grads")
     try:
         yield
     finally:
         _call(model, "gradient_checkpointing_disable")
         _call(model, "disable_input_require_grads")
+
+
+def _same_selection(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
+    """Layers that are computed again see the selection of their first pass, whatever is active by then."""
+    bank = bank_or_none(model)
+    if bank is None:
+        return lambda: (nullcontext(), nullcontext())
+    selector = bank.selector
+    return lambda: (nullcontext(), selector.local(selector.current()))
 
 
 def _call(model: nn.Module, method: str) -> Any:
@@ -171,7 +286,7 @@ def _call(model: nn.Module, method: str) -> Any:
 
 @contextmanager
 def selection_for_all_threads(model: nn.Module) -> Iterator[None]:
-    """Who speaks here and now speaks in the backward pass's own threads too, inside the block."""
+    """Who is active here and now is active in the backward pass's own threads too, inside the block."""
     bank = bank_or_none(model)
     if bank is None:
         yield

@@ -27,6 +27,7 @@ class TrainSettings(Settings):
       a long vocabulary are never whole in memory; the loss stays the same (None: all at once).
     - `sharding`: of the frozen base over several processes: `"none"`, each holds all of it; `"fsdp"`, each holds a part
       (FSDP2) and adapters are whole everywhere.
+    - `context`: columns of a batch that gates are told, as `rankloom.fit` says.
     - `eval_every`, `save_every`: in steps (None: only before and after, only at the end).
     - `keep`: newest checkpoints kept, 2 or more; the best one is kept besides. `patience`: evaluations without a lower
       loss until the run stops. `end_with`: the weights that the model has in the end, the last or those with the lowest
@@ -51,6 +52,7 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     chunked_loss: Count | None = None
     sharding: Literal["none", "fsdp"] = "none"
+    context: tuple[str, ...] = ()
     eval_every: Count | None = None
     save_every: Count | None = None
     keep: Annotated[int, Within(2, 1 << 31)] = 2
