@@ -168,9 +168,7 @@ def test_a_loss_made_outside_the_model_is_refused(tmp_path, how):
     args = _args(tmp_path, 1, label_smoothing_factor=0.1 if how == "smoothing" else 0.0)
     if how == "function":
         more["compute_loss_func"] = lambda out, labels, num_items_in_batch: out.logits.square().mean()
-    trainer = Trainer(
-        model, args, train_dataset=ragged(2), callbacks=[RankloomCallback([Balance()])], **more
-    )
+    trainer = Trainer(model, args, train_dataset=ragged(2), callbacks=[RankloomCallback([Balance()])], **more)
     with pytest.raises(SettingsError, match=r"Balance.*outside the model"):
         trainer.train()
 

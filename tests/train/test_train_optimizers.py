@@ -16,8 +16,8 @@ import rankloom as rl
 from rankloom.core.plan import Plan
 from rankloom.errors import MissingExtra, SettingsError, StateError
 from rankloom.optim.paged import PagedAdamW, Pager
-from rankloom.train.fit import fit
 from rankloom.optim.state import optimizer_state, restore_optimizer
+from rankloom.train.fit import fit
 from rankloom.train.optim import build_optimizer
 from rankloom.train.settings import TrainSettings
 

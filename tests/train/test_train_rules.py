@@ -9,7 +9,7 @@ import pytest
 import torch
 from noting import Balance, Noting
 from torch import nn
-from train_world import breaking_at, llama, mlp, points, tensors_of, texts
+from train_world import llama, mlp, points, tensors_of, texts
 
 import rankloom as rl
 from rankloom.core.rule import Rule
@@ -31,7 +31,7 @@ def by_hand(model: nn.Module, batches: list[Any], weight: float) -> None:
         seen = []
         hooks = [
             site.layer.register_forward_pre_hook(
-                lambda m, args, a=site.adapter: seen.append((args[0] @ a.A.mT).softmax(-1))
+                lambda m, args, a=site.adapter, seen=seen: seen.append((args[0] @ a.A.mT).softmax(-1))
             )
             for site in model.rankloom.sites("default")
         ]
@@ -126,7 +126,7 @@ def test_a_rule_sees_batch_output_and_the_bases_own_answer():
     model, rule, batches = noting(lora_dropout=0.0), Looks(), points(3)
     base = mlp()
     fit(model, batches, steps=3, lr=0.05, rules=[rule])
-    for (batch, output, alone), given in zip(rule.seen, batches):
+    for (batch, _, alone), given in zip(rule.seen, batches):
         assert torch.equal(batch[0], given[0])
         assert torch.equal(alone, base(given[0]))
     assert not torch.allclose(rule.seen[2][1], rule.seen[2][2])
@@ -186,7 +186,14 @@ def test_rate_multiplies_every_group_and_is_logged(tmp_path):
             peaks.append(sorted(g["lr"] for g in run.optimizer.param_groups))
 
     model = noting()
-    fit(model, points(6), rules=[lora_plus, Jagged(), Peaks()], settings=settings, report=rows.append, out=tmp_path / "a")
+    fit(
+        model,
+        points(6),
+        rules=[lora_plus, Jagged(), Peaks()],
+        settings=settings,
+        report=rows.append,
+        out=tmp_path / "a",
+    )
     want = [0.1 * (1 - i / 6) * (0.5 if i % 2 else 1) for i in range(6)]
     assert [r["lr"] for r in rows if r["event"] == "train"] == pytest.approx(want)
     assert [p[-1] / p[0] for p in peaks] == pytest.approx([4.0] * 6)
@@ -270,4 +277,137 @@ def test_a_rule_may_add_parameters(tmp_path):
     fit(model, points(2), rules=[rule], settings=TrainSettings(steps=4, lr=0.01, schedule="linear"), out=tmp_path)
     assert rule.rates == pytest.approx([0.01, 0.0075, 0.05, 0.025])
     assert float(rule.own.detach().max()) < 1
-    assert breaking_at is not None
+
+
+@dataclass
+class Shrinks(Rule):
+    """After step 4 every pair keeps its first half of ranks."""
+
+    keep_memory: bool = True
+
+    def after_step(self, run):
+        if run.step + 1 != 4:
+            return
+        for _, adapter in run.bank.adapters("default"):
+            for name, dim in adapter.rank_dims().items():
+                old = adapter.get_parameter(name)
+                keep = torch.arange(old.shape[dim] // 2)
+                kept = (dim, keep) if self.keep_memory else None
+                new = run.replace(old, old.detach().index_select(dim, keep), kept)
+                assert adapter.get_parameter(name) is new
+                assert new is run.parameters[next(k for k, p in run.parameters.items() if p is new)]
+                memory = run.optimizer.state.get(new)
+                assert (memory["exp_avg"].shape == new.shape) if self.keep_memory else memory is None
+                assert old not in run.optimizer.state
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw"])
+def test_a_run_that_shrinks_its_ranks_resumes_bit_for_bit(tmp_path, keep, optimizer):
+    """Ranks halve in step 4; broken off after step 5, resumed on a fresh model of the plan's ranks: the same bits."""
+    settings = TrainSettings(steps=8, lr=0.05, save_every=5, schedule="linear", optimizer=optimizer)
+
+    def model():
+        made = mlp()
+        torch.manual_seed(1)
+        rl.attach(made, rl.LoRA(r=4), target_modules=["0", "2"])
+        return made
+
+    straight, broken, again = model(), model(), model()
+    rules = [Shrinks(keep), rl.LoRAPlus(ratio=2.0)]
+    fit(straight, points(3), rules=rules, settings=settings, out=tmp_path / "a")
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(broken, points(3), rules=rules, settings=settings, out=tmp_path / "b", report=lambda row: stop(row, 5))
+    fit(again, points(3), rules=rules, settings=settings, out=tmp_path / "b", resume=True)
+    a, b = tensors_of(straight), tensors_of(again)
+    assert a["default/0:A"].shape == (2, 6)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    fresh = mlp()
+    rl.load(fresh, tmp_path / "b" / "checkpoints" / "step-00000008")
+    x = points(1)[0][0]
+    assert torch.equal(fresh(x), again(x))
+
+
+def test_the_step_after_a_replacement_is_that_of_the_smaller_model():
+    """With the optimizer's memory kept, the halves that stay go on as they would have: Adam is element by element."""
+
+    class Frozen(Rule):
+        """The other half, left in but made to say nothing: gradients and values zero."""
+
+        def after_step(self, run):
+            if run.step + 1 >= 4:
+                for _, adapter in run.bank.adapters("default"):
+                    adapter.A.data[2:] = 0
+                    adapter.B.data[:, 2:] = 0
+
+    made = []
+    for rule in (Shrinks(), Frozen()):
+        model = mlp()
+        torch.manual_seed(1)
+        rl.attach(model, rl.LoRA(r=4), target_modules=["0", "2"])
+        fit(model, points(3), rules=[rule], settings=TrainSettings(steps=6, lr=0.05, clip=None))
+        made.append([(a.A[:2].detach(), a.B[:, :2].detach()) for _, a in model.rankloom.adapters()])
+    for (a, b), (c, d) in zip(*made):
+        assert torch.allclose(a, c, atol=1e-6)
+        assert torch.allclose(b, d, atol=1e-6)
+
+
+def test_end_with_best_takes_its_ranks_back(tmp_path):
+    """The best checkpoint may be of a step before the ranks fell: the model ends with that one's ranks."""
+    model = mlp()
+    rl.attach(model, rl.LoRA(r=4), target_modules=["0"])
+    worse = iter(range(100))
+    settings = TrainSettings(steps=6, eval_every=2, end_with="best")
+    found = fit(model, points(2), rules=[Shrinks()], evaluate=lambda m: float(next(worse)), settings=settings,
+                out=tmp_path)  # fmt: skip
+    assert found.best.step == 2
+    assert next(a for _, a in model.rankloom.adapters()).A.shape == (4, 6)
+
+
+def test_replacing_what_is_nowhere_is_refused():
+    """Not silent: a tensor that was replaced before."""
+
+    class Odd(Rule):
+        def after_step(self, run):
+            run.replace(nn.Parameter(torch.ones(2)), torch.ones(1))
+
+    with pytest.raises(StateError, match="in no module"):
+        fit(noting(), points(1), steps=1, rules=[Odd()])
+
+
+def test_adalora_compacts_in_mid_run(tmp_path):
+    """Triplets that the budget has let go are taken out for real, and the run goes on and resumes exactly."""
+    from rankloom.methods.adalora import AdaLoRAAdapter, compact
+    from rankloom.rules.orthogonal import Orthogonal
+
+    @dataclass
+    class Compacts(Rule):
+        def after_step(self, run):
+            if run.step + 1 == 3:
+                for _, adapter in run.bank.adapters(of=AdaLoRAAdapter):
+                    with torch.no_grad():
+                        adapter.E[1] = 0
+                    assert compact(adapter, run) == 2
+
+    @dataclass(frozen=True)
+    class Plain(rl.AdaLoRA):
+        def rules(self):
+            return [Orthogonal(0.1)]
+
+    def model():
+        made = mlp()
+        torch.manual_seed(1)
+        rl.attach(made, Plain(init_r=3, target_r=2), target_modules=["0", "2"])
+        return made
+
+    settings = TrainSettings(steps=6, lr=0.05, save_every=4)
+    straight, broken, again = model(), model(), model()
+    fit(straight, points(3), rules=[Compacts()], settings=settings, out=tmp_path / "a")
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(broken, points(3), rules=[Compacts()], settings=settings, out=tmp_path / "b",
+            report=lambda row: stop(row, 4))  # fmt: skip
+    fit(again, points(3), rules=[Compacts()], settings=settings, out=tmp_path / "b", resume=True)
+    a, b = tensors_of(straight), tensors_of(again)
+    assert a["default/0:E"].shape == (2, 1)
+    assert all(torch.equal(a[k], b[k]) for k in a)

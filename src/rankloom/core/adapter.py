@@ -16,6 +16,9 @@ from rankloom.core.shared import Shared
 from rankloom.core.thin import Thin
 from rankloom.errors import NotMergeable
 
+RANK_DIM = {"in": -2, "out": -1, "singular": -2}
+"""Where a tensor of this role counts ranks."""
+
 
 class Adapter(nn.Module):
     """The change at one site.
@@ -96,10 +99,41 @@ class Adapter(nn.Module):
             return out + weight.to(change).reshape(*weight.shape, *(1,) * (change.ndim - weight.ndim)) * change
         return out + (change if weight == 1 else weight * change)
 
-    def fit_to(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take these shapes for own tensors (by path) before values are loaded; a file's ranks may be smaller than the
-        plan's. Shapes that the adapter cannot have are left to the loader to refuse.
+    def rank_dims(self) -> dict[str, int]:
+        """The dim that counts ranks, of each own tensor that has one; empty for an adapter whose ranks are fixed.
+
+        By role: rows of in and singular tensors, columns of out tensors.
         """
+        return {
+            name: RANK_DIM[self.roles[name]]
+            for name, tensor in self._parameters.items()
+            if tensor is not None and tensor.ndim > 1 and self.roles.get(name) in RANK_DIM
+        }
+
+    def fit_to(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take the ranks of these shapes (of own tensors, by path) before values are loaded: those of a file or a
+        checkpoint may be other than the plan's. Shapes that the adapter cannot have are left to the loader to refuse.
+        """
+        for path, part in self.named_modules():
+            if isinstance(part, Adapter):
+                start = f"{path}." if path else ""
+                own = {key.removeprefix(start): tuple(s) for key, s in shapes.items() if key.startswith(start)}
+                part._take_ranks(own)
+
+    def _take_ranks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        dims = self.rank_dims()
+        if not dims.keys() <= shapes.keys():
+            return
+        old = {name: self._parameters[name] for name in dims}
+        sizes = {tensor.shape[dims[name]] for name, tensor in old.items() if tensor is not None}
+        wanted = {shapes[name][dims[name]] for name in dims if len(shapes[name]) > 1}
+        others = [t for n, t in (*self._parameters.items(), *self._buffers.items()) if n not in dims and t is not None]
+        if len(sizes) != 1 or len(wanted) != 1 or sizes == wanted or any(sizes & set(t.shape) for t in others):
+            return
+        (rank,) = wanted
+        made = {name: _resized(tensor, dims[name], rank) for name, tensor in old.items() if tensor is not None}
+        if all(tuple(tensor.shape) == shapes[name] for name, tensor in made.items()):
+            self._parameters.update(made)
 
     def needs_input(self, x: Any) -> None:
         """Raise `NotMergeable` where there is no input to depend on."""
@@ -140,6 +174,12 @@ def says_thin(cls: Any) -> bool:
     """Whether the thin form of a class of adapters is all of its change: `forward` and `add` are not stated anew below it."""
     at = [next(i for i, one in enumerate(cls.__mro__) if name in vars(one)) for name in ("thin", "forward", "add")]
     return at[0] == min(at)
+
+
+def _resized(tensor: nn.Parameter, dim: int, rank: int) -> nn.Parameter:
+    shape = list(tensor.shape)
+    shape[dim] = rank
+    return nn.Parameter(tensor.new_zeros(shape), requires_grad=tensor.requires_grad)
 
 
 def take_dropout(adapter: Adapter) -> float:

@@ -38,12 +38,17 @@ class Run(Protocol):
     def forward(self, batch: Any, *names: str) -> Any:
         """The model's output for `batch` with these adapters active, the base alone without any; with gradients as
         they are enabled here. It disturbs neither notes nor hooks of the running step.
+
+        A mapping goes in as keywords, of a tuple all but its last (the target), anything else alone.
         """
         ...
 
-    def replace(self, parameter: nn.Parameter, new: Tensor) -> nn.Parameter:
+    def replace(self, parameter: nn.Parameter, new: Tensor, kept: tuple[int, Tensor] | None = None) -> nn.Parameter:
         """Put a tensor of another shape in the place of a trained parameter, wherever it is registered, in the
-        optimizer and in `parameters`; its optimizer state starts anew. Returns the new parameter.
+        optimizer and in `parameters`. Returns the new parameter.
+
+        Its optimizer state starts anew, except that with `kept`, (dim, indices) of the old one that `new` consists of,
+        the state of these is kept.
         """
         ...
 
@@ -51,9 +56,9 @@ class Run(Protocol):
 class Rule(Settings):
     """One training idea. Hooks run in the fixed order of a step:
 
-    groups → start → [ before_step → forward → loss → backward → after_backward → clip → optimizer step → after_step
-    → zero_grad ]* → finish. `start` makes all memory afresh; `state`/`restore` carry it through a checkpoint.
-    A rule finds parameters by role, never by name. `reads`: kinds of notes that it looks at in `loss`.
+    groups → start → [ before_step → rate → forward → loss → backward → after_backward → clip → optimizer step →
+    after_step → zero_grad ]* → finish. `start` makes all memory afresh; `state`/`restore` carry it through a
+    checkpoint. A rule finds parameters by role, never by name. `reads`: kinds of notes that it looks at in `loss`.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
@@ -65,12 +70,14 @@ class Rule(Settings):
     def start(self, run: Run) -> None:
         """Make the memory; the optimizer exists."""
 
-    def rate(self, run: Run) -> float:
-        """Factor on the learning rate of the coming step, beside the schedule's."""
-        return 1.0
-
     def before_step(self, run: Run) -> None:
         """Before the first forward of a step: sample ranks, masks."""
+
+    def rate(self, run: Run) -> float:
+        """Factor on the learning rate of every group in the coming step, beside the schedule's. The rates that stand in
+        the groups are set anew for each step: change them here.
+        """
+        return 1.0
 
     def loss(self, run: Run, loss: Tensor) -> Tensor:
         """The loss of one forward pass with this rule's penalties; the graph is alive, `run.batch` and `run.output`

@@ -17,9 +17,7 @@ from rankloom.formats.entry import Entry, plain
 from rankloom.formats.manifest import Source
 from rankloom.formats.patterns import exactly, simple
 from rankloom.formats.peft.targets import our_targets
-from rankloom.formats.triplets import resize
 from rankloom.formats.view import View
-from rankloom.methods.adalora import AdaLoRAAdapter
 
 PEFT_TYPE = "RANKLOOM"
 VERSION = 1
@@ -65,14 +63,11 @@ class Native:
         return plan, plan
 
     def prepare(self, view: View, source: Source) -> None:
-        """Give AdaLoRA adapters the number of triplets that the file has."""
+        """Give adapters the ranks that the file has."""
         for site in view.sites:
-            for path, module in site.adapter.named_modules():
-                said = source.header.get(f"{site.name}:{path}{'.' if path else ''}E")
-                if not isinstance(module, AdaLoRAAdapter) or said is None or len(said.shape) != 2:
-                    continue
-                if said.shape[0] < module.E.shape[0]:
-                    resize(module, said.shape[0])
+            start = f"{site.name}:"
+            said = {k.removeprefix(start): tuple(h.shape) for k, h in source.header.items() if k.startswith(start)}
+            site.adapter.fit_to(said)
 
     def entries_in(self, view: View, source: Source) -> list[Entry]:
         """Every tensor that the file must have."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from rankloom.core.adapter import Adapter
 from rankloom.core.base import Base
 from rankloom.core.method import Method
-from rankloom.core.rule import Rule
+from rankloom.core.rule import Rule, Run
 from rankloom.core.site import Site
 from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError
@@ -89,17 +88,22 @@ class AdaLoRAAdapter(Adapter):
         return Thin(self.A, self.B, self.scaling, inner=self.E.squeeze(-1), dropout=p)
 
 
-def compact(adapter: AdaLoRAAdapter) -> int:
-    """Drop the triplets whose E is zero (at least one is kept); the change stays the same. Returns the rank left."""
+def compact(adapter: AdaLoRAAdapter, run: Run | None = None) -> int:
+    """Drop the triplets whose E is zero (at least one is kept); the change stays the same. Returns the rank left.
+
+    In a training give the `run`: its optimizer keeps the memory of the triplets that stay.
+    """
     if adapter.E.ndim != 2:
         raise SettingsError(
             f"{adapter.site_name}: stacked experts have ranks of their own and cannot be compacted together"
         )
-    keep = (adapter.E != 0).flatten()
-    if not keep.any():
-        keep[0] = True
-    with torch.no_grad():
-        adapter.A = nn.Parameter(adapter.A[keep].clone())
-        adapter.E = nn.Parameter(adapter.E[keep].clone())
-        adapter.B = nn.Parameter(adapter.B[:, keep].clone())
-    return int(keep.sum())
+    keep = (adapter.E.detach() != 0).flatten().nonzero().flatten()
+    keep = keep if keep.numel() else keep.new_zeros(1)
+    for name, dim in adapter.rank_dims().items():
+        old = adapter.get_parameter(name)
+        new = old.detach().index_select(dim, keep)
+        if run is None:
+            setattr(adapter, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        else:
+            run.replace(old, new, (dim, keep))
+    return keep.numel()

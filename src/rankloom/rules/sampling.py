@@ -1,4 +1,4 @@
-"""Rank sampling: at each step all adapters speak at one random rank, and only the rows of that rank may move.
+"""Rank sampling: at each step all adapters act at one random rank, and only the rows of that rank may move.
 
 DyLoRA, Valipour et al., EACL 2023, arXiv 2210.07558.
 """
@@ -25,14 +25,18 @@ Distribution = Literal["uniform", "geometric"] | tuple[float, ...]
 
 
 class Elastic(Adapter):
-    """An adapter that can speak at any of its ranks: `r` is the largest, `unit` the step between two."""
+    """An adapter that can act at any of its ranks: `r` is the largest, `unit` the step between two."""
 
     r: int
     unit: int
 
+    def rank_dims(self) -> dict[str, int]:
+        """None: its ranks are chosen while it is used, and all of them are there."""
+        return {}
+
     @abstractmethod
     def sample(self, rank: int | None) -> None:
-        """Speak at `rank` in training until the next call; None: at the rank that was set."""
+        """Act at `rank` in training until the next call; None: at the rank that was set."""
 
     @abstractmethod
     def learning(self) -> slice:
@@ -90,7 +94,7 @@ class RankSampling(Rule):
         self._before = []
 
     def finish(self, run: Run) -> None:
-        """Speak at the ranks that were set."""
+        """Act at the ranks that were set."""
         for adapter in elastic(run):
             adapter.sample(None)
 
@@ -104,7 +108,7 @@ class RankSampling(Rule):
 
 
 def elastic(run: Run) -> Iterator[Elastic]:
-    """The elastic adapters that speak, combinators' inner ones included."""
+    """The elastic adapters that are trained, combinators' inner ones included."""
     for name in run.bank.trained:
         for _, adapter in run.bank.adapters(name, of=Elastic):
             assert isinstance(adapter, Elastic)

@@ -197,7 +197,10 @@ def restore_base(model: nn.Module, saved: Mapping[str, Any] | None) -> None:
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str = "the checkpoint") -> None:
-    """Write saved tensors into the model. Raises `StateError` before anything is written if keys or shapes differ."""
+    """Write saved tensors into the model, whose adapters take their ranks first. Raises `StateError` before anything is
+    written if keys or shapes differ.
+    """
+    _fit(model, weights)
     mine = model_tensors(model)
     for key in weights.keys() ^ mine.keys():
         owner, other = ("the model", where) if key in mine else (where, "the model")
@@ -211,3 +214,14 @@ def restore_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str 
             )
     for key, tensor in mine.items():
         tensor.copy_(weights[key])
+
+
+def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the active adapters the ranks that the saved tensors have: rules may have changed them on the way."""
+    bank = bank_or_none(model)
+    for name in () if bank is None else bank.active:
+        assert bank is not None
+        for site in bank.sites(name):
+            start = f"{name}/{site.name}:"
+            said = {k.removeprefix(start): tuple(t.shape) for k, t in weights.items() if k.startswith(start)}
+            site.adapter.fit_to(said)

@@ -40,7 +40,7 @@ from rankloom.train.optim import factor, set_rates
 from rankloom.train.processes import Processes
 from rankloom.train.report import Report, memory_mb
 from rankloom.train.rng import rng_state, set_rng_state
-from rankloom.train.run import TrainRun
+from rankloom.train.run import TrainRun, bank_or_none
 from rankloom.train.settings import TrainSettings
 from rankloom.train.signals import Asked, Leave
 from rankloom.train.stream import Stream
@@ -148,8 +148,7 @@ class Loop:
         state = checkpoint.state(self.run.device)
         check_identity(state["identity"], self.identity)
         self.rules.check(state["rules"])
-        restore_base(self.run.model, state["journal"])
-        restore_weights(self.run.model, checkpoint.weights, checkpoint.folder.name)
+        self._take(checkpoint, state["journal"])
         restore_scaler(self.engine, state["scaler"])
         self.rules.restore(state["rules"])
         self.run.adopt()
@@ -341,9 +340,18 @@ class Loop:
                 f"end_with='best': the checkpoint of step {int(best['step'])} is not in {self.out / PLACE}"
             )
         checkpoint = load_checkpoint(folder)
-        restore_base(self.run.model, checkpoint.state(self.run.device)["journal"])
-        restore_weights(self.run.model, checkpoint.weights, folder.name)
+        self._take(checkpoint, checkpoint.state(self.run.device)["journal"])
         return True
+
+    def _take(self, checkpoint: Checkpoint, journal: Any) -> None:
+        """The base as it was folded by then, and the checkpoint's weights; tensors whose rank changes are followed in `parameters` and the optimizer."""
+        bank = bank_or_none(self.run.model)
+        before = {} if bank is None else {key: p for key, p, _ in bank.trainable()}
+        restore_base(self.run.model, journal)
+        restore_weights(self.run.model, checkpoint.weights, checkpoint.folder.name)
+        for key, parameter, _ in () if bank is None else bank.trainable():
+            if parameter is not before[key]:
+                self.run.take_over(before[key], parameter)
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -16,7 +16,6 @@ from rankloom.formats.manifest import Source
 from rankloom.formats.peft import fields as f
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.translator import Translator
-from rankloom.formats.triplets import resize
 from rankloom.formats.view import View
 from rankloom.methods.adalora import AdaLoRA, AdaLoRAAdapter
 
@@ -105,9 +104,12 @@ class Adalora(Translator):
             raise FileError(f"{source.config_file}: rank_pattern names {name!r}, for which the file has no tensors")
         for site, adapter in view.adapted:
             assert isinstance(adapter, AdaLoRAAdapter)
-            rank = kept.get(site.name, adapter.A.shape[0])
-            if rank != adapter.A.shape[0]:
-                resize(adapter, rank)
+            if site.name in kept:
+                adapter.fit_to(_shapes(adapter, kept[site.name]))
+
+
+def _shapes(adapter: AdaLoRAAdapter, rank: int) -> dict[str, tuple[int, ...]]:
+    return {"A": (rank, adapter.A.shape[-1]), "E": (rank, 1), "B": (adapter.B.shape[-2], rank)}
 
 
 def _masks(view: View) -> dict[str, Tensor]:

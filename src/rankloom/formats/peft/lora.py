@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from rankloom.formats.entry import Entry, mapped
 from rankloom.formats.manifest import Source
 from rankloom.formats.peft import fields as f
 from rankloom.formats.peft.layout import CONVS, LAYOUTS, LINEAR_B, Factor, factors, magnitude_shape
-from rankloom.formats.peft.pairs import LEAVES, Pair, dropout_of, leaf, trained_pair, whole_pair
+from rankloom.formats.peft.pairs import LEAVES, Pair, dropout_of, leaf, trained_pair, whole_pair, within
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.ranks import plan_patterns, rank_fields
 from rankloom.formats.peft.translator import Translator
@@ -83,6 +84,17 @@ class Lora(Translator):
         ]
         return [*own, *self.other_entries(view, paths)]
 
+    def prepare(self, view: View, source: Source) -> None:
+        """Give every pair the rank that a file of ours has for it: a training may have changed the plan's."""
+        paths = Paths(view)
+        for site, adapter in view.adapted if source.plan is not None else ():
+            lora, said = (
+                within(adapter),
+                [e for e in _entries(site, adapter, trained_pair, paths) if e.key in source.header],
+            )
+            if type(lora) in LEAVES and said:
+                _take_rank(lora, math.prod(source.header[said[0].key].shape) / said[0].get().numel())
+
     def method_fields(self, view: View) -> dict[str, Any]:
         adapter = view.adapted[0][1]
         lora = leaf(adapter)
@@ -123,6 +135,14 @@ class Lora(Translator):
         self, values: Mapping[str, Any], modules: Mapping[str, nn.Module], names: Sequence[str], where: str
     ) -> dict[str, Any]:
         return plan_patterns(values, modules, names, where)
+
+
+def _take_rank(lora: Adapter, times: float) -> None:
+    """A rank that is so many times the adapter's own, if there is one."""
+    a, b = lora.get_parameter("A"), lora.get_parameter("B")
+    rank = times * a.shape[-2]
+    if times != 1 and rank.is_integer():
+        lora.fit_to({"A": (*a.shape[:-2], int(rank), a.shape[-1]), "B": (*b.shape[:-1], int(rank))})
 
 
 def _entries(site: Site, adapter: Adapter, pair_of: Callable[[Adapter], Pair], paths: Paths) -> Iterator[Entry]:
