@@ -53,9 +53,21 @@ _STORES: dict[str, str] = {
 _COMPOSERS: dict[str, str] = {
     "lorahub": "rankloom.compose.lorahub:LoRAHub",
 }
+_OBJECTIVES: dict[str, str] = {
+    "distillation": "rankloom.objectives.distillation:Distillation",
+    "dpo": "rankloom.objectives.preference:DPO",
+    "gradient_ascent": "rankloom.objectives.forgetting:GradientAscent",
+    "inverted_hinge": "rankloom.objectives.forgetting:InvertedHinge",
+    "kto": "rankloom.objectives.preference:KTO",
+    "npo": "rankloom.objectives.forgetting:NPO",
+    "orpo": "rankloom.objectives.preference:ORPO",
+    "sft": "rankloom.objectives.sft:SFT",
+    "simpo": "rankloom.objectives.preference:SimPO",
+}
 _KINDS: dict[str, dict[str, str]] = {
     "composer": _COMPOSERS,
     "method": _METHODS,
+    "objective": _OBJECTIVES,
     "rule": _RULES,
     "start": _STARTS,
     "store": _STORES,
@@ -63,6 +75,7 @@ _KINDS: dict[str, dict[str, str]] = {
 _BASES: dict[str, str] = {
     "composer": "rankloom.compose.composer:Composer",
     "method": "rankloom.core.method:Method",
+    "objective": "rankloom.objectives.base:Objective",
     "rule": "rankloom.core.rule:Rule",
     "start": "rankloom.core.start:Start",
     "store": "rankloom.store.base:Keeping",
@@ -70,6 +83,7 @@ _BASES: dict[str, str] = {
 """Kind of part → the class that all parts of this kind are."""
 COMPOSERS: Mapping[str, str] = MappingProxyType(_COMPOSERS)
 METHODS: Mapping[str, str] = MappingProxyType(_METHODS)
+OBJECTIVES: Mapping[str, str] = MappingProxyType(_OBJECTIVES)
 RULES: Mapping[str, str] = MappingProxyType(_RULES)
 STARTS: Mapping[str, str] = MappingProxyType(_STARTS)
 STORES: Mapping[str, str] = MappingProxyType(_STORES)
@@ -96,6 +110,13 @@ def maker(name: str) -> Any:
     if name not in METHODS:
         raise SettingsError(f"no method {name!r}{suggest(name, METHODS)}")
     return load(METHODS[name])
+
+
+def objective(name: str, **settings: Any) -> Any:
+    """The objective `name` with its settings: `objective("npo", beta=0.2)`."""
+    if name not in OBJECTIVES:
+        raise SettingsError(f"no objective {name!r}{suggest(name, OBJECTIVES)}")
+    return load(OBJECTIVES[name])(**settings)
 
 
 def kinds_with(name: str) -> dict[str, tuple[type, Any]]:

@@ -107,7 +107,7 @@ class Losses:
     def _seen(self, tensor: Tensor) -> Tensor:
         """Hear whether gradients come through here."""
         if tensor.requires_grad:
-            tensor.register_hook(self._use)
+            tensor.register_hook(self._use)  # type: ignore[no-untyped-call]
         return tensor
 
     def _use(self, gradient: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from rankloom.train.identity import identity
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
 from rankloom.train.loss import Loss
+from rankloom.train.named import only_stream, streams_of
 from rankloom.train.optim import build_groups, build_optimizer, factor, set_rates
 from rankloom.train.processes import Processes
 from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
@@ -36,7 +37,7 @@ from rankloom.train.run import TrainRun, bank_or_none, checkpointed, mode, only_
 from rankloom.train.settings import TrainSettings
 from rankloom.train.sharding import shard
 from rankloom.train.signals import listening
-from rankloom.train.stream import Source, dealt, stream_of
+from rankloom.train.stream import Source, dealt
 
 STEPS, LR = 200, 1e-3
 
@@ -73,7 +74,7 @@ class Result:
 
 def fit(
     model: nn.Module,
-    batches: Source,
+    batches: Source | Mapping[str, Source],
     steps: int = STEPS,
     lr: float = LR,
     rules: Iterable[Rule] = (),
@@ -94,11 +95,12 @@ def fit(
     Args:
         model: any module.
         batches: a list or DataLoader of batches (iterated again and again), a function from batch number to batch, or
-            `rankloom.train.data.Batches`.
+            `rankloom.train.data.Batches`. Or {name: such a source}: each step draws one batch from each stream, and
+            `loss` gets {name: batch}.
         steps, lr: of the optimizer; say them here or in `settings`.
         rules: what is added to gradient descent, beside the rules of the adapters' methods and plans.
-        loss: `loss(model, batch)` → 0-d tensor; default: `model(**batch).loss` for mappings, cross entropy or squared
-            error for tuples (inputs …, target).
+        loss: `loss(model, batch)` → 0-d tensor, as those of `rankloom.objectives`; default: `model(**batch).loss` for
+            mappings, cross entropy or squared error for tuples (inputs …, target).
         evaluate: batches for a mean loss, or `evaluate(model)` → number or dict of numbers; run before and after, and
             every `settings.eval_every` steps.
         context: columns of each batch that gates are told (a mapping's keys, such as "attention_mask" or "task"); the
@@ -118,6 +120,7 @@ def fit(
     settings = _settings(settings, steps, lr, tuple(context))
     out = None if out is None else Path(out)
     _check(settings, loss, evaluate, out)
+    batches = only_stream(batches, loss is not None)
     with ExitStack() as stack:
         enter = stack.enter_context
         asked = enter(listening(out is not None))
@@ -146,7 +149,7 @@ def fit(
         loop = Loop(
             run=run,
             rules=driver,
-            stream=stream_of(batches, processes),
+            stream=streams_of(batches, processes),
             told=_told(run, settings, stack),
             loss=loss or loss_of_batches(settings),
             counted=loss is None,
@@ -210,9 +213,10 @@ def _seed(settings: TrainSettings, processes: Processes) -> int | None:
     return processes.from_main(int(torch.randint(2**31, ())))
 
 
-def _of_all(settings: TrainSettings, batches: Source, processes: Processes) -> TrainSettings:
+def _of_all(settings: TrainSettings, batches: Source | Mapping[str, Source], processes: Processes) -> TrainSettings:
     """The settings that one process would need to do the same: batches that are dealt out in turns are all its own."""
-    turns = 1 if dealt(batches, processes) else processes.world
+    each = list(batches.values()) if isinstance(batches, Mapping) else [batches]
+    turns = 1 if all(dealt(source, processes) for source in each) else processes.world
     return dataclasses.replace(settings, accumulate=settings.accumulate * turns)
 
 

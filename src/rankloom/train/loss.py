@@ -70,9 +70,11 @@ def shares(batches: Sequence[Any], counted: bool, processes: Processes) -> list[
 
 
 def tokens(batch: Any) -> int:
-    """Tokens in a batch, padding left out where there is a mask; 0 where there are none."""
+    """Tokens in a batch or in those of named streams, without padding where a mask tells; 0 where there are none."""
     if not isinstance(batch, Mapping):
         return 0
+    if all(isinstance(one, Mapping) for one in batch.values()):
+        return sum(map(tokens, batch.values()))
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return int(mask.sum())

@@ -1,0 +1,1 @@
+"""Losses over named streams of batches: `fit(model, {"retain": …, "forget": …}, loss=NPO())`."""
