@@ -14,6 +14,7 @@ _PUBLIC = {
     "AdaLoRA": "rankloom.methods.adalora",
     "AsymmetricLoRA": "rankloom.methods.asymmetric",
     "Bank": "rankloom.core.bank",
+    "BiLoRA": "rankloom.methods.bilora",
     "DoRA": "rankloom.methods.dora",
     "DyLoRA": "rankloom.methods.dylora",
     "HydraLoRA": "rankloom.methods.hydralora",

@@ -12,6 +12,7 @@ from rankloom.errors import SettingsError, suggest
 _METHODS: dict[str, str] = {
     "adalora": "rankloom.methods.adalora:AdaLoRA",
     "asymmetric_lora": "rankloom.methods.asymmetric:AsymmetricLoRA",
+    "bilora": "rankloom.methods.bilora:BiLoRA",
     "dora": "rankloom.methods.dora:DoRA",
     "dylora": "rankloom.methods.dylora:DyLoRA",
     "hydralora": "rankloom.methods.hydralora:HydraLoRA",
@@ -30,6 +31,7 @@ _METHODS: dict[str, str] = {
     "vera": "rankloom.methods.vera:VeRA",
 }
 _RULES: dict[str, str] = {
+    "bilevel": "rankloom.rules.bilevel:Bilevel",
     "budget": "rankloom.rules.budget:Budget",
     "lora_plus": "rankloom.rules.loraplus:LoRAPlus",
     "orthogonal": "rankloom.rules.orthogonal:Orthogonal",

@@ -28,6 +28,7 @@ TARGETS = ["q_proj", "up_proj", "down_proj"]
 SMALL: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 6, "target_r": 4},
     "asymmetric_lora": {"r": 4},
+    "bilora": {"r": 4, "hypergrad": "none", "gamma1": 1e-4},
     "dylora": {"r": 4},
     "loftq": {"r": 4},
     "lq_lora": {"r": 4},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
+
+import torch
 
 from rankloom.errors import SettingsError, StateError
 from rankloom.train.processes import Processes
@@ -62,3 +65,20 @@ def only_stream(batches: Source | Mapping[str, Source], has_loss: bool) -> Sourc
             "or one of rankloom.objectives such as NPO()"
         )
     return next(iter(batches.values()))
+
+
+def split_streams(rows: Sequence[Any], seed: int = 0, **shares: float) -> dict[str, list[Any]]:
+    """`rows` (batches, or examples for a loader) dealt out to named streams by their shares; no two have one in common.
+
+    `split_streams(batches, lower=0.8, upper=0.2)`. Which go where is drawn with `seed`; their order stays. Raises
+    `SettingsError` where the shares do not add up to 1, or leave a stream without rows.
+    """
+    if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-9:
+        raise SettingsError(f"the shares {shares} of the streams are positive and add up to 1")
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    ends = [round(end * len(rows)) for end in accumulate(shares.values())]
+    parts = [sorted(drawn[begin:end]) for begin, end in zip([0, *ends], ends)]
+    for name, part in zip(shares, parts):
+        if not part:
+            raise SettingsError(f"{len(rows)} rows leave none for the stream {name!r} with a share of {shares[name]}")
+    return {name: [rows[i] for i in part] for name, part in zip(shares, parts)}

@@ -62,7 +62,8 @@ def per_example_gradients(model: nn.Module, batch: Any, loss: Loss = default_los
 
 def functional_loss(model: nn.Module, tensors: Mapping[str, Tensor], batch: Any, loss: Loss) -> Tensor:
     """The loss with `tensors` in the place of the model's parameters of these names; the model stays as it is."""
-    return functional_call(_Losing(model, loss), {f"model.{name}": t for name, t in tensors.items()}, (batch,))
+    found: Tensor = functional_call(_Losing(model, loss), {f"model.{name}": t for name, t in tensors.items()}, (batch,))
+    return found
 
 
 class _Losing(nn.Module):
