@@ -35,8 +35,8 @@ def sequence(
             `folder` is the task's own, None without `out`.
         evaluate: `evaluate(model, name, task)` → a score of one task, higher is better; of all tasks before the first
             and after each.
-        out: keeps the table and the active adapters after each task. Called again with a fresh model of the same kind, the
-            sequence goes on after the last task that was finished.
+        out: keeps the table and the active adapters after each task. Called again with a fresh model of the same kind,
+            the sequence goes on after the last task that was finished.
 
     Raises:
         SettingsError: no tasks. StateError: `out` holds a sequence of other tasks, or adapters that this model lacks.
