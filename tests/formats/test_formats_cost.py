@@ -34,7 +34,7 @@ def test_loading_costs_the_same_however_many_adapters_there_are(others, tmp_path
         rl.load(model, folder, f"n{i}")
     planted, copied = [], []
     plant, meta = graft.add_adapter, base._meta
-    monkeypatch.setattr("rankloom.core.attach.plant", lambda *a: (planted.append(a), plant(*a))[1])
+    monkeypatch.setattr("rankloom.core.attach.add_adapter", lambda *a: (planted.append(a), plant(*a))[1])
     monkeypatch.setattr(base, "_meta", lambda t: (copied.append(t), meta(t))[1])
     rl.load(model, folder, "last")
     assert len(planted) == sites
@@ -44,7 +44,7 @@ def test_loading_costs_the_same_however_many_adapters_there_are(others, tmp_path
 def test_nothing_is_planted_before_the_file_fits(tmp_path, monkeypatch):
     folder, other = saved(tmp_path / "a"), net()
     other.layers[1].q = torch.nn.Linear(8, 5)
-    monkeypatch.setattr("rankloom.core.attach.plant", lambda *_: pytest.fail("planted"))
+    monkeypatch.setattr("rankloom.core.attach.add_adapter", lambda *_: pytest.fail("planted"))
     with pytest.raises(FileError):
         rl.load(other, folder)
     assert not hasattr(other, "rankloom")

@@ -150,7 +150,7 @@ def test_trains_and_merges_like_its_dense_twin(backend, method):
         assert mine.abs().max() > 0
         assert torch.allclose(mine, theirs, rtol=2e-3, atol=1e-5)
     assert torch.allclose(before, say(twin), atol=1e-4)
-    layers = [f.layer for f in banks[0].site("default")]
+    layers = [f.layer for f in banks[0].sites("default")]
     classes, weights = [type(m) for m in layers], [m.weight for m in layers]
     banks[0].merge()
     for layer in layers:
@@ -207,6 +207,32 @@ def test_fold_is_for_good(backend):
     assert torch.allclose(say(model), said, atol=1e-4)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert "model.layers.0.self_attn.q_proj.weight" in model.state_dict()
+
+
+@every_backend
+def test_folds_keep_weights_packed_and_are_folded_again(backend):
+    """By default a fold rounds anew in the library's own form; the same base comes to the same numbers."""
+    model, other = quantised(backend), quantised(backend)
+    bank = rl.attach(model, rl.LoRA(r=4), target_modules=TARGETS)
+    nudge(bank)
+    base, change = dense_of(model), bank.delta("default")
+    lost = bank.fold("default")
+    assert lost.keys() == set(bank.adapted("default"))
+    for name, weight in dense_of(model).items():
+        assert bridge_of(model.get_submodule(name).weight) is not None
+        off = (weight - base[name] - change[name]).norm() / change[name].norm()
+        assert lost[name] == pytest.approx(float(off), rel=1e-3)
+        assert off < 1
+    twin = rl.attach(other, rl.LoRA(r=1), "b", target_modules=["down_proj"])
+    twin.refold(bank.journal)
+    for name, weight in dense_of(other, bank).items():
+        assert torch.equal(weight, dense_of(model)[name])
+        assert bridge_of(other.get_submodule(name).weight) is not None
+
+
+def dense_of(model, bank=None):
+    found = (bank or model.rankloom).adapted("default")
+    return {name: kind_of(m).weight(m).clone() for name in found for m in [model.get_submodule(name)]}
 
 
 def test_bf16_models_merge_into_bf16():
@@ -287,7 +313,7 @@ def test_rearranged_weights_are_read_exactly(nested):
     assert torch.allclose(dense(layer.weight), rounded, rtol=1e-5)
     assert dense(layer.weight).dtype == torch.float32
     read = dense(layer.weight)
-    kind_of(layer).settle(layer)
+    kind_of(layer).normalise(layer)
     assert torch.equal(layer.weight.data, codes)
     assert torch.equal(dense(layer.weight), read)
     x = torch.randn(3, 128)
@@ -327,7 +353,7 @@ def test_eight_bit_reads_the_same_before_and_after_a_forward():
     assert torch.equal(kind_of(layer).weight(layer), before)
     with pytest.raises(StateError, match="moved them into its layer"):
         dense(layer.weight)
-    kind_of(layer).settle(layer)
+    kind_of(layer).normalise(layer)
     assert torch.equal(dense(layer.weight), before)
     assert layer(torch.randn(2, 64)).shape == (2, 48)
 

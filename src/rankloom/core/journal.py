@@ -27,6 +27,11 @@ class Pair(NamedTuple):
     B: Tensor
 
     @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """The thin factors A and B, if it has any."""
+        return self.A, self.B
+
+    @property
     def replaces(self) -> bool:
         """Whether the tensor as it was does not count."""
         return False
@@ -46,6 +51,11 @@ class Delta(NamedTuple):
     change: Tensor
 
     @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """The thin factors A and B, if it has any."""
+        return None
+
+    @property
     def replaces(self) -> bool:
         """Whether the tensor as it was does not count."""
         return False
@@ -60,6 +70,11 @@ class Value(NamedTuple):
 
     scale: float
     value: Tensor
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """The thin factors A and B, if it has any."""
+        return None
 
     @property
     def replaces(self) -> bool:

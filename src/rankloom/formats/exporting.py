@@ -14,7 +14,7 @@ from rankloom.compose.arithmetic import Part, Sum, overall, place, summed
 from rankloom.core import thin as forms
 from rankloom.core.attach import bank_of, detach
 from rankloom.core.bank import Bank
-from rankloom.core.journal import Edit, Journal, Pair, Value
+from rankloom.core.journal import Edit, Journal
 from rankloom.core.slots import present
 from rankloom.core.whole import tokens_key
 from rankloom.errors import NotMergeable, SettingsError, suggest
@@ -119,17 +119,18 @@ def _add(found: _Total, edit: Edit) -> None:
     """What a fold did to one tensor, added to the rest."""
     device = next((p.a.device for parts in found.parts.values() for p in parts), torch.device("cpu"))
     for term in edit.terms:
-        if isinstance(term, Pair):
-            found.parts.setdefault(edit.name, []).append(Part(term.A.to(device), term.B.to(device), 1.0, term.scale))
-        elif isinstance(term, Value):
+        if term.replaces:
             raise NotMergeable(
                 f"export: {edit.name!r} was trained whole and folded into the base, which LoRA cannot hold: "
                 "rankloom.save keeps it"
             )
-        else:
-            table, at = (found.shifts, edit.path) if edit.slot == "bias" else (found.dense, edit.name)
-            change = term.scale * term.change.to(device).float()
-            table[at] = table[at] + change.to(table[at]) if at in table else change
+        if term.pair is not None:
+            a, b = term.pair
+            found.parts.setdefault(edit.name, []).append(Part(a.to(device), b.to(device), 1.0, term.scale))
+            continue
+        table, at = (found.shifts, edit.path) if edit.slot == "bias" else (found.dense, edit.name)
+        change = term.scale * term[1].to(device).float()
+        table[at] = table[at] + change.to(table[at]) if at in table else change
 
 
 def _cut(change: Tensor, r: int) -> Sum:

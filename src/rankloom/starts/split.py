@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from rankloom.core.site import LAYER, Site
 from rankloom.core.start import Calibration, Evidence, Start, Started
+from rankloom.core.thin import Thin
 from rankloom.core.view import BankView
-from rankloom.errors import SettingsError, StateError, TargetError, suggest
-from rankloom.methods.lora import LoRAAdapter
+from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
 from rankloom.ops.decompose import SVD, Split, loftq, lq, lqer
 from rankloom.settings import Count, Steps
 from rankloom.store.base import Packed, Store, dense
@@ -128,20 +128,19 @@ def split_base(
 def _split_one(
     site: Site, how: Splitter, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None
 ) -> Split:
-    layer, kind, adapter = site.layer, site.kind, site.adapter
-    assert isinstance(adapter, LoRAAdapter)
+    layer, kind, pair = site.layer, site.kind, _pair(site)
+    assert pair is not None
     one = store if isinstance(store, Store) else store[site.name]
     known = None if evidence is None else evidence[site.name]
-    made = how.split(dense(kind.tensor(layer)), one, adapter.A.shape[-2], adapter.scaling, known)
+    made = how.split(dense(kind.tensor(layer)), one, pair.A.shape[-2], pair.scale, known)
     layer._parameters[kind.parameter()] = nn.Parameter(made.q, requires_grad=False)
     if made.b.any():
-        adapter.A.copy_(made.a)
-        adapter.B.copy_(made.b)
+        pair.A.copy_(made.a)
+        pair.B.copy_(made.b)
     return made
 
 
 def _check(site: Site, store: Store | Mapping[str, Store], evidence: Mapping[str, Tensor] | None) -> None:
-    site = site
     _rank(site)
     for what, table in (("store", store), ("evidence", evidence)):
         if isinstance(table, Mapping) and site.name not in table:
@@ -150,8 +149,8 @@ def _check(site: Site, store: Store | Mapping[str, Store], evidence: Mapping[str
 
 def _rank(site: Site) -> int:
     """The rank of a site. Refuses anything but LoRA on a linear layer, and a weight that is packed already."""
-    site = site
-    if not isinstance(site.adapter, LoRAAdapter) or site.slot != LAYER or site.kind.name != "linear":
+    pair = _pair(site)
+    if pair is None or site.slot != LAYER or site.kind.name != "linear":
         raise TargetError(
             f"{site.name!r} ({site.kind.name}) has a {type(site.adapter).__name__}: a base is split for LoRA on "
             "linear layers; leave this site out, or pack it without a split"
@@ -165,7 +164,19 @@ def _rank(site: Site) -> int:
     bridge = bridge_of(weight)
     if bridge is not None:
         raise TargetError(f"{site.name!r} is kept in few bits by {bridge.library} already: split a base in 16 bits")
-    return int(site.adapter.A.shape[-2])
+    return int(pair.A.shape[-2])
+
+
+def _pair(site: Site) -> Thin | None:
+    """The adapter's thin form where that is a pair of its own tensors and nothing more, so that they can be filled."""
+    try:
+        thin = site.adapter.thin(site.base, None)
+    except NotMergeable:
+        return None
+    if thin is None or any(part is not None for part in (thin.inner, thin.outer, thin.magnitude)):
+        return None
+    own = {id(parameter) for parameter in site.adapter.parameters()}
+    return thin if {id(thin.A), id(thin.B)} <= own else None
 
 
 def _rows(batches: Calibration) -> Iterator[dict[str, Any]]:
