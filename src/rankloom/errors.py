@@ -53,10 +53,13 @@ class MissingExtra(RankloomError, ImportError):
 
 
 class Terminated(SystemExit):
-    """SIGTERM ended a run whose checkpoint is complete; uncaught, the program exits with code 143."""
+    """A signal ended a run whose checkpoint is complete; uncaught, the program exits with 128 + its number.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(143)
+    143 for SIGTERM, 129 for SIGHUP, 138 for SIGUSR1 (on Linux).
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(128 + number)
         self.message = message
 
     def __str__(self) -> str:

@@ -16,7 +16,9 @@ from rankloom.train.checkpoint import newest_checkpoint
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_is_an_exit_code_a_checkpoint_and_a_run_that_goes_on(number, code, run, model, chats, tmp_path):
     from rankloom.cli import app
 

@@ -25,7 +25,7 @@ LORA = Plan(rl.LoRA(r=3), target_modules=("o_proj",))
 
 def test_metrics_are_always_written(tmp_path: Path) -> None:
     model = attached(llama, {"default": LORA}, 1)
-    chosen = settings(steps=5, lr=0.01, schedule="linear", warmup_steps=0, log_every=2, eval_every=4)
+    chosen = settings(steps=5, lr=0.01, schedule="linear", warmup_steps=0, log_every=2, eval_every=4, save_every=99)
     told: list[Any] = []
     result = fit(model, texts(), settings=chosen, out=tmp_path, evaluate=texts(1), report=told.append)
     rows = read_metrics(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from rankloom.train.processes import Processes
 from rankloom.train.signals import Asked
 
 PLAN = Plan(rl.LoRA(r=2, lora_dropout=0.1))
-CHOSEN = settings(accumulate=1, eval_every=4, patience=9)
+CHOSEN = settings(accumulate=1, eval_every=4, patience=9, save_every=99)
 ENDINGS = {signal.SIGTERM: Terminated, signal.SIGINT: Interrupted}
 
 
@@ -94,7 +95,7 @@ def test_an_evaluation_is_left_and_made_good(at: int, tmp_path: Path) -> None:
 
 
 def test_the_evaluation_after_the_last_step_is_in_its_checkpoint(tmp_path: Path) -> None:
-    chosen = settings(accumulate=1, steps=11, eval_every=4)
+    chosen = settings(accumulate=1, steps=11, eval_every=4, save_every=99)
 
     def standing(out: Path) -> dict[str, Any]:
         found = newest_checkpoint(out / "checkpoints")
@@ -147,7 +148,7 @@ def test_without_a_folder_or_in_a_thread_handlers_stay(tmp_path: Path) -> None:
         seen.append(signal.getsignal(signal.SIGTERM))
 
     standing = signal.getsignal(signal.SIGTERM)
-    go(None, resume=False, report=tell)
+    go(None, resume=False, report=tell, settings=dataclasses.replace(CHOSEN, save_every=None))
     thread = threading.Thread(target=go, args=(tmp_path / "a",), kwargs={"report": tell})
     thread.start()
     thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -20,7 +21,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def guarded(function: Callable[..., None]) -> Callable[..., None]:
     """The command with `--debug`, its errors as messages. Exit codes: 2 for usage and configuration, 1 for the rest,
-    130 after SIGINT, 143 after SIGTERM.
+    128 + its number after a signal that a run heard (130 SIGINT, 143 SIGTERM).
     """
     hints = typing.get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
@@ -44,7 +45,8 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as error:
             raise _exit(str(error) or "interrupted", INTERRUPTED) from None
         except Terminated as error:
-            typer.echo(str(error), err=True)
+            with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+                typer.echo(str(error), err=True)
             raise
 
     parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]

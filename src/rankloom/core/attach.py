@@ -17,6 +17,7 @@ from rankloom.core.burst import burst
 from rankloom.core.fingerprint import fingerprint
 from rankloom.core.graft import add_adapter, add_shared, check_forward, remove_adapter
 from rankloom.core.method import Method
+from rankloom.core.own_saving import tell_no_more, tell_of_own_saving
 from rankloom.core.plan import Plan, as_plan
 from rankloom.core.prepare import kept_layers, prepare
 from rankloom.core.replicate import replicate
@@ -54,7 +55,7 @@ def attach(
     `SettingsError` before anything is touched.
     """
     plan = as_plan(plan, overrides if like is None else {**overrides, "sites": bank_of(model).adapted(like)})
-    bank = getattr(model, "rankloom", None)
+    bank = existing_bank(model)
     check_name(name, bank)
     if bank is not None and bank.merged:
         raise StateError(f"attach: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
@@ -78,6 +79,7 @@ def attach(
         bank = Bank(model)
         bank._requires_grad = flags
         vars(model)["rankloom"] = bank
+        tell_of_own_saving(bank)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
     _add(bank, name, plan, sites, shared, undo)
@@ -100,15 +102,18 @@ def attach(
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take one adapter (or all) off; without adapters the model is exactly as it was handed to `attach`, except that
-    weights which a plan's store packed stay packed, and that what was folded into the base stays in it (logged).
+    """Take one adapter (or all) off; others that are merged stay merged. Without adapters the model is exactly as it
+    was handed to `attach`, except that weights which a plan's store packed stay packed, and that what was folded into
+    the base stays in it (logged).
     """
     bank = bank_of(model)
     if name is not None:
         bank._known(name)
     gone = [name] if name is not None else list(bank.names)
     _check_detachable(bank, gone)
-    if set(gone) & set(bank.merged):
+    merged = {each: weight for each, weight in bank._merged.items() if each not in gone}
+    again = merged != bank._merged
+    if again:
         bank.unmerge()
     for each in gone:
         for undo in reversed(bank._undo.pop(each)):
@@ -120,6 +125,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         left = tuple(v for v in bank.selector.default.active if v.name != each)
         if left != bank.selector.default.active:
             bank.selector.default = dataclasses.replace(bank.selector.default, active=left, segments=None)
+    if again and merged:
+        bank.merge(into=bank._merged_into, **merged)
     if not bank.names:
         if bank.journal.folds:
             LOG.warning(
@@ -130,6 +137,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         for path, _, key, value in base_tensors(model):
             value.requires_grad_(bank._requires_grad[f"{path}.{key}"])
         del model.rankloom
+        tell_no_more(model)
     return model
 
 
@@ -140,6 +148,17 @@ def _check_detachable(bank: Bank, gone: list[str]) -> None:
             raise StateError(f"adapter {name!r} made the model deeper; detach {staying[0]!r}, which needs that, first")
         for site in bank._sites[name]:
             check_forward(site.layer, site.path)
+
+
+def existing_bank(model: nn.Module) -> Bank | None:
+    """The bank of a model, if it has one. Raises `TargetError` where something else sits in its place."""
+    found = getattr(model, "rankloom", None)
+    if found is not None and not isinstance(found, Bank):
+        raise TargetError(
+            f"this {type(model).__name__} has an attribute 'rankloom' of its own (a {type(found).__name__}), where the "
+            "adapters' bank belongs: rename it"
+        )
+    return found
 
 
 def bank_of(model: nn.Module) -> Bank:
@@ -225,6 +244,11 @@ def _ready(site: Site, plan: Plan, shared: Shared, widest: tuple[int, int]) -> N
 
 
 def _dtype(plan: Plan, site: Site, weight: torch.Tensor) -> torch.dtype:
+    if weight.is_complex():
+        raise TargetError(
+            f"{site.name!r} is {weight.dtype}: no file of adapters holds complex numbers; exclude it "
+            f"(exclude_modules=[{site.name!r}])"
+        )
     if site.buffer:
         return weight.dtype
     if plan.dtype is not None:

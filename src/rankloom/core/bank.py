@@ -16,6 +16,7 @@ from rankloom.core.burst import burst
 from rankloom.core.choosing import Rows, choose
 from rankloom.core.fingerprint import Print, fingerprint
 from rankloom.core.journal import Edit, Fold, Into, Journal
+from rankloom.core.lock import Lock
 from rankloom.core.merging import check_fits, check_in_memory, edited, edits, kind_at, plain_dtype, repacked
 from rankloom.core.moments import Forget, forget
 from rankloom.core.plan import Plan
@@ -36,7 +37,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class Bank:
     """The adapters of a model and which of them are active or trained: `model.rankloom`, a plain attribute, no module.
 
-    `driven`: a training goes on that calls the rules.
+    `driven`: a training goes on that calls the rules. `lock`: held by `fit` while a step changes tensors, and by `save`
+    while it copies them, so that what is saved is of one step; hold it around the steps of a loop of your own.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Bank:
     journal: Journal
     """What was folded into the base."""
     driven: bool
+    lock: Lock
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -58,12 +61,14 @@ class Bank:
         self.handed: Print | None = None
         self.driven = False
         self.journal = Journal()
+        self.lock = Lock()
         self._sites: dict[str, list[Site]] = {}
         self._shared: dict[str, Shared] = {}
         self._undo: dict[str, list[Callable[[], None]]] = {}
         self._requires_grad: dict[str, bool] = {}
         self._trained: frozenset[str] | None = None
         self._merged: dict[str, float] = {}
+        self._merged_into: Into = "dense"
         self._replaced = Replaced()
         self._unfolded: tuple[Journal, Replaced] | None = None
 
@@ -308,7 +313,7 @@ class Bank:
         self._not_merged("merge")
         chosen = self._numbers(names, weights) if names or weights else self._active_numbers()
         lost = self._write(self._fold(chosen, into), self._replaced)
-        self._merged = chosen
+        self._merged, self._merged_into = chosen, into
         self.selector.disabled = True
         return lost
 

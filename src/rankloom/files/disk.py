@@ -83,10 +83,15 @@ def remove(path: Path) -> None:
 
 def _do(operation: Operation, perform: Callable[[], None]) -> None:
     watcher = _watcher.get()
-    if watcher is None:
-        perform()
-    else:
-        watcher(operation, perform)
+    try:
+        if watcher is None:
+            perform()
+        else:
+            watcher(operation, perform)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say where
+            error.filename = str(operation.path)
+        raise
 
 
 def _put(path: Path, mode: str, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """Immutable folders: written beside their place, synced, and put there in one step.
 
-Whatever kills the writer, a reader finds the old folder or the new one, never half of each.
+Whatever kills the writer, a reader finds the old folder or the new one, never half of each. A link to a folder stays,
+and the folder behind it is replaced. A folder that must stay itself (`fixed`) is filled in place, file by file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import glob
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ FILE_LIMIT = 1 << 40
 
 def write_folder(target: Path, files: Mapping[str, bytes], beside: Iterable[Path] = ()) -> None:
     """Make `target` with these files, and `beside` under their own names; a folder in its place is exchanged."""
+    target = real(target)
     make_parents(target)
     hidden = hidden_beside(target)
     try:
@@ -49,20 +51,27 @@ def put(hidden: Path, target: Path) -> None:
 
 
 def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put files into a folder that holds others, each in one step, in this order."""
-    hidden = hidden_beside(folder)
+    """Put files into a folder that stays what it is, each in one step, in this order."""
+    hidden = hidden_in(folder)
     try:
         disk.make(hidden)
         _fill(hidden, files)
-        for name in files:
-            disk.rename(hidden / name, folder / name)
-        disk.sync(folder)
+        disk.sync(hidden)
+        bring_up(hidden, files)
     finally:
         drop(hidden)
 
 
+def bring_up(hidden: Path, names: Iterable[str]) -> None:
+    """Rename what a finished hidden folder holds into the folder that it lies in, in this order."""
+    for name in names:
+        disk.rename(hidden / name, hidden.parent / name)
+    disk.sync(hidden.parent)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` in the place of `path` in one step."""
+    path = real(path)
     make_parents(path)
     hidden = hidden_beside(path)
     try:
@@ -97,17 +106,63 @@ def discard(folder: Path) -> None:
 
 
 def sweep(parent: Path, name: str = "*", age: float = 0.0) -> None:
-    """Remove what writers of `name` (any) that were killed at least `age` seconds ago left behind in `parent`."""
+    """Remove what writers of `name` (any) left behind in `parent`, and have not touched for `age` seconds."""
     escaped = name if name == "*" else glob.escape(name)
     for left in parent.glob(f".{escaped}.*{PART}"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.lstat().st_mtime >= age:
+            if time.time() - _touched(left) >= age:
                 drop(left)
+
+
+def _touched(path: Path) -> float:
+    """When it, or anything in it, was written to last."""
+    return max(found.lstat().st_mtime for found in (path, *path.rglob("*")))
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, links followed; the last part need not exist."""
+    return Path(os.path.realpath(path))
+
+
+def fixed(folder: Path) -> bool:
+    """Whether a folder that is there (its real path) cannot be exchanged for another: something is mounted at it, this
+    process stands in it, or the folder above cannot be written.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if Path.cwd().is_relative_to(folder):
+            return True
+    return os.path.ismount(folder) or folder in _mounts() or not os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def _mounts() -> Iterator[Path]:
+    """What Linux says is mounted: folders of the same file system among it, which `ismount` does not know."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        yield Path(os.fsdecode(line.split()[4].decode("unicode_escape").encode("latin-1")))
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What the system says about writing, as one message: no space, no permission."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"{error.filename or out}: cannot be written: {error.strerror or error}; free space, or give another out="
+        ) from error
 
 
 def hidden_beside(target: Path) -> Path:
     """A name for what is being written, that no reader takes for the target."""
     return target.parent / f".{target.name}.{secrets.token_hex(4)}{PART}"
+
+
+def hidden_in(folder: Path) -> Path:
+    """The same, inside a folder that is not replaced."""
+    return folder / f".{folder.name}.{secrets.token_hex(4)}{PART}"
 
 
 def drop(path: Path) -> None:

@@ -15,7 +15,7 @@ from rankloom.core.targets import base_modules
 
 HOOK = "_hf_hook"
 """Where accelerate keeps what moves offloaded weights (and often the weights); it comes with a forward of its own."""
-OURS = ("_rankloom", "rankloom")
+OURS = ("_rankloom", "rankloom", "save_pretrained")
 """What grafting and attaching leave among the attributes of a module."""
 ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype})
 CONTAINERS = frozenset({dict, list, set, OrderedDict})

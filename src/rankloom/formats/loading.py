@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.attach import attach, build, check_name, detach
+from rankloom.core.attach import attach, build, check_name, detach, existing_bank
 from rankloom.core.bank import Bank
 from rankloom.core.burst import burst
 from rankloom.core.journal import Journal
@@ -145,9 +145,9 @@ def kept_plan(source: Source) -> Plan | None:
 
 
 def _check_bank(model: nn.Module, name: str) -> None:
-    bank = getattr(model, "rankloom", None)
+    bank = existing_bank(model)
     check_name(name, bank)
-    if isinstance(bank, Bank) and bank.merged:
+    if bank is not None and bank.merged:
         raise StateError(f"load: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
 
 
@@ -219,8 +219,9 @@ def _copied(source: Source, key: str, expected: Mapping[str, Tensor], model: nn.
     twin = key.replace(".modules_to_save.", ".")
     if twin != key and twin in expected:
         return twin
-    owner, _, leaf = strip(key).replace(".original_module.", ".").rpartition(".")
-    module = dict(base_modules(model)).get(owner)
+    modules = dict(base_modules(model))
+    owner, _, leaf = strip(key, modules).replace(".original_module.", ".").rpartition(".")
+    module = modules.get(owner)
     both = {} if module is None else {**module._parameters, **module._buffers}
     base = both.get(leaf)
     if base is None:
@@ -249,7 +250,7 @@ def _is_copy(source: Source, key: str, tensor: Tensor, of: str | Tensor, tensors
     here = tensors[of] if isinstance(of, str) else of.detach().cpu()
     if torch.equal(tensor.to(here.dtype), here) or torch.equal(here.to(tensor.dtype), tensor):
         return
-    name = of if isinstance(of, str) else strip(key)
+    name = of if isinstance(of, str) else strip(key, ())
     raise FileError(
         f"{source.weights_file}: tensor {key!r} differs from {name!r}, which it should copy, and would overwrite it: "
         "the adapter was trained on another base, or trained this tensor too (use modules_to_save)"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloom.errors import FileError
+from rankloom.errors import FileError, StateError
 from rankloom.files.manifest import LIMIT, MANIFEST, read_manifest
 from rankloom.files.reading import File, Folder, opened
 from rankloom.files.strict import parse
@@ -69,21 +69,24 @@ class Source:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the file, on the CPU. Raises `FileError` for NaN, infinite or huge values, by name."""
         found = tensors_in(self.header, self.body)
-        self._check_values({key: value for key, value in found.items() if value.is_floating_point()})
+        check_values(found, self.weights_file, self.limits)
         return found
 
-    def _check_values(self, tensors: Mapping[str, Tensor]) -> None:
-        if largest_norm(tensors.values()) <= self.limits.weight:
-            return
-        for key, value in tensors.items():
-            size = largest(value)
-            if not size < float("inf"):
-                raise FileError(f"{self.weights_file}: tensor {key!r} has NaN or infinite values")
-            if size > self.limits.weight:
-                raise FileError(
-                    f"{self.weights_file}: tensor {key!r} has values of size {size:.4g}; at most "
-                    f"{self.limits.weight:g} is read (limits=Limits(weight=…))"
-                )
+
+def check_values(tensors: Mapping[str, Tensor], where: str, limits: Limits) -> None:
+    """Refuse NaN, infinite and huge values, by name."""
+    floating = {key: value for key, value in tensors.items() if value.is_floating_point()}
+    if largest_norm(floating.values()) <= limits.weight:
+        return
+    for key, value in floating.items():
+        size = largest(value)
+        if not size < float("inf"):
+            raise FileError(f"{where}: tensor {key!r} has NaN or infinite values")
+        if size > limits.weight:
+            raise FileError(
+                f"{where}: tensor {key!r} has values of size {size:.4g}; at most {limits.weight:g} is read "
+                "(limits=Limits(weight=…))"
+            )
 
 
 def open_folder(folder: str | Path, limits: Limits | None = None, ignore: Collection[str] = ()) -> Source:
@@ -105,6 +108,24 @@ def read_config(folder: str | Path, limits: Limits | None = None) -> dict[str, A
     limits = limits or Limits()
     with opened(Path(folder)) as found:
         return parse(found.read(CONFIG, limits.config), str(found.path / CONFIG), limits.depth)
+
+
+def check_readable(files: Mapping[str, bytes], plan: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse files with these tensors that `open_folder` would refuse. Raises `StateError`."""
+    limits = Limits()
+    try:
+        if len(files[CONFIG]) > limits.config:
+            raise FileError(f"{CONFIG}: {len(files[CONFIG])} bytes; at most {limits.config} are read")
+        check_numbers(parse(files[CONFIG], CONFIG, limits.depth), CONFIG, limits)
+        check_numbers(plan, MANIFEST, limits)
+        raw = files[WEIGHTS]
+        if len(raw) > limits.file:
+            raise FileError(f"{WEIGHTS}: {len(raw)} bytes; at most {limits.file} are read (limits=Limits(file=…))")
+        start = LENGTH + header_size(raw[:LENGTH], len(raw), WEIGHTS, limits)
+        read_header(raw[LENGTH:start], len(raw) - start, WEIGHTS, limits)
+        check_values(tensors, WEIGHTS, limits)
+    except FileError as error:
+        raise StateError(f"what was to be saved could not be loaded again, and nothing is written: {error}") from error
 
 
 def _read(folder: Folder, limits: Limits, ignore: Collection[str]) -> Source:

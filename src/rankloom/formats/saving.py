@@ -24,7 +24,8 @@ from rankloom.formats.card import render
 from rankloom.formats.compat import Compat, compat
 from rankloom.formats.entry import Entry
 from rankloom.formats.folder import place
-from rankloom.formats.manifest import CARD, CONFIG, KIND, WEIGHTS
+from rankloom.formats.heads import warn_of_heads
+from rankloom.formats.manifest import CARD, CONFIG, KIND, WEIGHTS, check_readable
 from rankloom.formats.native import Native, portable
 from rankloom.formats.peft import translator_for
 from rankloom.formats.view import View, view
@@ -87,8 +88,8 @@ def save(
 
     PEFT's format where PEFT has the method, else ours (`peft_type` RANKLOOM). The folder appears whole or not at all.
     `card`: more for the card (title, description, data, metrics, settings, license, language, tags, intended_use).
-    `push_to`: a hub repository, "user/name". Raises `StateError` for NaN or unloaded tensors, `FileError` if the disk
-    refuses.
+    `push_to`: a hub repository, "user/name". Raises `StateError` for NaN or unloaded tensors and for what `load` would
+    refuse by its limits, `FileError` if the disk refuses.
     """
     if push_to is not None:
         hub.check(push_to)
@@ -98,7 +99,8 @@ def save(
 def parcel(model: nn.Module, name: str) -> Parcel:
     """What `save` writes. Where the base is split over several processes, each of them has to ask."""
     bank = bank_of(model)
-    return parcel_of(view(bank, name), bank if bank.journal.folds else None)
+    with bank.lock:
+        return parcel_of(view(bank, name), bank if bank.journal.folds else None)
 
 
 def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
@@ -110,9 +112,10 @@ def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
     native = problems or translator is None
     writer: Any = Native() if native else translator
     tensors = collect([*writer.entries(view), *(() if folded is None else folds.entries(folded.journal))])
+    plan = _plan_data(view)
     manifest = {
         "versions": {"rankloom": __version__, "torch": torch.__version__},
-        "plan": _plan_data(view),
+        "plan": plan,
         "base": saved_print(view),
     }
     config = writer.config(view) | ({} if folded is None else folds.config(folded))
@@ -126,6 +129,8 @@ def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
         "versions": manifest["versions"],
     }
     files = {CONFIG: as_json(config), WEIGHTS: _bytes(tensors)}
+    check_readable(files, plan, tensors)
+    warn_of_heads(view)
     return Parcel(files, manifest, about, config["peft_type"], (*writer.notes(view), *_store_notes(view)))
 
 

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rankloom.errors import FileError
 from rankloom.files import disk
-from rankloom.files.folders import drop, hidden_beside, make_parents, put
+from rankloom.files.folders import bring_up, drop, fixed, hidden_beside, hidden_in, make_parents, put, real, writing
 
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """What the system says about writing, as one message: no space, no permission."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(
-            f"{error.filename or out}: cannot be written: {error.strerror or error}; free space, or give another out="
-        ) from error
+LAST = "config.json"
+"""What makes a folder a model."""
 
 
 @contextmanager
 def model_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to fill; at the end of the block it is forced to disk and becomes `out`."""
-    out = out.absolute()
-    hidden = hidden_beside(out)
+    """A hidden folder beside `out` to fill; at the end of the block it is forced to disk and becomes `out`.
+
+    Where `out` cannot be exchanged for another folder (`fixed`), the hidden one lies in it, and its files come up.
+    """
+    out = real(out)
+    inside = out.is_dir() and fixed(out)
+    hidden = hidden_in(out) if inside else hidden_beside(out)
     with writing(out):
         try:
             make_parents(hidden)
             disk.make(hidden)
             yield hidden
             _sync(hidden)
-            put(hidden, out)
+            if inside:
+                bring_up(hidden, sorted(os.listdir(hidden), key=lambda name: name == LAST))
+            else:
+                put(hidden, out)
         finally:
             drop(hidden)
 

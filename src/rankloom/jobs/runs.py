@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,16 +14,19 @@ from typing import Any
 from rankloom import formats
 from rankloom.core.attach import attach
 from rankloom.errors import FileError, SettingsError, StateError
-from rankloom.files.folders import replace_file
+from rankloom.files.folders import replace_file, writing
+from rankloom.files.lock import check_free, locked
 from rankloom.files.strict import as_json
 from rankloom.formats.saving import Parcel, parcel
-from rankloom.hf.folder import model_folder, writing
+from rankloom.hf.folder import LAST as MODEL
+from rankloom.hf.folder import model_folder
 from rankloom.hf.models import Loaded, device_of, load_model, with_heads
 from rankloom.hf.packed import GLOB as PACKED
 from rankloom.hf.packed import save_packed
 from rankloom.jobs.evaluation import Answer, Evaluator
 from rankloom.jobs.rundata import RunRecords, judged_records, prepared, read_records
 from rankloom.store.base import Store
+from rankloom.train.checkpoint import PLACE
 from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
 from rankloom.train.data import Batches, Prepared, preview
@@ -31,11 +34,13 @@ from rankloom.train.engine import join
 from rankloom.train.fit import Result, fit
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.processes import Processes
-from rankloom.train.report import Report, Row
+from rankloom.train.report import METRICS, Report, Row
 from rankloom.train.rng import seed_all
 from rankloom.train.settings import TrainSettings
 
 CONFIG, RECORD, ADAPTER, BASE = "config.yaml", "run.json", "adapter", "base"
+HELD = (ADAPTER, PLACE, RECORD, CONFIG, METRICS)
+"""What a run leaves in its folder, whole or broken off."""
 CALIBRATION = 64
 """Rows of training data that a start looks at."""
 PACKAGES = ("rankloom", "torch", "transformers", "accelerate", "safetensors", "peft")
@@ -101,23 +106,27 @@ def train_job(
     out = Path(config.need_out()).expanduser()
     ready = processes.agree(lambda: _ready(config, out, resume, processes, say))
     config, loaded = ready.config, ready.loaded
-    with _settled(loaded, packing=config.need_data().packing), writing(out):
-        processes.agree(lambda: _begin(ready, out) if processes.main else None)
-        batches, chosen = ready.batches, config.train
-        result = fit(
-            loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
-        )
-    found = _result(loaded, result, ready.evaluator, out)
-    together = processes.agree if chosen.sharding == "none" else processes.meet
-    made = together(lambda: parcel(loaded.model, config.name))
-    written = processes.agree(lambda: _saved(ready, found, made) if processes.main else found)
+    with ExitStack() as stack:
+        processes.agree(lambda: stack.enter_context(locked(out)) if processes.main else None)
+        with _settled(loaded, packing=config.need_data().packing):
+            processes.agree(lambda: _begin(ready, out, resume) if processes.main else None)
+            batches, chosen = ready.batches, config.train
+            result = fit(
+                loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
+            )
+        found = _result(loaded, result, ready.evaluator, out)
+        together = processes.agree if chosen.sharding == "none" else processes.meet
+        made = together(lambda: parcel(loaded.model, config.name))
+        written = processes.agree(lambda: _saved(ready, found, made) if processes.main else found)
     return Trained(processes.from_main(written), loaded)
 
 
-def _begin(ready: _Ready, out: Path) -> None:
+def _begin(ready: _Ready, out: Path, resume: bool | str) -> None:
     """Write what a run needs before its first step, to be gone on with."""
-    _keep_base(ready, out)
-    replace_file(out / CONFIG, dump(ready.config).encode())
+    check_out(out, resume)  # another run may have come and gone while the model was loaded
+    with writing(out):
+        _keep_base(ready, out)
+        replace_file(out / CONFIG, dump(ready.config).encode())
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,8 @@ class _Ready:
 def _ready(config: RunConfig, out: Path, resume: bool | str, processes: Processes, say: Tell) -> _Ready:
     data, settings = config.need_data(), config.need_model()
     check_out(out, resume)
+    if processes.main:
+        check_free(out)
     records = read_records(data, config.seed)
     seed_all(config.seed)
     base = out / BASE if resume and (out / BASE).is_dir() else None
@@ -263,7 +274,9 @@ def check_out(out: Path, resume: bool | str) -> None:
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir():
         raise FileError(f"{out}: cannot be written: {there} is a file; give another out=")
-    held = [n for n in (ADAPTER, "checkpoints", RECORD) if (out / n).exists()]
+    if model := next((n for n in (MODEL, "model.safetensors", "pytorch_model.bin") if (out / n).exists()), None):
+        raise StateError(f"{out} is a model's folder ({model}): give another out=")
+    held = [n for n in HELD if (out / n).exists()]
     if held and not resume:
         raise StateError(
             f"{out} already holds a run ({', '.join(held)}): --resume auto goes on with it, or give another out="

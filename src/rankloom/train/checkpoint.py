@@ -161,7 +161,7 @@ def as_adapter(model: nn.Module) -> tuple[Mapping[str, bytes], Mapping[str, Any]
         return {}, {}
     try:
         made = parcel(model, *bank.active)
-    except SettingsError as error:
+    except (SettingsError, StateError) as error:
         warnings.warn(f"checkpoints of this run are no adapter folders: {error}", stacklevel=3)
         return {}, {}
     return made.files, made.manifest

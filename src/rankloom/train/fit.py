@@ -18,7 +18,8 @@ from rankloom.core.notes import Notes
 from rankloom.core.rule import Rule
 from rankloom.errors import SettingsError, StateError
 from rankloom.files.disk import rename
-from rankloom.files.folders import sweep
+from rankloom.files.folders import sweep, writing
+from rankloom.files.lock import locked
 from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, model_tensors, steps_in
 from rankloom.train.columns import Columns
 from rankloom.train.drive import Rules
@@ -105,17 +106,18 @@ def fit(
             every `settings.eval_every` steps.
         context: columns of each batch that gates are told (a mapping's keys, such as "attention_mask" or "task"); the
             model itself gets them only where its forward names them. Here or in `settings`.
-        out: folder for metrics.jsonl and checkpoints.
-        resume: `True` or `"auto"`: go on from the newest good checkpoint in `out`, if there is one; or a folder.
+        out: folder for metrics.jsonl and checkpoints; one run at a time.
+        resume: `True` or `"auto"`: go on from the newest good checkpoint in `out`, if there is one (else a warning says
+            that there is none); or a folder.
         report: is told every row of metrics.jsonl.
 
     Raises:
         SettingsError, StateError: before anything is trained.
         UnreachedError: a trainable tensor has no gradient in the first step.
         DivergedError: a loss, gradient or weight is not finite.
-        FileError: the checkpoint asked for cannot be read.
-        Terminated, Interrupted: SIGTERM or SIGINT came, in the main thread and with `out`; the step was finished and
-            its checkpoint is complete. A second signal is as if there were no run.
+        FileError: the checkpoint asked for cannot be read, or the disk refuses a new one; the ones before stay.
+        Terminated, Interrupted: SIGTERM, SIGHUP, SIGUSR1 or SIGINT came, in the main thread and with `out`; the step
+            was finished and its checkpoint is complete. SIGTERM or SIGINT again is as if there were no run.
     """
     settings = _settings(settings, steps, lr, tuple(context))
     out = None if out is None else Path(out)
@@ -129,9 +131,11 @@ def fit(
         device = _device(parameters)
         engine = enter(accelerator(device, settings))
         processes = processes_of(engine)
+        if out is not None:
+            processes.agree(lambda: enter(locked(out)) if processes.main else None)
         checkpoint = processes.agree(lambda: _checkpoint(resume, out))
         if out is not None:
-            processes.agree(lambda: _clear_the_way(out / PLACE, checkpoint) if processes.main else None)
+            processes.agree(lambda: _clear_the_way(out, checkpoint, resume) if processes.main else None)
         wanted = out is not None or checkpoint is not None or processes.world > 1
         about = identity(model, _of_all(settings, batches, processes)) if wanted else {}
         processes.check_same({**about, "the checkpoint to resume from": checkpoint and checkpoint.step})
@@ -149,7 +153,7 @@ def fit(
         loop = Loop(
             run=run,
             rules=driver,
-            stream=streams_of(batches, processes),
+            stream=streams_of(batches, processes, kept=out is not None),
             told=_told(run, settings, stack),
             loss=loss or loss_of_batches(settings),
             counted=loss is None,
@@ -238,12 +242,16 @@ def _newer(root: Path, found: Checkpoint | None) -> list[int]:
     return [step for step in steps_in(root) if found is None or not here or step > found.step]
 
 
-def _clear_the_way(root: Path, found: Checkpoint | None) -> None:
-    """Set broken checkpoints aside, so that the newest below `root` is always this run's; remove what a kill left."""
+def _clear_the_way(out: Path, found: Checkpoint | None, resume: bool | str | Path) -> None:
+    """Set broken checkpoints aside, so that the newest in `out` is always this run's; remove what a kill left."""
+    if found is None and resume is not False:
+        warnings.warn(f"nothing to resume in {out}, starting at step 0", stacklevel=5)
+    root = out / PLACE
     sweep(root)
     for step in _newer(root, found):
         aside = root / f"broken-{FORM.format(step)}-{time.time_ns()}"
-        rename(root / FORM.format(step), aside)
+        with writing(out):
+            rename(root / FORM.format(step), aside)
         warnings.warn(f"the broken checkpoint of step {step} is now {aside.name}", stacklevel=3)
 
 
@@ -267,7 +275,8 @@ def _reports(loop: Loop, report: Callable[[Row], None] | Report | None, checkpoi
     try:
         each += [tracker(name, loop.out, config) for name in loop.settings.trackers]
         if loop.out is not None:
-            each.append(MetricsFile(loop.out, None if checkpoint is None else checkpoint.step))
+            mine = checkpoint is not None and checkpoint.folder.parent == loop.out / PLACE
+            each.append(MetricsFile(loop.out, checkpoint.step if checkpoint is not None and mine else None))
         if report is None and on_terminal():
             each.append(Progress(loop.settings.steps, loop.run.step))
         reports.row(_first_row(loop, config, checkpoint))
@@ -286,6 +295,7 @@ def _first_row(loop: Loop, config: dict[str, Any], checkpoint: Checkpoint | None
         "event": "start",
         "step": 0,
         "settings": config,
+        "checkpoints": {"steps": loop.settings.save_steps, "seconds": loop.settings.save_seconds} if loop.out else None,
         "adapters": loop.identity.get("adapters", {}),
         "rules": [type(rule).__name__ for rule in loop.rules.each],
         "trainable": _count(loop.run.parameters),

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankloom.core.fuse import known_groups, recall_groups
 from rankloom.errors import StateError
+from rankloom.files.folders import writing
 from rankloom.optim.state import optimizer_state, restore_optimizer
 from rankloom.train import guard
 from rankloom.train.checkpoint import (
@@ -93,6 +94,7 @@ class Loop:
     _unchecked: bool = True
     _skips: int = 0
     _saved_at: int = -1
+    _saved_when: float = field(default_factory=lambda: time.monotonic())
     _latest: tuple[int, dict[str, float]] = (-1, {})
     _here: tuple[float, int] = (0.0, 0)
 
@@ -111,8 +113,9 @@ class Loop:
         """The last checkpoint, the weights that the run is to end with, and their metrics."""
         if self._saved_at != self.run.step:
             self._save()
-        restored = self._take_best()
-        self.rules.finish(self.run)
+        with self._changing():
+            restored = self._take_best()
+            self.rules.finish(self.run)
         guard.check_finite(self.run.parameters, self.run.step)
         if self.evaluate is not None and (restored or self.rules.uses("finish")):
             return self._metrics()
@@ -148,6 +151,7 @@ class Loop:
         state = checkpoint.state(self.run.device)
         check_identity(state["identity"], self.identity)
         self.rules.check(state["rules"])
+        self.processes.agree(lambda: self.stream.restore(state["stream"]))
         self._take(checkpoint, state["journal"])
         restore_scaler(self.engine, state["scaler"])
         self.rules.restore(state["rules"])
@@ -157,16 +161,16 @@ class Loop:
         self.standing = Standing(**state["standing"])
         if self.out is not None and checkpoint.folder.parent == self.out / PLACE:
             self._saved_at = checkpoint.step
-        self.stream.restore(state["stream"])
         set_rng_state(state["rng"])
         recall_groups(self.run.model, state["groups"])
 
     def _step(self) -> None:
         run, rules, settings, scaler = self.run, self.rules, self.settings, self.engine.scaler
         began = time.perf_counter()
-        rules.before_step(run)
-        run.adopt()
-        set_rates(run.optimizer, factor(run.step, settings) * rules.rate(run))
+        with self._changing():
+            rules.before_step(run)
+            run.adopt()
+            set_rates(run.optimizer, factor(run.step, settings) * rules.rate(run))
         batches = self.processes.agree(lambda: [self.stream.next() for _ in range(settings.accumulate)])
         data, total = self._backward(batches)
         if self._unchecked:
@@ -182,21 +186,33 @@ class Loop:
         if not math.isfinite(norm):
             self._skip()
             return
-        rules.after_backward(run)
-        if rules.uses("after_backward"):
-            norm = float(guard.total_norm(run.parameters))
-            if not math.isfinite(norm):
-                raise guard.diverged(run.step + 1, "gradient that the rules made", run.parameters, total)
-        if settings.clip is not None:
-            guard.scale_gradients(run.parameters, norm, settings.clip)
-        self._optimize()
-        rules.after_step(run)
-        run.adopt()
+        with self._changing():
+            norm = self._change(norm, total)
         lr = float(run.optimizer.param_groups[0]["lr"])
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
         self._skips = 0
         self._tell(batches, began, {"loss": data, "lr": lr, "grad_norm": norm, "penalty": total - data})
+
+    def _change(self, norm: float, total: float) -> float:
+        """From finished gradients to stepped weights; the gradients' norm."""
+        run, rules = self.run, self.rules
+        rules.after_backward(run)
+        if rules.uses("after_backward"):
+            norm = float(guard.total_norm(run.parameters))
+            if not math.isfinite(norm):
+                raise guard.diverged(run.step + 1, "gradient that the rules made", run.parameters, total)
+        if self.settings.clip is not None:
+            guard.scale_gradients(run.parameters, norm, self.settings.clip)
+        self._optimize()
+        rules.after_step(run)
+        run.adopt()
+        return norm
+
+    def _changing(self) -> AbstractContextManager[Any]:
+        """Inside, no other thread copies tensors of adapters to save them."""
+        bank = bank_or_none(self.run.model)
+        return nullcontext() if bank is None else bank.lock
 
     def _backward(self, batches: list[Any]) -> tuple[float, float]:
         """Gradients of the mean loss over the batches of all processes; the loss without and with penalties."""
@@ -271,8 +287,18 @@ class Loop:
         step, settings, judged = self.run.step, self.settings, self.standing.judged
         due = self.evaluate is not None and (_due(settings.eval_every, step) or step == settings.steps)
         improved = due and judged != step and self._judge()
-        if (improved or _due(settings.save_every, step)) and self._saved_at != step:
+        if (improved or self._save_is_due()) and self._saved_at != step:
             self._save()
+
+    def _save_is_due(self) -> bool:
+        """After so many steps or, where nobody said how many, so long; the clock is the main process's."""
+        if self.out is None or _due(self.settings.save_steps, self.run.step):
+            return self.out is not None
+        longest = self.settings.save_seconds
+        if longest is None or self.run.step == 0:
+            return False
+        late = self.processes.main and time.monotonic() - self._saved_when >= longest
+        return self.processes.sum(late)[0] > 0
 
     def _metrics(self) -> dict[str, float]:
         with self.asked.leaving() if self.processes.world == 1 else nullcontext():
@@ -305,12 +331,13 @@ class Loop:
         weights, step = model_tensors(self.run.model), self.run.step
         guard.check_finite(weights, step)
         guard.check_finite(guard.optimizer_tensors(self.run.optimizer, self.run.parameters), step)
-        self._saved_at = step
+        self._saved_at, self._saved_when = step, time.monotonic()
         out, adapter = self.out, as_adapter(self.run.model)
         self.processes.agree(lambda: self._write(out, weights, adapter) if self.processes.main else None)
 
     def _write(self, out: Path, weights: Mapping[str, Tensor], adapter: Any) -> None:
-        folder = save_checkpoint(out / PLACE, self.run.step, weights, self._state(), adapter)
+        with writing(out):
+            folder = save_checkpoint(out / PLACE, self.run.step, weights, self._state(), adapter)
         best = self.standing.best
         prune(out / PLACE, self.settings.keep, () if best is None else (int(best["step"]),))
         self.report.row({"event": "save", "step": self.run.step, "folder": str(folder.relative_to(out))})
@@ -344,7 +371,9 @@ class Loop:
         return True
 
     def _take(self, checkpoint: Checkpoint, journal: Any) -> None:
-        """The base as it was folded by then, and the checkpoint's weights; tensors whose rank changes are followed in `parameters` and the optimizer."""
+        """The base as it was folded by then, and the checkpoint's weights; tensors that change their rank are followed in
+        `parameters` and the optimizer.
+        """
         bank = bank_or_none(self.run.model)
         before = {} if bank is None else {key: p for key, p, _ in bank.trainable()}
         restore_base(self.run.model, journal)

@@ -41,11 +41,11 @@ class NamedStreams(Stream):
             stream.restore(saved[name])
 
 
-def streams_of(batches: Source | Mapping[str, Source], processes: Processes) -> Stream:
-    """The stream over one source, or over named ones."""
+def streams_of(batches: Source | Mapping[str, Source], processes: Processes, kept: bool = True) -> Stream:
+    """The stream over one source, or over named ones; `kept` as in `stream_of`."""
     if not isinstance(batches, Mapping):
-        return stream_of(batches, processes)
-    return NamedStreams({name: stream_of(source, processes) for name, source in batches.items()})
+        return stream_of(batches, processes, kept)
+    return NamedStreams({name: stream_of(source, processes, kept) for name, source in batches.items()})
 
 
 def only_stream(batches: Source | Mapping[str, Source], has_loss: bool) -> Source | Mapping[str, Source]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -15,7 +17,7 @@ import torch
 
 from rankloom.errors import MissingExtra, SettingsError, suggest
 from rankloom.files import disk
-from rankloom.files.folders import replace_file, sweep
+from rankloom.files.folders import replace_file, sweep, writing
 
 Row = Mapping[str, Any]
 """One event: `event` (start, resume, train, eval, save, skip, end), `step`, and the event's own values."""
@@ -68,17 +70,32 @@ class Told(Report):
 
 
 class MetricsFile(Report):
-    """`metrics.jsonl` in the run's folder: a JSON object a line. A resumed run goes on behind its checkpoint's rows."""
+    """`metrics.jsonl` in the run's folder: a JSON object a line.
+
+    A resumed run goes on behind its checkpoint's rows; one that starts anew sets the rows that it finds aside, as
+    `metrics-1.jsonl`, `metrics-2.jsonl` …
+    """
 
     def __init__(self, out: Path, resumed_at: int | None = None) -> None:
         self.path = out / METRICS
         kept = [] if resumed_at is None else [r for r in read_metrics(out) if int(r.get("step", 0)) <= resumed_at]
         kept = [r for r in kept if r.get("event") != "end"]
-        sweep(out, METRICS)
-        replace_file(self.path, "".join(_line(r) for r in kept).encode())
+        with writing(out):
+            sweep(out, METRICS)
+            if resumed_at is None:
+                _set_aside(self.path)
+            replace_file(self.path, "".join(_line(r) for r in kept).encode())
 
     def row(self, row: Row) -> None:
-        disk.append(self.path, _line(row).encode())
+        with writing(self.path):
+            disk.append(self.path, _line(row).encode())
+
+
+def _set_aside(path: Path) -> None:
+    if not path.is_file() or not path.stat().st_size:
+        return
+    free = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+    disk.rename(path, next(to for to in free if not to.exists()))
 
 
 def _line(row: Row) -> str:
@@ -129,7 +146,8 @@ class Progress(Report):
         self.bar.update(self.task, completed=row["step"], values=values)
 
     def close(self) -> None:
-        self.bar.stop()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.bar.stop()
 
 
 def on_terminal() -> bool:

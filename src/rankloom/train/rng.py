@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from rankloom.train.digest import digest
+
 
 def seed_all(seed: int | None) -> None:
     """Seed every generator; None leaves them alone."""
@@ -23,20 +25,35 @@ def seed_all(seed: int | None) -> None:
         np.random.seed(seed % 2**32)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every generator, as tensors and JSON values."""
-    version, numbers, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "python": [version, torch.tensor(numbers, dtype=torch.int64), gauss],
-        "torch": torch.get_rng_state(),
-    }
+Snapshot = dict[str, Any]
+"""The state of every generator as they give it: quick to take, for `rng_state` to bring into a form that is saved."""
+
+
+def snapshot() -> Snapshot:
+    """The state of every generator, now."""
+    found: Snapshot = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        found["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         import numpy as np
 
-        kind, keys, *rest = np.random.get_state(legacy=True)
-        state["numpy"] = [str(kind), torch.tensor([int(k) for k in keys], dtype=torch.int64), *rest]
+        found["numpy"] = np.random.get_state(legacy=True)
+    return found
+
+
+def same_state(one: Snapshot, other: Snapshot) -> bool:
+    """Whether nothing was drawn between two snapshots."""
+    return one.keys() == other.keys() and digest(one) == digest(other)
+
+
+def rng_state(of: Snapshot | None = None) -> dict[str, Any]:
+    """The state of every generator, now or at a snapshot, as tensors and JSON values."""
+    state = dict(snapshot() if of is None else of)
+    version, numbers, gauss = state["python"]
+    state["python"] = [version, torch.tensor(numbers, dtype=torch.int64), gauss]
+    if "numpy" in state:
+        kind, keys, *rest = state["numpy"]
+        state["numpy"] = [str(kind), torch.from_numpy(keys.astype("int64")), *rest]
     return state
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from rankloom.errors import SettingsError
 from rankloom.settings import Count, NotNegative, Positive, Probability, Seed, Settings, Steps, Within
 
+SAVES, SAVE_SECONDS = 10, 600.0
+"""Without `save_every`: checkpoints of a run at least, and seconds between two of them at most."""
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "none", ""]
 
 
@@ -28,7 +30,8 @@ class TrainSettings(Settings):
     - `sharding`: of the frozen base over several processes: `"none"`, each holds all of it; `"fsdp"`, each holds a part
       (FSDP2) and adapters are whole everywhere.
     - `context`: columns of a batch that gates are told, as `rankloom.fit` says.
-    - `eval_every`, `save_every`: in steps (None: only before and after, only at the end).
+    - `eval_every`: in steps (None: only before and after). `save_every`: steps between checkpoints; None: a tenth of
+      all steps or ten minutes, whichever is over first. A run without `out` keeps none.
     - `keep`: newest checkpoints kept, 2 or more; the best one is kept besides. `patience`: evaluations without a lower
       loss until the run stops. `end_with`: the weights that the model has in the end, the last or those with the lowest
       eval loss.
@@ -73,6 +76,16 @@ class TrainSettings(Settings):
     def warmup(self) -> int:
         """Length of the warm-up in steps."""
         return self.warmup_steps or round(self.warmup_ratio * self.steps)
+
+    @property
+    def save_steps(self) -> int:
+        """Steps between checkpoints, as given or a tenth of all."""
+        return self.save_every or -(-self.steps // SAVES)
+
+    @property
+    def save_seconds(self) -> float | None:
+        """Seconds after which a checkpoint is due all the same; None where `save_every` says when."""
+        return SAVE_SECONDS if self.save_every is None else None
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -1,15 +1,17 @@
-"""SIGTERM and SIGINT in a run that keeps checkpoints: the step is finished and saved, then the run ends.
+"""Signals in a run that keeps checkpoints: the step is finished and saved, then the run ends.
 
-A second signal finds the handlers that were there before the run: it ends a program at once. What it may interrupt is
-the writing of a checkpoint, which appears whole or not at all.
+After SIGTERM or SIGINT the next one of them finds the handlers that were there before the run: it ends a program at
+once. What it may interrupt is the writing of a checkpoint, which appears whole or not at all. SIGHUP (a terminal that
+went away, which often sends it twice) and SIGUSR1 (a scheduler's notice) never end anything at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,7 +19,8 @@ from typing import Any
 from rankloom.errors import Interrupted, Terminated
 from rankloom.train.processes import Processes
 
-HEARD = (signal.SIGTERM, signal.SIGINT)
+URGENT = (signal.SIGTERM, signal.SIGINT)
+HEARD = (*URGENT, *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)))
 
 
 class Leave(BaseException):
@@ -40,11 +43,11 @@ class Asked:
                 self._before[number] = found
                 signal.signal(number, self._hear)
 
-    def deaf(self) -> None:
+    def put_back(self, numbers: Iterable[int] = HEARD) -> None:
         """Put back the handlers that were there."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        for number in numbers:
+            if number in self._before:
+                signal.signal(number, self._before.pop(number))
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
@@ -69,13 +72,16 @@ class Asked:
         """What to raise in the end."""
         assert self.number is not None
         text = f"{signal.Signals(self.number).name}: {message}"
-        return Interrupted(text) if self.number == signal.SIGINT else Terminated(text)
+        return Interrupted(text) if self.number == signal.SIGINT else Terminated(text, self.number)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.deaf()
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: a checkpoint is saved after this step; {name} again ends at once\n".encode())
+        name, again = signal.Signals(number).name, ""
+        if number in URGENT:
+            self.put_back(URGENT)
+            again = f"; {name} again ends at once"
+        self.number = self.number or number
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{name}: a checkpoint is saved after this step{again}\n".encode())
         if self._leaves:
             raise Leave
 
@@ -89,6 +95,6 @@ def listening(wanted: bool) -> Iterator[Asked]:
     try:
         yield asked
     finally:
-        asked.deaf()
+        asked.put_back()
     if asked.number is not None:
         raise asked.ending("the run was complete")

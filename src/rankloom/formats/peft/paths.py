@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from rankloom.core.site import LAYER, Site
 from rankloom.formats.view import View
 
@@ -46,6 +48,10 @@ class Paths:
         return ".".join([self.module(path), *[WRAPPED] * len(self.slots.get(path, ()))])
 
 
-def strip(key: str) -> str:
-    """A key of a PEFT file without prefix and wrappers."""
-    return ".".join(part for part in key.removeprefix(PREFIX).split(".") if part != WRAPPED)
+def strip(key: str, modules: Container[str]) -> str:
+    """A key of a PEFT file without prefix and wrappers; a module of the model that is called like one stays."""
+    path = ""
+    for part in key.removeprefix(PREFIX).split("."):
+        inner = f"{path}.{part}" if path else part
+        path = path if part == WRAPPED and inner not in modules else inner
+    return path

@@ -34,7 +34,7 @@ def places(source: Source, values: Values, modules: Modules, suffixes: Sequence[
     wanted = values.get("target_parameters") or ()
     layers: list[str] = []
     parameters: list[str] = []
-    for owner, key in _owners(source, suffixes).items():
+    for owner, key in _owners(source, suffixes, modules).items():
         if owner not in modules:
             raise _wrong_base(source, key, owner, modules)
         own = [f"{owner}.{p}" for p, v in modules[owner]._parameters.items() if v is not None]
@@ -59,7 +59,7 @@ def saved_modules(names: Sequence[str] | None, source: Source, modules: Modules)
     for name in names or ():
         if ends_with([name], modules):
             continue
-        if any(f".{name}." in f".{strip(key)}" for key in source.header):
+        if any(f".{name}." in f".{strip(key, modules)}" for key in source.header):
             known = {n.rsplit(".", 1)[-1] for n in modules if n}
             raise FileError(
                 f"{source.config_file}: modules_to_save names {name!r}, which this model has not{suggest(name, known)}"
@@ -99,13 +99,13 @@ def blocks(value: Any) -> tuple[int, ...] | None:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _owners(source: Source, suffixes: Sequence[str]) -> dict[str, str]:
+def _owners(source: Source, suffixes: Sequence[str], modules: Modules) -> dict[str, str]:
     """Name of every adapted module in the file, with one of its keys."""
     owners: dict[str, str] = {}
     for key in source.header:
         suffix = next((s for s in suffixes if key.endswith(f".{s}")), None)
         if suffix is not None:
-            owners.setdefault(strip(key.removesuffix(f".{suffix}")), key)
+            owners.setdefault(strip(key.removesuffix(f".{suffix}"), modules), key)
     return owners
 
 

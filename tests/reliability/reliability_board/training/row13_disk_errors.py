@@ -69,8 +69,8 @@ def _failing(world: World, out: Path, k: int, name: str) -> str | None:
     try:
         with disk.watched(_fault(k, name)):
             world.run(out, tell)
-    except OSError as error:
-        if error.filename is None or error.errno != ERRORS[name]:
+    except FileError as error:
+        if str(out) not in str(error) or os.strerror(ERRORS[name]) not in str(error):
             return f"neither file nor reason: {error!r}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -86,6 +86,7 @@ def _failing(world: World, out: Path, k: int, name: str) -> str | None:
 def _going_on(world: World, out: Path, whole: str) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "nothing to resume")
         try:
             end = ended(world, out)
         except Exception as error:
