@@ -228,6 +228,16 @@ def test_the_rule_says_the_curve():
     assert [bare.rate(Standing(t, 60)) for t in (0, 9, 10, 12, 14, 20)] == [1, 1, 0, 0.5, 1, 0]
 
 
+def test_the_optimizer_follows_the_curve_in_a_run():
+    base, _, batches, _ = planted()
+    rl.attach(base, rl.LoRA(r=R), target_modules=["0"])
+    rule, rows = ReLoRA(every=10, restart_warmup=4, first_warmup=3, min_lr_ratio=0.1), []
+    settings = TrainSettings(steps=30, lr=0.5, schedule="constant", log_every=1)
+    fit(base, batches, rules=[rule], settings=settings, report=rows.append)
+    rates = [row["lr"] for row in rows if row["event"] == "train"]
+    assert rates == pytest.approx([0.5 * jagged_cosine(t, 30, 10, 4, 3, 0.1) for t in range(30)])
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -254,7 +264,7 @@ def test_the_preset_trains_small_tensors_whole_beside_it():
     bank = rl.attach(model, plan, target_modules=["0"], modules_to_save=["1", "2"], bias="all")
     batches = [(torch.randn(16, 6), torch.randn(16, 3))]
     start = bank.state("default")
-    fit(model, batches, settings=TrainSettings(steps=15, lr=0.02, warmup_steps=0))
+    fit(model, batches, settings=TrainSettings(steps=18, lr=0.02, warmup_steps=0))
     assert bank.journal.sites == ("0",)
     moved = {k for k, v in bank.state("default").items() if not torch.equal(v, start[k])}
     assert moved == start.keys()
