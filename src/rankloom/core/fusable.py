@@ -110,7 +110,7 @@ def _thins(layer: nn.Module, base: Base, given: Seen) -> list[tuple[Thin, float]
             continue
         if active.rows is not None or not isinstance(active.weight, (int, float)):
             return "an adapter is weighted by rows or by a tensor"
-        thin = adapter.thin(base, given.x) if says_thin(type(adapter)) else None
+        thin = adapter.thin(base, given.x) if says_thin(type(adapter)) else None  # type: ignore[arg-type]
         if thin is None:
             return f"{type(adapter).__name__}: {adapter.more_than_thin}"
         found.append((thin, active.weight))
@@ -124,17 +124,20 @@ def _whole(base: Base, weight: Tensor, bias: Tensor | None, found: list[tuple[Th
     dropout are one, side by side; each other one has an input of its own.
     """
     thin, factor = found[0]
-    magnitude = gain = None
+    magnitude: Tensor | None = None
+    gain: Tensor | None = None
     if len(found) == 1 and thin.magnitude is not None and not thin.dropout and factor == 1 and thin.bias is None:
         magnitude = thin.magnitude
     changes, still = list[Change](), list[tuple[Thin, float]]()
     for thin, factor in found:
         thin, column = forms.folded(thin), None
         if thin.magnitude is not None and magnitude is None:
-            thin, own = forms.ungained(thin, base, square_norms(base))
-            column = factor * (own - 1)
-            if not thin.dropout:
-                gain, column = (1 if gain is None else gain) + column, None
+            own = forms.gains(thin, base, square_norms(base))
+            thin, moved = forms.ungained(thin, own), factor * (own - 1)
+            if thin.dropout:
+                column = moved
+            else:
+                gain = moved + (1 if gain is None else gain)
         if thin.bias is not None:
             shift = thin.bias if factor == 1 else factor * thin.bias
             bias = shift if bias is None else bias + shift
@@ -160,11 +163,9 @@ def _whole(base: Base, weight: Tensor, bias: Tensor | None, found: list[tuple[Th
 
 def _trains(gain: Tensor | None, magnitude: Tensor | None, changes: Sequence[Change]) -> bool:
     for change in changes:
-        if (
-            change.A.requires_grad
-            or change.B.requires_grad
-            or (change.inner is not None and change.inner.requires_grad)
-        ):
+        if change.A.requires_grad or change.B.requires_grad:
+            return True
+        if change.inner is not None and change.inner.requires_grad:
             return True
     return any(t is not None and t.requires_grad for t in (gain, magnitude))
 

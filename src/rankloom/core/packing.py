@@ -31,9 +31,8 @@ class Change(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Changes by their place in the selection: their factors, and (n + 1, out) columns and shifts, the last one zero."""
+    """Factors of several changes, and their columns and shifts (n + 1, out), the last ones zero."""
 
-    places: tuple[int, ...]
     factors: Stack
     columns: Tensor | None
     shifts: Tensor | None
@@ -76,10 +75,7 @@ class Stacks:
         for table, key, tensor, version, at in self._tensors:
             if table.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != at:
                 return False
-        for adapter, count in self._settings:
-            if adapter.settings != count:
-                return False
-        return True
+        return all(adapter.settings == count for adapter, count in self._settings)
 
     def packed(self, dtype: torch.dtype) -> Packed:
         """The changes last asked for, in `dtype`."""
@@ -87,7 +83,7 @@ class Stacks:
             changes = self._changes
             rows = stack([(c.A, c.B, c.scale) for c in changes.values()], dtype)
             columns, shifts = _tables(list(changes.values()), dtype)
-            self._held = {dtype: Packed(tuple(changes), rows, columns, shifts)}
+            self._held = {dtype: Packed(rows, columns, shifts)}
         found: Packed = self._held[dtype]
         return found
 
@@ -154,13 +150,16 @@ def changes_of(each: Sequence[Adapter | None], base: Base) -> dict[int, Change]:
 
 def _change(adapter: Adapter, base: Base) -> Change | None:
     try:
-        thin = adapter.thin(base, None) if says_thin(type(adapter)) else None
+        thin = adapter.thin(base, None) if says_thin(type(adapter)) else None  # type: ignore[arg-type]
     except NotMergeable:
         return None
     if thin is None or thin.dropout or thin.by_token:
         return None
-    thin, own = forms.ungained(forms.folded(thin), base)
-    return Change(thin.A, thin.B, thin.scale, None if own is None else own - 1, thin.bias)
+    thin, column = forms.folded(thin), None
+    if thin.magnitude is not None:
+        own = forms.gains(thin, base)
+        thin, column = forms.ungained(thin, own), own - 1
+    return Change(thin.A, thin.B, thin.scale, column, thin.bias)
 
 
 def _modules(adapter: Adapter) -> Iterator[nn.Module]:

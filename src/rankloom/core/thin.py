@@ -104,16 +104,12 @@ def folded(thin: Thin) -> Thin:
     return thin._replace(B=b, inner=None, outer=None)
 
 
-def ungained(thin: Thin, base: Base, square: Tensor | None = None) -> tuple[Thin, Tensor | None]:
-    """The change without its magnitude, whose gain g (out,) is in B and in the bias, and g: (g − 1) ∘ (W x) is left out.
-
-    `square`: ‖W‖² by rows where it is known. None where there is no magnitude.
+def ungained(thin: Thin, own: Tensor) -> Thin:
+    """The change without its magnitude, whose gains `own` (out,) are in B and in the bias; with (own − 1) ∘ (W x),
+    which is left out, it is the same.
     """
-    if thin.magnitude is None:
-        return thin, None
-    own = gains(thin, base, square)
     bias = None if thin.bias is None else own * thin.bias
-    return thin._replace(B=own[..., None] * thin.B, bias=bias, magnitude=None), own
+    return thin._replace(B=own[..., None] * thin.B, bias=bias, magnitude=None)
 
 
 def gain(magnitude: Tensor, lengths: Tensor) -> Tensor:
@@ -140,7 +136,8 @@ def joined(parts: Sequence[tuple[Thin, float]]) -> Thin | None:
         bias = thin.bias if thin.bias is None or weight == 1 else weight * thin.bias
         return thin._replace(scale=weight * thin.scale, bias=bias)
     a = torch.cat([thin.A for thin, _ in parts], dim=-2)
-    b = torch.cat([factors(thin)[1] * (weight * thin.scale) for thin, weight in parts], dim=-1)
+    ups = [thin.B if thin.outer is None else thin.outer[..., None] * thin.B for thin, _ in parts]
+    b = torch.cat([up * (weight * thin.scale) for up, (thin, weight) in zip(ups, parts)], dim=-1)
     biases = [weight * thin.bias for thin, weight in parts if thin.bias is not None]
     return Thin(a, b, inner=_inner(parts), bias=torch.stack(biases).sum(0) if biases else None)
 

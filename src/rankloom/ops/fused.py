@@ -38,9 +38,9 @@ class Change(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer: `weight` is its frozen matrix (out, in), or `read(weight)`, unpacked only for the product; bias (out,);
-    `gain` (out,) of the product with the matrix alone, or `magnitude` and ‖W‖² by rows, `square` (out,), of a DoRA that is the
-    only change; `product`: the layer's own x ↦ W x + b, where it has kernels or rounding of its own.
+    """One layer: its frozen matrix (out, in) is `weight` or `read(weight)`, unpacked only for the product; bias (out,);
+    `gain` (out,) of the product with the matrix alone, or `magnitude` and ‖W‖² by rows, `square` (out,), of a DoRA that
+    is the only change; `product`: the layer's own x ↦ W x + b, where it has kernels or rounding of its own.
     """
 
     weight: Tensor
