@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +34,18 @@ class Adapter(nn.Module):
     more_than_thin: ClassVar[str] = "its change is more than a thin form"
     """Why `thin` gives None, for people."""
     dropout: float = 0.0
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Refuse a class that changes the forward of a thin adapter and not its thin form: whoever asks for the thin form
+        (the fused path, mixed batches, merging) would get another change than the forward's.
+        """
+        super().__init_subclass__(**keywords)
+        own = vars(cls)
+        if ("forward" in own or "add" in own) and "thin" not in own and cls.thin is not Adapter.thin:
+            raise TypeError(
+                f"{cls.__name__} states its own forward and takes over the thin form of {cls.__mro__[1].__name__}: state "
+                "`thin` too, returning None where the change is more than thin"
+            )
 
     def __init__(self, site_name: str) -> None:
         super().__init__()
@@ -167,13 +178,6 @@ class Adapter(nn.Module):
             shared, key = borrowed[name]
             return getattr(shared, key)
         return super().__getattr__(name)
-
-
-@cache
-def says_thin(cls: type[Adapter]) -> bool:
-    """Whether the thin form of a class is all of its change: `forward` and `add` are not stated anew below it."""
-    at = [next(i for i, one in enumerate(cls.__mro__) if name in vars(one)) for name in ("thin", "forward", "add")]
-    return at[0] == min(at)
 
 
 def _resized(tensor: nn.Parameter, dim: int, rank: int) -> nn.Parameter:

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rankloom.core import thin as forms
-from rankloom.core.adapter import says_thin
 from rankloom.core.base import Base
 from rankloom.core.kinds import Dense, product
 from rankloom.core.selection import Selection
@@ -64,7 +63,7 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
     cls: Any = type(layer)
-    why = _unfit(cls, type(weight), type(bias), weight.requires_grad)  # type: ignore[arg-type]
+    why = _unfit(cls, type(weight), type(bias), weight.requires_grad)
     if why or "_hf_hook" in layer.__dict__:
         return why or "an offload hook moves its weights"
     if weight.is_inference() or (bias is not None and bias.is_inference()):
@@ -110,7 +109,7 @@ def _thins(layer: nn.Module, base: Base, given: Seen) -> list[tuple[Thin, float]
             continue
         if active.rows is not None or not isinstance(active.weight, (int, float)):
             return "an adapter is weighted by rows or by a tensor"
-        thin = adapter.thin(base, given.x) if says_thin(type(adapter)) else None  # type: ignore[arg-type]
+        thin = adapter.thin(base, given.x)
         if thin is None:
             return f"{type(adapter).__name__}: {adapter.more_than_thin}"
         found.append((thin, active.weight))

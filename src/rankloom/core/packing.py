@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core import thin as forms
-from rankloom.core.adapter import Adapter, says_thin
+from rankloom.core.adapter import Adapter
 from rankloom.core.base import Base
 from rankloom.core.selection import Active, Selection
 from rankloom.core.thin import Thin
@@ -150,7 +150,7 @@ def changes_of(each: Sequence[Adapter | None], base: Base) -> dict[int, Change]:
 
 def _change(adapter: Adapter, base: Base) -> Change | None:
     try:
-        thin = adapter.thin(base, None) if says_thin(type(adapter)) else None  # type: ignore[arg-type]
+        thin = adapter.thin(base, None)  # type: ignore[arg-type]
     except NotMergeable:
         return None
     if thin is None or thin.dropout or thin.by_token:
