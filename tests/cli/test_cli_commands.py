@@ -46,8 +46,17 @@ def test_methods_and_one_method(run):
     assert {"lora", "dora", "hydralora"} <= {m["name"] for m in found}
     one = run("methods", "lora", "--json").json
     words = "a whole number from 1 to 65,536"
-    assert {"name": "r", "type": words, "default": 8, "doc": "rank"} in one["settings"]
+    assert {"name": "r", "type": words, "default": 8, "doc": "the rank"} in one["settings"]
     assert "2106.09685" in run("methods").out
+
+
+def test_settings_are_listed_from_the_dataclasses(run):
+    found = {f["name"]: f for f in run("settings", "--json").json}
+    assert found["train.lr"] == {"name": "train.lr", "type": "a number above 0", "default": 0.001, "doc": "peak rate"}
+    assert [f["name"] for f in run("settings", "batch_size", "--json").json] == ["data.batch_size"]
+    assert "store uniform.group" in run("settings", "uniform").out
+    wrong = run("settings", "train.lrr")
+    assert (wrong.code, "did you mean 'train.lr'" in wrong.err) == (2, True)
 
 
 def test_plan_counts_what_attach_makes(run, model):
@@ -115,7 +124,8 @@ def test_train_leaves_a_run_that_can_be_repeated(run, fine_tuned, tmp_path):
     assert record["steps"] == 3
     assert record["versions"]["torch"]
     config = yaml.safe_load((fine_tuned / "config.yaml").read_text())
-    assert config["plan"]["method"] == {"name": "lora", "r": 2}
+    assert config["plan"]["method"] == {"name": "lora", **dataclasses.asdict(rl.LoRA(r=2))}
+    assert config["data"]["max_length"] == 64
     again = run("train", fine_tuned / "config.yaml", f"out={tmp_path / 'again'}", "--json").json
     assert again["after"] == record["after"]
     assert again["final_loss"] == record["final_loss"]

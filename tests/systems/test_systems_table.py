@@ -9,7 +9,7 @@ import pytest
 
 import rankloom
 from rankloom.registry import COMPOSERS, METHODS, RULES, load
-from rankloom.systems import System, list_methods, list_systems
+from rankloom.systems import System, found_facts, list_methods, list_systems, method
 
 ROOT = Path(__file__).parents[2]
 CATALOG = [line.split() for line in (Path(__file__).parent / "catalog.txt").read_text().splitlines()]
@@ -70,6 +70,12 @@ def test_public_names_answer_whether_or_not_their_modules_are_loaded():
     assert len(rankloom.list_systems()) == len(rankloom.list_systems()) == 191
     assert {m.name for m in rankloom.list_methods()} == set(METHODS)
     assert rankloom.methods.lora.LoRA is rankloom.LoRA
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_listed_facts_are_those_that_are_found(name):
+    """`methods.json` is as `python tools/make_docs.py` writes it."""
+    assert method(name) == found_facts(name)
 
 
 def test_method_facts_are_found_by_building():

@@ -19,12 +19,8 @@ from rankloom.core.method import Method
 from rankloom.core.rule import Rule, Run
 from rankloom.core.site import Site
 from rankloom.core.thin import Thin
-from rankloom.errors import SettingsError, suggest
-from rankloom.methods.lora import check_dropout, check_rank
 from rankloom.rules.bilevel import Bilevel
-
-VALUES = ("real", "softmax", "binary")
-FORMS = ("first", "finite_difference", "none")
+from rankloom.settings import Count, NotNegative, Positive, Probability, Rank
 
 
 @dataclass(frozen=True)
@@ -34,26 +30,15 @@ class BiLoRA(Method):
     Σe(1 − e) to the upper one where e is binary; `upper_lr`: rate of E.
     """
 
-    r: int = 8
+    r: Rank = 8
     lora_alpha: float = 8.0
-    lora_dropout: float = 0.0
+    lora_dropout: Probability = 0.0
     sv_param: Literal["real", "softmax", "binary"] = "softmax"
     hypergrad: Literal["first", "finite_difference", "none"] = "finite_difference"
-    unroll: int = 1
-    gamma1: float = 0.01
-    gamma2: float = 0.01
-    upper_lr: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        check_dropout(self.lora_dropout)
-        for name, known in (("sv_param", VALUES), ("hypergrad", FORMS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise SettingsError(f"{name}={value!r}: one of {', '.join(map(repr, known))}{suggest(value, known)}")
-        if self.gamma1 < 0 or self.gamma2 < 0:
-            raise SettingsError(f"gamma1={self.gamma1}, gamma2={self.gamma2}: weights of penalties, 0 or more")
-        self.rules()
+    unroll: Count = 1
+    gamma1: NotNegative = 0.01
+    gamma2: NotNegative = 0.01
+    upper_lr: Positive = 1e-3
 
     def build(self, site: Site) -> Adapter:
         """BiLoRA of one site."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.rule import Rule, Run
-from rankloom.errors import SettingsError, suggest
+from rankloom.errors import SettingsError
 from rankloom.optim.state import optimizer_state, restore_optimizer
+from rankloom.settings import Count, Positive
 
 RADIUS = 0.01
 Form = Literal["first", "finite_difference"]
@@ -35,19 +36,11 @@ class Bilevel(Rule):
     """
 
     upper: tuple[str, ...] = ("singular",)
-    lr: float = 1e-3
-    unroll: int = 1
+    lr: Positive = 1e-3
+    unroll: Count = 1
     hypergrad: Form = "finite_difference"
     _optimizer: torch.optim.Optimizer | None = field(default=None, init=False, repr=False, compare=False)
     _batches: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.unroll < 1 or not self.lr > 0:
-            raise SettingsError(f"Bilevel(unroll={self.unroll}, lr={self.lr}): at least one step, a positive rate")
-        if self.hypergrad not in ("first", "finite_difference"):
-            raise SettingsError(
-                f"hypergrad={self.hypergrad!r}{suggest(self.hypergrad, ('first', 'finite_difference'))}"
-            )
 
     def lower_penalty(self, run: Run) -> Tensor | float:
         """Added to L₁."""
