@@ -63,7 +63,7 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
     cls: Any = type(layer)
-    why = _unfit(cls, type(weight), type(bias), weight.requires_grad)
+    why = _unfit(cls, type(weight), type(bias), weight.requires_grad)  # type: ignore[arg-type]
     if why or "_hf_hook" in layer.__dict__:
         return why or "an offload hook moves its weights"
     if weight.is_inference() or (bias is not None and bias.is_inference()):

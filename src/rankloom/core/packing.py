@@ -150,7 +150,7 @@ def changes_of(each: Sequence[Adapter | None], base: Base) -> dict[int, Change]:
 
 def _change(adapter: Adapter, base: Base) -> Change | None:
     try:
-        thin = adapter.thin(base, None)  # type: ignore[arg-type]
+        thin = adapter.thin(base, None)
     except NotMergeable:
         return None
     if thin is None or thin.dropout or thin.by_token:
