@@ -12,8 +12,10 @@ from torch import nn
 from train_world import llama, mlp, points, tensors_of, texts
 
 import rankloom as rl
+from rankloom import registry
 from rankloom.core.rule import Rule
 from rankloom.errors import SettingsError, StateError
+from rankloom.rules.orthogonal import Orthogonal
 from rankloom.train.fit import fit
 from rankloom.train.settings import TrainSettings
 
@@ -40,6 +42,13 @@ def by_hand(model: nn.Module, batches: list[Any], weight: float) -> None:
             hook.remove()
         penalty = sum(p.shape[-1] * p.flatten(0, -2).mean(0).square().sum() for p in seen)
         ((loss + weight * penalty) / len(batches)).backward()
+
+
+def lora() -> nn.Module:
+    model = mlp()
+    torch.manual_seed(1)
+    rl.attach(model, rl.LoRA(r=2), target_modules=["0", "2"])
+    return model
 
 
 class Gradients(Rule):
@@ -185,7 +194,7 @@ def test_rate_multiplies_every_group_and_is_logged(tmp_path):
         def after_backward(self, run):
             peaks.append(sorted(g["lr"] for g in run.optimizer.param_groups))
 
-    model = noting()
+    model = lora()
     fit(
         model,
         points(6),
@@ -197,11 +206,11 @@ def test_rate_multiplies_every_group_and_is_logged(tmp_path):
     want = [0.1 * (1 - i / 6) * (0.5 if i % 2 else 1) for i in range(6)]
     assert [r["lr"] for r in rows if r["event"] == "train"] == pytest.approx(want)
     assert [p[-1] / p[0] for p in peaks] == pytest.approx([4.0] * 6)
-    again = noting()
+    again = lora()
     with pytest.raises(RuntimeError, match="stop"):
         fit(again, points(6), rules=[lora_plus, Jagged(), Peaks()], settings=settings, out=tmp_path / "b",
             report=lambda row: stop(row, 3))  # fmt: skip
-    again = noting()
+    again = lora()
     fit(again, points(6), rules=[lora_plus, Jagged(), Peaks()], settings=settings, out=tmp_path / "b", resume=True)
     a, b = tensors_of(model), tensors_of(again)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -273,7 +282,7 @@ class Late(Rule):
 def test_a_rule_may_add_parameters(tmp_path):
     """A group that joins in mid-run follows the schedule from its own peak, is clipped, checked and saved."""
     rule = Late()
-    model = noting()
+    model = lora()
     fit(model, points(2), rules=[rule], settings=TrainSettings(steps=4, lr=0.01, schedule="linear"), out=tmp_path)
     assert rule.rates == pytest.approx([0.01, 0.0075, 0.05, 0.025])
     assert float(rule.own.detach().max()) < 1
@@ -376,10 +385,17 @@ def test_replacing_what_is_nowhere_is_refused():
         fit(noting(), points(1), steps=1, rules=[Odd()])
 
 
-def test_adalora_compacts_in_mid_run(tmp_path):
+@dataclass(frozen=True)
+class Plain(rl.AdaLoRA):
+    def rules(self):
+        return [Orthogonal(0.1)]
+
+
+def test_adalora_compacts_in_mid_run(tmp_path, monkeypatch):
     """Triplets that the budget has let go are taken out for real, and the run goes on and resumes exactly."""
     from rankloom.methods.adalora import AdaLoRAAdapter, compact
-    from rankloom.rules.orthogonal import Orthogonal
+
+    monkeypatch.setitem(registry._METHODS, "plain_triplets", f"{Plain.__module__}:Plain")
 
     @dataclass
     class Compacts(Rule):
@@ -389,11 +405,6 @@ def test_adalora_compacts_in_mid_run(tmp_path):
                     with torch.no_grad():
                         adapter.E[1] = 0
                     assert compact(adapter, run) == 2
-
-    @dataclass(frozen=True)
-    class Plain(rl.AdaLoRA):
-        def rules(self):
-            return [Orthogonal(0.1)]
 
     def model():
         made = mlp()
@@ -411,3 +422,20 @@ def test_adalora_compacts_in_mid_run(tmp_path):
     a, b = tensors_of(straight), tensors_of(again)
     assert a["default/0:E"].shape == (2, 1)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_adapters_by_row_note_too():
+    """Rows of a batch with adapters of their own: nobody is stacked past a rule that reads."""
+    seen = []
+
+    class Keeps(Rule):
+        reads = ("router",)
+
+        def loss(self, run, loss):
+            seen.append({site: t.shape for site, t in run.notes["router"].items()})
+            return loss
+
+    model = noting()
+    model.rankloom.use(rows=["default", None] * 4)
+    fit(model, points(1), steps=1, rules=[Keeps()])
+    assert seen == [{"0": (4, 2), "2": (4, 2)}]

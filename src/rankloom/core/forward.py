@@ -60,7 +60,7 @@ def _changed(layer: nn.Module, anchor: Anchor, kind: Kind, x: Any, y: Tensor, se
     base = Base(kind, layer, selection.context, anchor.selector.notes, anchor.name)
     hooked = "_hf_hook" in layer.__dict__
     out, each = y, selection.active
-    if kind.linear and not hooked and _plain(y):
+    if kind.linear and not hooked and base.notes is None and _plain(y):  # stacked ones do not see their input
         if selection.segments is not None:
             _times(layer, y, selection.batch)
             out, each = in_segments(table, x, y, base, selection, anchor.stacks)

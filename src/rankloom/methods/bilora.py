@@ -94,8 +94,8 @@ class BiLoRAAdapter(Adapter):
 class TwoLevels(Bilevel):
     """The levels of BiLoRA with their penalties."""
 
-    gamma1: float = 0.0
-    gamma2: float = 0.0
+    gamma1: NotNegative = 0.0
+    gamma2: NotNegative = 0.0
 
     def lower_penalty(self, run: Run) -> Tensor | float:
         return self.gamma1 * orthogonality(run) if self.gamma1 else 0.0
@@ -108,8 +108,8 @@ class TwoLevels(Bilevel):
 class Penalties(Rule):
     """Both penalties on one loss, for training both levels together."""
 
-    gamma1: float = 0.0
-    gamma2: float = 0.0
+    gamma1: NotNegative = 0.0
+    gamma2: NotNegative = 0.0
 
     def loss(self, run: Run, loss: Tensor) -> Tensor:
         """loss + γ₁R₁ + γ₂R₂."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.errors import SettingsError, suggest
+from rankloom.settings import Settings
 
 IGNORED = -100
 Batch = Mapping[str, Any]
 
 
-class Objective(ABC):
+class Objective(Settings, ABC):
     """Called as `objective(model, streams)` with {stream name: batch}; returns the loss, 0-d.
 
     Batches are mappings as causal language models take them: `labels` (batch, tokens) beside `input_ids`, −100 where

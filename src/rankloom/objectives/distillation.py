@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloom.errors import SettingsError
 from rankloom.objectives.base import IGNORED, Batch, Objective, answer, stream
 from rankloom.objectives.reference import Cache, base_answers
+from rankloom.settings import Positive
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,10 @@ class Distillation(Objective):
     Hinton et al. 2015, arXiv 1503.02531 §2. `keep`: the base is asked once for each batch, all its logits are kept.
     """
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     keep: bool = False
     train: str = "train"
     _answers: Cache = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise SettingsError(f"Distillation(temperature={self.temperature}): a positive number")
 
     def __call__(self, model: nn.Module, streams: Mapping[str, Batch]) -> Tensor:
         batch = stream(streams, self.train)

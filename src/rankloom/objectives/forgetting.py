@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloom.errors import SettingsError
 from rankloom.objectives.base import IGNORED, Batch, Objective, answer, cross_entropy, stream
 from rankloom.objectives.preference import totals
 from rankloom.objectives.reference import Cache, base_answers
 from rankloom.objectives.sft import SFT
+from rankloom.settings import NotNegative, Positive
 
 
 @dataclass(frozen=True)
 class Forgetting(Objective):
     """Loss on `forget` + `retain_weight` · cross entropy on `retain`."""
 
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     forget: str = "forget"
     retain: str | None = "retain"
 
@@ -52,13 +52,9 @@ class NPO(Forgetting):
     Zhang et al., COLM 2024, arXiv 2404.05868 eq. 3. `keep`: the base is asked once for each batch.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     keep: bool = False
     _answers: Cache = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise SettingsError(f"NPO(beta={self.beta}): a positive number")
 
     def forgetting(self, model: nn.Module, batch: Batch) -> Tensor:
         ratio = totals(model, batch) - base_answers(model, batch, totals, self._answers if self.keep else None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rankloom.errors import SettingsError
 from rankloom.objectives.base import Batch, Objective, answer, cross_entropy, log_probs, part, stream
 from rankloom.objectives.reference import Cache, base_answers
+from rankloom.settings import NotNegative, Positive
 
 
 def totals(model: nn.Module, batch: Batch) -> Tensor:
@@ -30,13 +31,10 @@ class DPO(Objective):
     `keep`: the base is asked once for each batch.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     keep: bool = False
     pairs: str = "pairs"
     _answers: Cache = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        _positive(self, "beta")
 
     def __call__(self, model: nn.Module, streams: Mapping[str, Batch]) -> Tensor:
         batch = stream(streams, self.pairs)
@@ -53,11 +51,8 @@ class ORPO(Objective):
     Hong et al., EMNLP 2024, arXiv 2403.07691 eq. 6–7.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     pairs: str = "pairs"
-
-    def __post_init__(self) -> None:
-        _positive(self, "beta")
 
     def __call__(self, model: nn.Module, streams: Mapping[str, Batch]) -> Tensor:
         batch = stream(streams, self.pairs)
@@ -80,12 +75,9 @@ class SimPO(Objective):
     Meng et al., NeurIPS 2024, arXiv 2405.14734 eq. 6.
     """
 
-    beta: float = 2.0
+    beta: Positive = 2.0
     gamma: float = 0.5
     pairs: str = "pairs"
-
-    def __post_init__(self) -> None:
-        _positive(self, "beta")
 
     def __call__(self, model: nn.Module, streams: Mapping[str, Batch]) -> Tensor:
         batch = stream(streams, self.pairs)
@@ -103,16 +95,13 @@ class KTO(Objective):
     2024, arXiv 2402.01306 eq. 8. `keep`: the base is asked once for each batch.
     """
 
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    beta: Positive = 0.1
+    desirable_weight: NotNegative = 1.0
+    undesirable_weight: NotNegative = 1.0
     kl: bool = True
     keep: bool = False
     answers: str = "answers"
     _answers: Cache = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        _positive(self, "beta")
 
     def __call__(self, model: nn.Module, streams: Mapping[str, Batch]) -> Tensor:
         batch = stream(streams, self.answers)
@@ -134,9 +123,3 @@ class KTO(Objective):
 
     def _ratio(self, model: nn.Module, batch: Batch) -> Tensor:
         return totals(model, batch) - base_answers(model, batch, totals, self._answers if self.keep else None)
-
-
-def _positive(objective: Objective, name: str) -> None:
-    value = getattr(objective, name)
-    if not value > 0:
-        raise SettingsError(f"{type(objective).__name__}({name}={value}): a positive number")

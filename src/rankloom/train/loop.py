@@ -371,8 +371,8 @@ class Loop:
         return True
 
     def _take(self, checkpoint: Checkpoint, journal: Any) -> None:
-        """The base as it was folded by then, and the checkpoint's weights; tensors that change their rank are followed in
-        `parameters` and the optimizer.
+        """The base as it was folded by then, and the checkpoint's weights; tensors that change their rank are followed
+        in `parameters` and the optimizer.
         """
         bank = bank_or_none(self.run.model)
         before = {} if bank is None else {key: p for key, p, _ in bank.trainable()}

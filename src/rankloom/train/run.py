@@ -94,7 +94,7 @@ class TrainRun:
         bank = bank_or_none(self.model)
         if self.in_pass and bank is not None:
             self.notes.clear()
-            bank.selector.notes = self.notes
+            bank.selector.notes = self.notes if self.notes.kinds else None
 
     def answered(self, output: Any) -> None:
         """A call of the model has given `output`."""
