@@ -32,9 +32,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "loftq": {"r": 4},
     "lq_lora": {"r": 4},
     "lqer": {"r": 4},
+    "melora": {"r": 2},
+    "nola": {"r": 4, "num_basis_A": 24, "num_basis_B": 24, "lora_alpha": 16.0},
     "qa_lora": {"r": 4, "group_size": 2},
     "qdylora": {"r": 4},
     "qlora": {"r": 4},
+    "tied_lora": {"r": 4},
     "unrolled_lora": {"r": 2},
     "vera": {"r": 32},
 }
@@ -63,7 +66,7 @@ COMBINATIONS: dict[str, Any] = {
 CONVOLUTIONAL = {"unrolled_lora"}
 COMPILER = ("compile", "recompiles")
 ON_LLAMA = (
-    "silence", "detach", "independence", "merge", "unmerge", "frozen", "gradients", "checkpointing", "save_load", "copies",
+    "base_only", "detach", "independence", "merge", "unmerge", "frozen", "gradients", "checkpointing", "save_load", "copies",
     "pickles", "bf16", "switching", "rows", "rows_tensor", "threads",
 )  # fmt: skip
 EVERY = {**METHODS, **COMBINATIONS}

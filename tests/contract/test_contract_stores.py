@@ -35,11 +35,11 @@ STORES: dict[str, Store] = {
 }
 ON_EVERY = ("merge", "unmerge", "fold", "checkpointing", "save_load", "copies", "bf16")
 ON_NF4 = (
-    "identity", "silence", "base", "detach", "independence", "delta", "frozen", "gradients", "resume", "pickles", "moves",
+    "identity", "base_only", "base", "detach", "independence", "delta", "frozen", "gradients", "resume", "pickles", "moves",
     "autocast", "adds", "weights", "switching", "rows", "rows_tensor", "threads",
 )  # fmt: skip
 ON_BITSANDBYTES = (
-    "identity", "silence", "base", "detach", "independence", "delta", "merge", "unmerge", "fold", "gradients",
+    "identity", "base_only", "base", "detach", "independence", "delta", "merge", "unmerge", "fold", "gradients",
     "checkpointing", "resume", "save_load", "copies", "pickles", "bf16", "autocast", "switching", "rows",
 )  # fmt: skip
 FOREIGN = ("adalora", "dora", "lora", "vera")

@@ -65,10 +65,9 @@ def test_merging_equals_adding_the_delta(dtype):
     kept = {n: p for n, p in model.named_parameters() if "adapters" not in n}
     bank.merge(a=0.7, b=-0.5)
     for site in bank.sites("a"):
-        site = site.name
-        wanted = base[site] + 0.7 * changes["a"][site].double()
-        if site in changes["b"]:
-            wanted = wanted - 0.5 * changes["b"][site].double()
+        wanted = base[site.name] + 0.7 * changes["a"][site.name].double()
+        if site.name in changes["b"]:
+            wanted = wanted - 0.5 * changes["b"][site.name].double()
         assert site.base.matrix().dtype == dtype
         assert difference(site.base.matrix().double(), wanted) < {8: 1e-14, 4: 1e-6, 2: 4e-3}[dtype.itemsize]
     bank.unmerge()

@@ -10,8 +10,7 @@ from core_tiny import difference, llama, nudge, tokens, tower, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankloom as rl
-from rankloom.core import bank as bank_module
-from rankloom.core import packing, slots
+from rankloom.core import choosing, packing, slots
 from rankloom.core.adapter import Adapter
 
 NAMES = ["q_proj", "v_proj"]
@@ -93,8 +92,8 @@ def test_operations_do_not_grow_with_the_adapters_where_the_batch_is_even(count,
 def test_a_batch_is_sorted_once_and_not_in_every_layer(monkeypatch):
     model, bank = many(4, model=tower(depth=5))
     sorts = []
-    real = bank_module.segments
-    monkeypatch.setattr(bank_module, "segments", lambda which: (sorts.append(which), real(which))[1])
+    real = choosing.segments
+    monkeypatch.setattr(choosing, "segments", lambda which: (sorts.append(which), real(which))[1])
     with bank.using(rows=["n3", None, "n0", "n3"]):
         for _ in range(3):
             model(words(batch=4))
@@ -244,3 +243,17 @@ def test_half_precision_bases_hear_float32_adapters():
 def _logits(model, bank, ids, name):
     with bank.using(name):
         return model(ids).logits
+
+
+def test_a_pass_without_gradients_leaves_the_next_one_its_own():
+    """Factors that are computed (a prefix of ranks) are stacked once for evaluation, and afresh where they train."""
+    model = tower()
+    bank = rl.attach(model, rl.DyLoRA(r=3), "a", target_modules=NAMES)
+    nudge(bank, "a")
+    ids = words(2)
+    with bank.using(rows=["a", None]):
+        with torch.no_grad():
+            model(ids)
+        for _ in range(2):
+            model(ids).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for _, p, _ in bank.trainable("a"))

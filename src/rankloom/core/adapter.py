@@ -30,6 +30,15 @@ class Adapter(nn.Module):
     peft_names: ClassVar[Mapping[str, str]] = {}
     dropout: float = 0.0
 
+    def __init_subclass__(cls) -> None:
+        own = vars(cls)
+        found = next((name for name in ("forward", "delta", "delta_bias", "row_norms") if name in own), None)
+        if found is not None and "thin" not in own and cls.thin is not Adapter.thin:
+            raise TypeError(
+                f"{cls.__name__} has a {found!r} of its own and inherits a thin form, which is used in its place: "
+                "give it a `thin` of its own, which may return None"
+            )
+
     def __init__(self, site_name: str) -> None:
         super().__init__()
         self.site_name = site_name
@@ -84,7 +93,7 @@ class Adapter(nn.Module):
 
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
         """out + weight·Δy; override only for exactness."""
-        change = self.forward(x, y, base)
+        change: Tensor = self(x, y, base)
         if isinstance(weight, Tensor):
             return out + weight.to(change).reshape(*weight.shape, *(1,) * (change.ndim - weight.ndim)) * change
         return out + (change if weight == 1 else weight * change)
@@ -93,6 +102,12 @@ class Adapter(nn.Module):
         """Take these shapes for own tensors (by path) before values are loaded; a file's ranks may be smaller than the
         plan's. Shapes that the adapter cannot have are left to the loader to refuse.
         """
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a hook is registered here or on an adapter inside: `forward` is then called, thin form or not."""
+        parts = self.modules() if self._modules else (self,)
+        return any(bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for m in parts)
 
     def needs_input(self, x: Any) -> None:
         """Raise `NotMergeable` where there is no input to depend on."""
@@ -112,6 +127,27 @@ class Adapter(nn.Module):
             shared, key = borrowed[name]
             return getattr(shared, key)
         return super().__getattr__(name)
+
+
+def thin_of(adapter: Adapter, base: Base, x: Any) -> Thin | None:
+    """`Adapter.thin`, for who computes the change in the adapter's place; None also where hooks wait for its call."""
+    return None if adapter.hooked else adapter.thin(base, x)
+
+
+def fixed_thin(adapter: Adapter, base: Base) -> Thin | None:
+    """`thin_of` where it is the same for every input, else None: nothing that depends on the input is computed."""
+    try:
+        return thin_of(adapter, base, None)
+    except NotMergeable:
+        return None
+
+
+def borrowed(adapter: Adapter) -> Iterator[nn.Parameter]:
+    """Every parameter that the adapter, or one inside it, reads without owning it."""
+    for module in adapter.modules():
+        for shared, key in module._borrowed.values() if isinstance(module, Adapter) else ():
+            found = getattr(shared, key)
+            yield from found.parameters() if isinstance(found, nn.Module) else (found,)
 
 
 def take_dropout(adapter: Adapter) -> float:
@@ -152,7 +188,7 @@ class Sum(Adapter):
             part.reset(base)
 
     def thin(self, base: Base, x: Any) -> Thin | None:
-        found = [part.thin(base, x) for part in self._each()]
+        found = [thin_of(part, base, x) for part in self._each()]
         known = [(thin, 1.0) for thin in found if thin is not None]
         return forms.joined(known) if len(known) == len(found) else None
 

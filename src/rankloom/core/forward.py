@@ -70,7 +70,7 @@ def _only_one(layer: nn.Module, selection: Selection) -> tuple[Active, Adapter] 
 
 def _changed(layer: nn.Module, anchor: Anchor, kind: Kind, x: Any, y: Tensor, selection: Selection) -> Tensor:
     table = slot_table(layer, LAYER)
-    base = Base(kind, layer, selection.context, anchor.selector.notes, anchor.name)
+    base = Base(kind, layer, selection.context, anchor.selector.notes)
     hooked = "_hf_hook" in layer.__dict__
     out, each = y, selection.active
     if selection.segments is not None and kind.linear and not hooked and _plain(y):

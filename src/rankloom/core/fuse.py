@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rankloom.core.adapter import Adapter
+from rankloom.core.adapter import Adapter, fixed_thin
 from rankloom.core.base import Base
 from rankloom.core.kinds import product
 from rankloom.core.memo import Memo
@@ -91,7 +91,7 @@ def answer(layer: nn.Module, x: Any, selection: Selection, chooser: Chooser) -> 
 
 class _Seen(NamedTuple):
     """What layers are called with, the same for all of a group: the input, why it cannot be fused ("": it can), whether
-    autocast is on for it, who speaks.
+    autocast is on for it, who is active.
     """
 
     x: Any
@@ -182,8 +182,8 @@ def _part(layer: nn.Module, seen: _Seen) -> Layer | str:
         return f"an input of {x.dtype} on weights of {weight.dtype}"
     if weight.device != x.device or x.shape[-1] != anchor.kind.shape(layer)[-1]:
         return "an input that does not fit"
-    base = Base(anchor.kind, layer, selection.context, anchor.selector.notes, anchor.name)
-    thin = adapter.thin(base, x)
+    base = Base(anchor.kind, layer, selection.context, anchor.selector.notes)
+    thin = fixed_thin(adapter, base)
     if thin is None or thin.inner is not None or thin.outer is not None or thin.bias is not None:
         return f"{type(adapter).__name__} is not, or not now, a pair of thin factors"
     magnitude = thin.magnitude

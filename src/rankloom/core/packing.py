@@ -9,11 +9,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from rankloom.core.adapter import Adapter
+from rankloom.core.adapter import Adapter, fixed_thin
 from rankloom.core.base import Base
 from rankloom.core.selection import Active, Selection
 from rankloom.core.thin import Thin
-from rankloom.errors import NotMergeable
 from rankloom.ops.segments import Stack, added, stack, trained
 
 
@@ -34,14 +33,17 @@ class Stacks:
         return Stacks, ()
 
     def factors(self, each: Sequence[Adapter | None], base: Base) -> Mapping[int, Thin]:
-        """The changes that are nothing but two factors, by their place in `each`."""
+        """The changes that are nothing but two factors, by their place in `each`; afresh for every pass with gradients,
+        as factors may be computed from what is trained.
+        """
+        if torch.is_grad_enabled():
+            return _factors(each, base)
         adapters = [a for a in each if a is not None]
         tensors = [p for a in adapters for p in a._parameters.values() if p is not None]
-        numbers = [(a.training, a.dropout, a.__dict__.get("scaling"), len(a.__dict__)) for a in adapters]
+        numbers = [(a.training, a.hooked, a.dropout, a.__dict__.get("scaling"), len(a.__dict__)) for a in adapters]
         state = (each, numbers, [t._version for t in tensors], [t.data_ptr() for t in tensors])
         if state != self._state or len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
-            pairs = {i: _own(adapter, base) for i, adapter in enumerate(each) if adapter is not None}
-            self._factors = {i: thin for i, thin in pairs.items() if _plain(thin)}
+            self._factors = _factors(each, base)
             self._state, self._tensors, self._held = state, tensors, {}
         return self._factors
 
@@ -70,14 +72,14 @@ def in_segments(
     return added(y, x, found, stacks.stacked(y.dtype)), rest
 
 
+def _factors(each: Sequence[Adapter | None], base: Base) -> dict[int, Thin]:
+    found = {i: _own(adapter, base) for i, adapter in enumerate(each) if adapter is not None}
+    return {i: thin for i, thin in found.items() if _plain(thin)}
+
+
 def _own(adapter: Adapter, base: Base) -> Thin | None:
     """The thin form of an adapter that has all its tensors itself and needs no input."""
-    if adapter._modules or adapter._borrowed:
-        return None
-    try:
-        return adapter.thin(base, None)
-    except NotMergeable:
-        return None
+    return None if adapter._modules or adapter._borrowed else fixed_thin(adapter, base)
 
 
 def _plain(thin: Thin | None) -> TypeGuard[Thin]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class DyLoRA(Method):
     unit: Count = 1
     scaling: Scaling = "alpha/b"
     seed: Seed = 0
+
+    examples: ClassVar = {"init_lora_weights": ("gaussian", "orthogonal")}
 
     def __post_init__(self) -> None:
         check_start(self.init_lora_weights)
