@@ -1,4 +1,4 @@
-"""Rank sampling: at each step all adapters speak at one random rank, and only the rows of that rank may move.
+"""Rank sampling: at each step all adapters act at one random rank, and only the rows of that rank may move.
 
 DyLoRA, Valipour et al., EACL 2023, arXiv 2210.07558.
 """
@@ -25,7 +25,7 @@ Distribution = Literal["uniform", "geometric"] | tuple[float, ...]
 
 
 class Elastic(Adapter):
-    """An adapter that can speak at any of its ranks: `r` is the largest, `unit` the step between two."""
+    """An adapter that can act at any of its ranks: `r` is the largest, `unit` the step between two."""
 
     r: int
     unit: int
@@ -104,7 +104,7 @@ class RankSampling(Rule):
 
 
 def elastic(run: Run) -> Iterator[Elastic]:
-    """The elastic adapters that speak, combinators' inner ones included."""
+    """The elastic adapters that are active, combinators' inner ones included."""
     for name in run.bank.trained:
         for _, adapter in run.bank.adapters(name, of=Elastic):
             assert isinstance(adapter, Elastic)

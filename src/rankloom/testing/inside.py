@@ -25,12 +25,12 @@ def inside_dora(subject: Subject) -> None:
     if dora is None:
         return
     _, bank = dora.nudged()
-    for site, adapter in bank.adapters("default", of=DoRAAdapter):
-        assert isinstance(adapter, DoRAAdapter)
-        base = next(each.base for each in bank.sites("default") if each.name == site)
-        with torch.no_grad():
-            lengths = torch.linalg.vector_norm(base.matrix().to(adapter.magnitude.dtype) + adapter.delta(base), dim=-1)
-            dora.near(lengths, adapter.magnitude.abs(), f"site {site!r} inside DoRA: ‖W + ΔW‖ by rows (`row_norms`?)")
+    for site in bank.sites("default"):
+        if isinstance(site.adapter, DoRAAdapter):
+            wanted = site.adapter.magnitude.detach().abs()
+            turned = site.base.matrix().to(wanted.dtype) + site.adapter.delta(site.base).detach()
+            lengths = torch.linalg.vector_norm(turned, dim=-1)
+            dora.near(lengths, wanted, f"site {site.name!r} inside DoRA: ‖W + ΔW‖ by rows (is `row_norms` right?)")
 
 
 def _inside(subject: Subject, around: Callable[[Method], Method]) -> Subject | None:

@@ -73,8 +73,8 @@ def delta(subject: Subject) -> None:
         name = site.name
         with bank.using():
             y = reached.answer()
-        said = site.adapter(x, y, site.base)
-        added = site.adapter.add(y, x, y, site.base, 1.0)
+            said = site.adapter(x, y, site.base)
+            added = site.adapter.add(y, x, y, site.base, 1.0)
         assert said.dtype == y.dtype, f"site {name!r}: `forward` gives {said.dtype} for an output in {y.dtype}"
         subject.near(added, y + said, f"site {name!r}: what `add` makes of y, against y + `forward`")
         try:

@@ -48,7 +48,7 @@ def reached(subject: Subject) -> None:
     for site in bank.sites("default"):
         parameters = [p for p in (*site.adapter.parameters(), *borrowed(site.adapter)) if p.requires_grad]
         assert site.name in found, f"site {site.name!r} is not reached: the first batch never calls its layer"
-        before, kept = found[site.name].answer(), [p.detach().clone() for p in parameters]
+        before, kept = found[site.name].answer().clone(), [p.detach().clone() for p in parameters]
         nudge(parameters)
         gap = difference(found[site.name].answer(), before)
         moved = not parameters or gap > subject.limit(before)
