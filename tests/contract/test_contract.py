@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,8 @@ from contract_models import (
 
 import rankloom as rl
 from rankloom import registry
-from rankloom.core.plan import Plan, default_plan
+from rankloom.core.adapter import Adapter, borrowed, fixed_thin
+from rankloom.core.plan import Plan, as_plan, default_plan
 from rankloom.testing import NAMES, Check, checks
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
@@ -33,9 +35,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "loftq": {"r": 4},
     "lq_lora": {"r": 4},
     "lqer": {"r": 4},
+    "melora": {"r": 2},
+    "nola": {"r": 4, "num_basis_A": 24, "num_basis_B": 24, "lora_alpha": 16.0},
     "qa_lora": {"r": 4, "group_size": 2},
     "qdylora": {"r": 4},
     "qlora": {"r": 4},
+    "tied_lora": {"r": 4},
     "unrolled_lora": {"r": 2},
     "vera": {"r": 32},
 }
@@ -46,6 +51,7 @@ COMBINATIONS: dict[str, Any] = {
     "lora+pissa": rl.LoRA(r=4, init_lora_weights="pissa"),
     "lora+frozen_b": rl.LoRA(r=4, init_lora_weights="pissa", frozen="B"),
     "asymmetric+svd": rl.asymmetric_lora("hA_zero_B_U", r=4),
+    "asymmetric+both": rl.AsymmetricLoRA(r=4, init_B="rand", update_A=True),
     "dora(vera)": rl.DoRA(rl.VeRA(r=32)),
     "dora(adalora)": rl.DoRA(rl.AdaLoRA(init_r=6, target_r=4)),
     "dora+columns": rl.DoRA(rl.LoRA(r=4), norm_axis="column"),
@@ -63,11 +69,56 @@ COMBINATIONS: dict[str, Any] = {
 }
 CONVOLUTIONAL = {"unrolled_lora"}
 COMPILER = ("compile", "recompiles")
+TRAINING = ("frozen", "gradients", "penalty", "resume", "settings_matter")
+"""Checks that train for many steps: on two layers."""
+APART = (*COMPILER, "settings_matter")
 ON_LLAMA = (
-    "silence", "detach", "independence", "merge", "unmerge", "frozen", "gradients", "checkpointing", "save_load", "copies",
-    "pickles", "bf16", "switching", "rows", "rows_tensor", "threads",
+    "base_only", "detach", "independence", "merge", "unmerge", "frozen", "gradients", "checkpointing", "save_load",
+    "copies", "pickles", "bf16", "switching", "rows", "rows_tensor", "threads",
 )  # fmt: skip
 EVERY = {**METHODS, **COMBINATIONS}
+COMPILED = (
+    "unrolled_lora",
+    "lora+dropout",
+    "lora+pissa",
+    "dora(vera)",
+    "dora+columns",
+    "plan+parameters",
+    "plan+saved",
+)
+"""Who meets the compiler beside the families."""
+VARIED = {type(as_plan(plan).method): name for name, plan in reversed([*METHODS.items()]) if plan.store is None}
+VARIED[rl.AsymmetricLoRA] = "asymmetric+both"
+"""Where the settings of each class of methods can be changed one by one."""
+INTERFACE = ("thin", "forward", "delta", "delta_bias", "row_norms", "repacked", "add")
+
+
+def family(plan: Any) -> tuple[Any, ...]:
+    """What the mechanism meets in the adapters of a plan: those who are alike here are alike to it.
+
+    Which parts of the interface they have of their own, inside combinators too; whether they borrow, depend on their
+    input, have rules, and bring a store.
+    """
+    plan = as_plan(plan)
+    model = pair()
+    bank = rl.attach(model, replace(plan, store=None, start=None, target_modules=("q_proj", "down_proj")))
+    site, *_ = bank.sites("default")
+    each = [type(adapter) for _, adapter in bank.adapters("default", of=Adapter)]
+    own = {tuple(n for n in INTERFACE if getattr(cls, n) is not getattr(Adapter, n)) for cls in each}
+    depends = fixed_thin(site.adapter, site.base) is None
+    rules = bool(plan.method.rules() or plan.rules)
+    return frozenset(own), any(True for _ in borrowed(site.adapter)), depends, rules, plan.store is None
+
+
+def _families() -> dict[tuple[Any, ...], str]:
+    found: dict[tuple[Any, ...], str] = {}
+    for name in sorted(METHODS.keys() - CONVOLUTIONAL, key=lambda name: (len(name), name)):
+        found.setdefault(family(METHODS[name]), name)
+    return found
+
+
+FAMILIES = sorted(_families().values())
+"""One method of each family, which meets a Llama and the compiler too."""
 
 
 @cache
@@ -80,7 +131,7 @@ def contract(method: str) -> dict[str, Check]:
         return {check.name: check for check in checks(plan, block_model, call, WORDS)}
     found = checks(plan, block_model, call, WORDS, target_modules=TARGETS)
     quick = checks(plan, pair, call, POINTS, target_modules=["q_proj", "down_proj"])
-    return {c.name: c for c in found} | {c.name: c for c in quick if c.name in COMPILER}
+    return {c.name: c for c in found} | {c.name: c for c in quick if c.name in (*COMPILER, *TRAINING)}
 
 
 @cache
@@ -93,12 +144,22 @@ def _pairs(methods: Any, names: Any) -> list[Any]:
     return [pytest.param(method, name, id=f"{method}-{name}") for method in methods for name in names]
 
 
-@pytest.mark.parametrize(("method", "name"), _pairs(EVERY, NAMES))
+@pytest.mark.parametrize(("method", "name"), _pairs(EVERY, [name for name in NAMES if name not in APART]))
 def test_contract(method: str, name: str) -> None:
     contract(method)[name]()
 
 
-@pytest.mark.parametrize(("method", "name"), _pairs([m for m in METHODS if m not in CONVOLUTIONAL], ON_LLAMA))
+@pytest.mark.parametrize("method", VARIED.values())
+def test_settings_matter(method: str) -> None:
+    contract(method)["settings_matter"]()
+
+
+@pytest.mark.parametrize(("method", "name"), _pairs([*FAMILIES, *COMPILED], COMPILER))
+def test_contract_compiled(method: str, name: str) -> None:
+    contract(method)[name]()
+
+
+@pytest.mark.parametrize(("method", "name"), _pairs(FAMILIES, ON_LLAMA))
 def test_contract_on_llama(method: str, name: str) -> None:
     contract_on_llama(method)[name]()
 
@@ -106,3 +167,11 @@ def test_contract_on_llama(method: str, name: str) -> None:
 @pytest.mark.parametrize("name", COMPILER)
 def test_contract_on_llama_compiled(name: str) -> None:
     contract_on_llama("lora")[name]()
+
+
+def test_families_tell_methods_apart() -> None:
+    """Every method is of a family that has a member among those that meet a Llama; and unlike ones are kept apart."""
+    assert {family(METHODS[name]) for name in FAMILIES} == set(_families())
+    assert {"lora", "dora", "vera", "hydralora", "slices", "qa_lora"} <= set(FAMILIES)
+    assert family(rl.LoRA()) == family(rl.MELoRA()) == family(rl.NOLA())
+    assert family(rl.VeRA()) == family(rl.TiedLoRA()) != family(rl.LoRA())

@@ -1,7 +1,7 @@
-"""Every registered method on every store: the contract, over models whose weights are packed.
+"""Methods on stores: the contract, over models whose weights are packed.
 
-Any method on any store keeps what is quick and could break there; NF4, the store of QLoRA, everything that takes no
-compiler; each store compiles. bitsandbytes' 4 bits stand for bases that another library packed.
+One method of each family on any store keeps what is quick and could break there; on NF4, the store of QLoRA, everything
+that takes no compiler, and every method the quickest. Each store compiles. bitsandbytes' 4 bits stand for bases that another library packed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from contract_models import IMAGES, POINTS, WORDS, block_model, call, conv_net, pair
-from test_contract import COMPILER, CONVOLUTIONAL, TARGETS
+from test_contract import COMPILER, CONVOLUTIONAL, FAMILIES, TARGETS
 from test_contract import METHODS as EVERY
 from torch import nn
 
@@ -27,6 +27,8 @@ from rankloom.testing import Check, checks
 
 METHODS = {name: plan for name, plan in EVERY.items() if plan.store is None}
 """Those that bring no store of their own."""
+ALIKE = [name for name in METHODS if name in FAMILIES or name in CONVOLUTIONAL]
+OTHERS = [name for name in METHODS if name not in ALIKE]
 STORES: dict[str, Store] = {
     "nf4": NormalFloat(),
     "int3": Uniform(3, 12),
@@ -35,13 +37,14 @@ STORES: dict[str, Store] = {
 }
 ON_EVERY = ("merge", "unmerge", "fold", "checkpointing", "save_load", "copies", "bf16")
 ON_NF4 = (
-    "identity", "silence", "base", "detach", "independence", "delta", "frozen", "gradients", "resume", "pickles", "moves",
+    "identity", "base_only", "base", "detach", "independence", "delta", "frozen", "gradients", "resume", "pickles", "moves",
     "autocast", "adds", "weights", "switching", "rows", "rows_tensor", "threads",
 )  # fmt: skip
 ON_BITSANDBYTES = (
-    "identity", "silence", "base", "detach", "independence", "delta", "merge", "unmerge", "fold", "gradients",
+    "identity", "base_only", "base", "detach", "independence", "delta", "merge", "unmerge", "fold", "gradients",
     "checkpointing", "resume", "save_load", "copies", "pickles", "bf16", "autocast", "switching", "rows",
 )  # fmt: skip
+QUICK = ("delta", "merge", "save_load")
 FOREIGN = ("adalora", "dora", "lora", "vera")
 
 
@@ -93,7 +96,10 @@ def _all(methods: Any, others: Any, names: Any) -> list[Any]:
     return [pytest.param(m, o, n, id=f"{m}-{o}-{n}") for m in methods for o in others for n in names]
 
 
-@pytest.mark.parametrize(("method", "store", "name"), _all(METHODS, STORES, ON_EVERY) + _all(METHODS, ["nf4"], ON_NF4))
+@pytest.mark.parametrize(
+    ("method", "store", "name"),
+    _all(ALIKE, STORES, ON_EVERY) + _all(ALIKE, ["nf4"], ON_NF4) + _all(OTHERS, ["nf4"], QUICK),
+)
 def test_contract_on_store(method: str, store: str, name: str) -> None:
     on_store(method, store)[name]()
 

@@ -584,21 +584,40 @@ def test_packed_weights_stay_packed(bits):
         torch.testing.assert_close(found[key], grad, rtol=1e-3, atol=1e-5)
 
 
-def test_a_subclass_that_says_something_else_is_heard():
+@pytest.mark.parametrize("has_thin", [False, True])
+def test_a_subclass_with_another_change_is_the_same_fused_and_plain(has_thin):
     from rankloom.methods.lora import LoRAAdapter
 
-    class Louder(LoRAAdapter):
+    class Thrice(LoRAAdapter):
+        def thin(self, base, x):
+            thin = super().thin(base, x)
+            return thin._replace(scale=3 * thin.scale)
+
+    class Apart(LoRAAdapter):
+        def thin(self, base, x):
+            return None
+
         def forward(self, x, y, base):
-            return 3 * super().forward(x, y, base)
+            return 3 * base.up(base.down(x, self.A), self.scaling * self.B)
 
     model, bank = adapted("a", model=tower().train())
-    quiet = model(words())
+    before = model(words())
     for _, adapter in bank.adapters("a"):
-        adapter.__class__ = Louder
-    loud = model(words())
+        adapter.__class__ = Thrice if has_thin else Apart
+    fused = model(words())
     bank.selector.fused = False
-    torch.testing.assert_close(model(words()), loud)
-    assert difference(loud, quiet) > 1e-3
+    torch.testing.assert_close(model(words()), fused)
+    assert difference(fused, before) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["forward", "delta", "delta_bias", "row_norms"])
+def test_a_subclass_that_hides_its_change_behind_a_thin_form_is_refused(name):
+    """The thin form is what fusing, merging and export read: who has another change has to say so."""
+    from rankloom.methods.lora import LoRAAdapter
+
+    with pytest.raises(TypeError, match=f"Hidden has a '{name}' of its own and inherits a thin form"):
+        type("Hidden", (LoRAAdapter,), {name: lambda *args: None})
+    type("Told", (LoRAAdapter,), {name: lambda *args: None, "thin": lambda self, base, x: None})
 
 
 def test_what_is_not_fused_says_why():

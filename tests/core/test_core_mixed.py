@@ -359,3 +359,17 @@ def test_half_precision_bases_hear_float32_adapters():
 def _logits(model, bank, ids, name):
     with bank.using(name):
         return model(ids).logits
+
+
+def test_a_pass_without_gradients_leaves_the_next_one_its_own():
+    """Factors that are computed (a prefix of ranks) are stacked once for evaluation, and afresh where they train."""
+    model = tower()
+    bank = rl.attach(model, rl.DyLoRA(r=3), "a", target_modules=NAMES)
+    nudge(bank, "a")
+    ids = words(2)
+    with bank.using(rows=["a", None]):
+        with torch.no_grad():
+            model(ids)
+        for _ in range(2):
+            model(ids).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for _, p, _ in bank.trainable("a"))

@@ -118,7 +118,7 @@ def test_tasks_that_interleave_keep_their_own_selection():
 
 
 def test_interleaved_tasks_leave_nothing_behind_for_compiled_code():
-    from rankloom.core import switch
+    from rankloom.core import selection
 
     _, bank = adapted("a", "b")
 
@@ -139,4 +139,4 @@ def test_interleaved_tasks_leave_nothing_behind_for_compiled_code():
         await asyncio.gather(one(), two())
 
     asyncio.run(main())
-    assert switch._thread.selection == ()
+    assert selection._thread.entries == ()

@@ -20,6 +20,7 @@ from rankloom.core.method import Method
 from rankloom.core.rule import Rule, Run
 from rankloom.core.selection import Weight
 from rankloom.core.site import Site
+from rankloom.core.thin import Thin
 from rankloom.errors import NotMergeable, TargetError
 
 FAKES: dict[str, tuple[type[Method], dict[str, str]]] = {}
@@ -87,24 +88,24 @@ def declare(name: str, **caught_by: str) -> Callable[[type[Method]], type[Method
 # — the start and the base ——————————————————————————————————————————————————————————————————————————————————————————
 
 
-@fake("LoudStart", identity="the model with the fresh adapter is not the base")
-class LoudStartAdapter(HonestAdapter):
+@fake("StartsNonzero", identity="the model with the fresh adapter is not the base")
+class StartsNonzeroAdapter(HonestAdapter):
     def reset(self, base: Base) -> None:
         nn.init.normal_(self.A, std=0.3)
         nn.init.normal_(self.B, std=0.01)
 
 
-@fake("Deaf", speaks="is deaf", learns="does not depend on any trainable tensor")
-class DeafAdapter(HonestAdapter):
+@fake("NeverReached", reached="is not reached", learns="does not depend on any trainable tensor")
+class NeverReachedAdapter(HonestAdapter):
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
         return out
 
 
-@fake("DeafAtOneSite", speaks="'layers.1.q_proj' is deaf")
-class DeafAtOneSiteAdapter(HonestAdapter):
+@fake("MissesOneLayer", reached="'layers.1.q_proj' is not reached")
+class MissesOneLayerAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        said = super().forward(x, y, base)
-        return said * 0 if "1" in self.site_name else said
+        change = super().forward(x, y, base)
+        return change * 0 if "1" in self.site_name else change
 
 
 @fake("Noisy", repeats="is dropout on")
@@ -128,8 +129,8 @@ class EditsBaseInForwardAdapter(HonestAdapter):
         return super().forward(x, y, base)
 
 
-@fake("ThawsBase", base="still requires a gradient")
-class ThawsBaseAdapter(HonestAdapter):
+@fake("UnfreezesBase", base="still requires a gradient")
+class UnfreezesBaseAdapter(HonestAdapter):
     def reset(self, base: Base) -> None:
         super().reset(base)
         base.kind.tensor(base.layer).requires_grad_(True)
@@ -142,10 +143,10 @@ class AddsAModuleAdapter(HonestAdapter):
         base.layer.extra = nn.Identity()
 
 
-@declare("SpeaksInSilence", silence="inside `with bank.using")
+@declare("ChangesTheBaseOnly", base_only="inside `with bank.using")
 @dataclass(frozen=True)
-class SpeaksInSilence(Honest):
-    """A hook on the model that speaks whatever the bank says."""
+class ChangesTheBaseOnly(Honest):
+    """A hook on the model that changes its output whatever the bank says."""
 
     def patch(self, model: nn.Module) -> Callable[[], None]:
         return model.register_forward_hook(_louder).remove
@@ -254,6 +255,43 @@ class ResetsOnceAdapter(HonestAdapter):
         self.started = True
 
 
+@fake("ThinIsAnother", thin="the change of the thin form, against `forward`")
+class ThinIsAnotherAdapter(HonestAdapter):
+    """A thin form of twice the change, where nothing else reads it: in evaluation, of an input."""
+
+    def thin(self, base: Base, x: Any) -> Thin:
+        twice = x is not None and not self.training
+        return Thin(self.A, self.B, self.scale * (2 if twice else 1))
+
+
+@fake("TrainsAnother", thin="has a gradient on one path of the fused and the plain")
+class TrainsAnotherAdapter(HonestAdapter):
+    """A thin form without the gradient of A, which the fused path takes."""
+
+    def thin(self, base: Base, x: Any) -> Thin:
+        return Thin(self.A.detach(), self.B, self.scale)
+
+
+@fake("MixesTheStack", stacked="`delta` of matrix 0 of the stack")
+class MixesTheStackAdapter(HonestAdapter):
+    """Every matrix of a stack gets the mean change."""
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return base.apply(x, self.delta(base).to(y.dtype)) if y.ndim == 3 and x is None else super().forward(x, y, base)
+
+    def delta(self, base: Base) -> Tensor:
+        change = super().delta(base)
+        return change if change.ndim == 2 else change.mean(0).expand_as(change)
+
+
+@fake("NormsOfTheBase", inside_dora="‖W + ΔW‖ by rows")
+class NormsOfTheBaseAdapter(HonestAdapter):
+    """Row norms that forget the change: DoRA's rows get other lengths than its magnitude."""
+
+    def row_norms(self, base: Base) -> Tensor:
+        return torch.linalg.vector_norm(base.matrix(), dim=-1)
+
+
 # — training ————————————————————————————————————————————————————————————————————————————————————————————————————————
 
 
@@ -286,7 +324,7 @@ class ZeroGradientAdapter(HonestAdapter):
 
 @fake("CopiesShared", gradients="shared:gain' (2,) (role scale) requires a gradient and never got one")
 class CopiesSharedAdapter(HonestAdapter):
-    """Clones the shared tensor instead of borrowing it: what is trained is not what speaks."""
+    """Clones the shared tensor instead of borrowing it: what is trained is not what acts."""
 
     def __init__(self, site: Site, method: Any) -> None:
         super().__init__(site, method)
@@ -323,7 +361,7 @@ class LearnsUphillAdapter(HonestAdapter):
 
 @fake("CountsItsCalls", checkpointing="is a state kept in forward")
 class CountsItsCallsAdapter(HonestAdapter):
-    """What it says in training depends on how often it was called; recomputed activations differ."""
+    """What it gives in training depends on how often it was called; recomputed activations differ."""
 
     def __init__(self, site: Site, method: Any) -> None:
         super().__init__(site, method)
@@ -357,7 +395,48 @@ class ForgetsRuleMemory(Honest):
         return [Drift()]
 
 
-# — the company it keeps ————————————————————————————————————————————————————————————————————————————————————————————
+@fake("SkipsItsHooks", penalty="a hook on an adapter never fired", context="the adapter was never called")
+class SkipsItsHooksAdapter(HonestAdapter):
+    """Calls past `__call__`, so nobody can watch it."""
+
+    def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
+        change = self.forward(x, y, base)
+        scale = weight.to(y.dtype) if isinstance(weight, Tensor) else weight
+        while isinstance(scale, Tensor) and 0 < scale.ndim < change.ndim:
+            scale = scale[..., None]
+        return out + scale * change
+
+
+@fake("IgnoresPenalties", penalty="does not reach the adapter")
+class IgnoresPenaltiesAdapter(HonestAdapter):
+    """Whoever listens sees a change without a gradient."""
+
+    def __call__(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        with torch.no_grad():
+            super().__call__(x, y, base)
+        return self.forward(x, y, base)
+
+
+@fake("DropsContext", context="the batch's context does not reach")
+class DropsContextAdapter(HonestAdapter):
+    """A combinator that makes a base of its own."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.inner = HonestAdapter(site, method)
+
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        self.inner.reset(base)
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) + self.inner(x, y, Base(base.kind, base.layer))
+
+    def delta(self, base: Base) -> Tensor:
+        return super().delta(base) + self.inner.delta(base)
+
+
+# — several adapters ————————————————————————————————————————————————————————————————————————————————————————————————
 
 
 @fake(
@@ -368,15 +447,15 @@ class ForgetsRuleMemory(Honest):
 )
 class LeaksBetweenRowsAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        said = super().forward(x, y, base)
-        return said - 0.1 * said.mean(0, keepdim=True)
+        change = super().forward(x, y, base)
+        return change - 0.1 * change.mean(0, keepdim=True)
 
 
 @fake("LeaksInTraining", independence="in training mode")
 class LeaksInTrainingAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        said = super().forward(x, y, base)
-        return said - said.mean(0, keepdim=True) if self.training else said
+        change = super().forward(x, y, base)
+        return change - change.mean(0, keepdim=True) if self.training else change
 
 
 @fake("IgnoresWeight", weights="at weight 0.0")
@@ -398,38 +477,38 @@ class RoundsTensorWeightAdapter(HonestAdapter):
         )
 
 
-@fake("HearsOthers", adds="against the base and the two changes")
-class HearsOthersAdapter(HonestAdapter):
-    """Reacts to what others have said already, not to the base alone."""
+@fake("SeesOthers", adds="against the base and the two changes")
+class SeesOthersAdapter(HonestAdapter):
+    """Reacts to what others have changed already, not to the base alone."""
 
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
         gain = 1 + (out - y).tanh()
         return super().add(out, x, y, base, weight) * 1 + (gain - 1) * self.forward(x, y, base)
 
 
-@fake("WritesOnSwitch", switching="must not write into the model: attribute", detach="last_speaker is new")
+@fake("WritesOnSwitch", switching="must not write into the model: attribute", detach="last_active is new")
 class WritesOnSwitchAdapter(HonestAdapter):
-    """Writes into the layer who has spoken last."""
+    """Writes into the layer who was active last."""
 
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
-        base.layer.last_speaker = id(self)
+        base.layer.last_active = id(self)
         return super().add(out, x, y, base, weight)
 
 
-_desk: dict[str, Tensor] = {}
+_buffer: dict[str, Tensor] = {}
 
 
-@fake("SharesADesk", threads="beside another one")
-class SharesADeskAdapter(HonestAdapter):
-    """Lays its input on a desk that all threads use."""
+@fake("SharesABuffer", threads="beside another one")
+class SharesABufferAdapter(HonestAdapter):
+    """Puts its change into a buffer that all threads use."""
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        _desk[self.site_name] = super().forward(x, y, base)
+        _buffer[self.site_name] = super().forward(x, y, base)
         time.sleep(0.002)
-        return _desk[self.site_name]
+        return _buffer[self.site_name]
 
 
-# — travel ——————————————————————————————————————————————————————————————————————————————————————————————————————————
+# — portability ———————————————————————————————————————————————————————————————————————————————————————————————————
 
 
 @declare("ForgetsASetting", settings="against the original")
@@ -458,6 +537,22 @@ def forgetful() -> ForgetsASetting:
     return made
 
 
+@declare("HasADeadSetting", settings_matter="setting momentum=0.5: 0.25 or 1.0 instead changes neither")
+@dataclass(frozen=True)
+class HasADeadSetting(Honest):
+    """A setting that nothing reads."""
+
+    momentum: float = 0.5
+
+
+@declare("CallsALivingSettingInert", settings_matter="setting 'scale' is declared inert, and 1.0 changes the output")
+@dataclass(frozen=True)
+class CallsALivingSettingInert(Honest):
+    """A setting that is declared to do nothing, and does."""
+
+    inert = {"scale": "wrong"}  # noqa: RUF012
+
+
 @fake("HidesATensor", moves="not on the expected device", bf16="same dtype")
 class HidesATensorAdapter(HonestAdapter):
     """A tensor that is no parameter and no buffer: `.to()` does not find it."""
@@ -474,7 +569,7 @@ class HidesATensorAdapter(HonestAdapter):
 class KeepsALambdaAdapter(HonestAdapter):
     def __init__(self, site: Site, method: Any) -> None:
         super().__init__(site, method)
-        self.squash = lambda said: said
+        self.squash = lambda change: change
 
 
 @fake("SharesWithItsCopy", copies="shares the tensor")
@@ -531,15 +626,15 @@ class ForgetsToSaveAdapter(HonestAdapter):
 @fake("BranchesOnValues", compile="data-dependent")
 class BranchesOnValuesAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        said = super().forward(x, y, base)
-        return said if float(said.detach().abs().max()) < 1e9 else said * 0
+        change = super().forward(x, y, base)
+        return change if float(change.detach().abs().max()) < 1e9 else change * 0
 
 
 @fake("OtherWhenCompiled", compile="compiled against uncompiled")
 class OtherWhenCompiledAdapter(HonestAdapter):
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        said = super().forward(x, y, base)
-        return said * 1.5 if torch.compiler.is_compiling() else said
+        change = super().forward(x, y, base)
+        return change * 1.5 if torch.compiler.is_compiling() else change
 
 
 @fake("RecompilesForever", recompiles="compiled again")

@@ -80,20 +80,20 @@ def test_every_check_catches_a_fake() -> None:
 
 
 def test_the_table_tells_what_broke_and_goes_on() -> None:
-    cls, _ = FAKES["LoudStart"]
+    cls, _ = FAKES["StartsNonzero"]
     table = check_method(cls(), make, run, BATCHES, target_modules=TARGETS)
     assert not table.ok
     assert [row.name for row in table] == list(NAMES)
     assert "identity" in {row.name for row in table.failed}
-    assert "silence" not in {row.name for row in table.failed}
-    assert str(table).splitlines()[0] == f"LoudStart: {len(NAMES) - len(table.failed)} of {len(NAMES)} hold"
+    assert "base_only" not in {row.name for row in table.failed}
+    assert str(table).splitlines()[0] == f"StartsNonzero: {len(NAMES) - len(table.failed)} of {len(NAMES)} hold"
 
 
 def test_a_check_leaves_random_numbers_alone() -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    check_of(Honest(), "speaks")()
+    check_of(Honest(), "reached")()
     assert torch.equal(torch.rand(3), wanted)
 
 

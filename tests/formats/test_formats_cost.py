@@ -32,19 +32,19 @@ def test_loading_costs_the_same_however_many_adapters_there_are(others, tmp_path
     sites = sum(1 for _ in rl.load(model, folder, "n0").adapters("n0"))
     for i in range(1, others):
         rl.load(model, folder, f"n{i}")
-    planted, copied = [], []
-    plant, meta = graft.add_adapter, base._meta
-    monkeypatch.setattr("rankloom.core.attach.add_adapter", lambda *a: (planted.append(a), plant(*a))[1])
+    added, copied = [], []
+    add, meta = graft.add_adapter, base._meta
+    monkeypatch.setattr("rankloom.core.attach.add_adapter", lambda *a: (added.append(a), add(*a))[1])
     monkeypatch.setattr(base, "_meta", lambda t: (copied.append(t), meta(t))[1])
     rl.load(model, folder, "last")
-    assert len(planted) == sites
+    assert len(added) == sites
     assert len(copied) <= tensors
 
 
-def test_nothing_is_planted_before_the_file_fits(tmp_path, monkeypatch):
+def test_nothing_is_added_before_the_file_fits(tmp_path, monkeypatch):
     folder, other = saved(tmp_path / "a"), net()
     other.layers[1].q = torch.nn.Linear(8, 5)
-    monkeypatch.setattr("rankloom.core.attach.add_adapter", lambda *_: pytest.fail("planted"))
+    monkeypatch.setattr("rankloom.core.attach.add_adapter", lambda *_: pytest.fail("added"))
     with pytest.raises(FileError):
         rl.load(other, folder)
     assert not hasattr(other, "rankloom")

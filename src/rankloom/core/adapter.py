@@ -36,15 +36,14 @@ class Adapter(nn.Module):
     dropout: float = 0.0
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Refuse a class that changes the forward of a thin adapter and not its thin form: whoever asks for the thin form
-        (the fused path, mixed batches, merging) would get another change than the forward's.
-        """
+        """Refuse a class that changes what follows from a thin form and not the thin form itself."""
         super().__init_subclass__(**keywords)
         own = vars(cls)
-        if ("forward" in own or "add" in own) and "thin" not in own and cls.thin is not Adapter.thin:
+        found = next((name for name in ("forward", "add", "delta", "delta_bias", "row_norms") if name in own), None)
+        if found is not None and "thin" not in own and cls.thin is not Adapter.thin:
             raise TypeError(
-                f"{cls.__name__} states its own forward and takes over the thin form of {cls.__mro__[1].__name__}: state "
-                "`thin` too, returning None where the change is more than thin"
+                f"{cls.__name__} has a {found!r} of its own and inherits a thin form, which is used in its place: "
+                "give it a `thin` of its own, which may return None"
             )
 
     def __init__(self, site_name: str) -> None:
@@ -105,7 +104,7 @@ class Adapter(nn.Module):
 
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
         """out + weight·Δy; override only for exactness."""
-        change = self.forward(x, y, base)
+        change: Tensor = self(x, y, base)
         if isinstance(weight, Tensor):
             return out + weight.to(change).reshape(*weight.shape, *(1,) * (change.ndim - weight.ndim)) * change
         return out + (change if weight == 1 else weight * change)
@@ -146,6 +145,12 @@ class Adapter(nn.Module):
         if all(tuple(tensor.shape) == shapes[name] for name, tensor in made.items()):
             self._parameters.update(made)
 
+    @property
+    def hooked(self) -> bool:
+        """Whether a hook is registered here or on an adapter inside: `forward` is then called, thin form or not."""
+        parts = self.modules() if self._modules else (self,)
+        return any(bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for m in parts)
+
     def needs_input(self, x: Any) -> None:
         """Raise `NotMergeable` where there is no input to depend on."""
         if x is None:
@@ -162,7 +167,7 @@ class Adapter(nn.Module):
     def settings(self) -> int:
         """How often something other than a tensor was set anew: what was made of the adapter before is stale then."""
         count: int = self.__dict__.get("_settings", 0)
-        return count
+        return count + len(self._forward_hooks) + len(self._forward_pre_hooks) + len(self._backward_hooks)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not isinstance(value, Tensor) and self.__dict__.get(name, self) is not value:
@@ -184,6 +189,27 @@ def _resized(tensor: nn.Parameter, dim: int, rank: int) -> nn.Parameter:
     shape = list(tensor.shape)
     shape[dim] = rank
     return nn.Parameter(tensor.new_zeros(shape), requires_grad=tensor.requires_grad)
+
+
+def thin_of(adapter: Adapter, base: Base, x: Any) -> Thin | None:
+    """`Adapter.thin`, for who computes the change in the adapter's place; None also where hooks wait for its call."""
+    return None if adapter.hooked else adapter.thin(base, x)
+
+
+def fixed_thin(adapter: Adapter, base: Base) -> Thin | None:
+    """`thin_of` where it is the same for every input, else None: nothing that depends on the input is computed."""
+    try:
+        return thin_of(adapter, base, None)
+    except NotMergeable:
+        return None
+
+
+def borrowed(adapter: Adapter) -> Iterator[nn.Parameter]:
+    """Every parameter that the adapter, or one inside it, reads without owning it."""
+    for module in adapter.modules():
+        for shared, key in module._borrowed.values() if isinstance(module, Adapter) else ():
+            found = getattr(shared, key)
+            yield from found.parameters() if isinstance(found, nn.Module) else (found,)
 
 
 def take_dropout(adapter: Adapter) -> float:
@@ -233,7 +259,7 @@ class Sum(Adapter):
             part.reset(base)
 
     def thin(self, base: Base, x: Any) -> Thin | None:
-        found = [part.thin(base, x) for part in self._each()]
+        found = [thin_of(part, base, x) for part in self._each()]
         known = [(thin, 1.0) for thin in found if thin is not None]
         return forms.joined(known) if len(known) == len(found) else None
 

@@ -15,12 +15,9 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Base:
-    """The frozen layer, spoken to through its kind; `context`: what is known of the batch (task ids, attention mask).
+    """The frozen layer through its kind; `context`: what is known of the batch (task ids, attention mask)."""
 
-    `name`: of the site.
-    """
-
-    __slots__ = ("context", "kind", "layer", "name", "notes")
+    __slots__ = ("context", "kind", "layer", "notes")
 
     def __init__(
         self,
@@ -28,13 +25,18 @@ class Base:
         layer: nn.Module,
         context: Mapping[str, Any] = _EMPTY,
         notes: Notes | None = None,
-        name: str = "",
     ) -> None:
         self.kind = kind
         self.layer = layer
         self.context = context
         self.notes = notes
-        self.name = name
+
+    @property
+    def name(self) -> str:
+        """Of the site; looked up when it is asked for, as compiled code would be made again for every other name."""
+        anchor = self.layer.__dict__.get("_rankloom")
+        path = "" if anchor is None else anchor.name
+        return path if self.kind.name != "parameter" else ".".join(filter(None, (path, self.kind.parameter())))
 
     def note(self, kind: str, tensor: Tensor) -> None:
         """Tell the rules of the training something of this forward pass (`Run.notes`); dropped if no rule reads it."""

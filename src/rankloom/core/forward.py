@@ -57,10 +57,10 @@ def forward_of(plain: Callable[..., Any], parameters: tuple[str, ...]) -> Callab
 
 def _changed(layer: nn.Module, anchor: Anchor, kind: Kind, x: Any, y: Tensor, selection: Selection) -> Tensor:
     table = slot_table(layer, LAYER)
-    base = Base(kind, layer, selection.context, anchor.selector.notes, anchor.name)
+    base = Base(kind, layer, selection.context, anchor.selector.notes)
     hooked = "_hf_hook" in layer.__dict__
     out, each = y, selection.active
-    if kind.linear and not hooked and base.notes is None and _plain(y):  # stacked ones do not see their input
+    if kind.linear and not hooked and base.notes is None and not base.context and _plain(y):
         if selection.segments is not None:
             _times(layer, y, selection.batch)
             out, each = in_segments(table, x, y, base, selection, anchor.stacks)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rankloom.core import thin as forms
+from rankloom.core.adapter import thin_of
 from rankloom.core.base import Base
 from rankloom.core.kinds import Dense, product
 from rankloom.core.selection import Selection
@@ -74,7 +75,7 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
         return f"an input of {x.dtype} on weights of {weight.dtype}"
     if weight.device != x.device or x.shape[-1] != kind.shape(layer)[-1]:
         return "an input that does not fit"
-    base = Base(kind, layer, given.selection.context, anchor.selector.notes, anchor.name)
+    base = Base(kind, layer, given.selection.context, anchor.selector.notes)
     found = _thins(layer, base, given)
     if isinstance(found, str):
         return found
@@ -109,7 +110,7 @@ def _thins(layer: nn.Module, base: Base, given: Seen) -> list[tuple[Thin, float]
             continue
         if active.rows is not None or not isinstance(active.weight, (int, float)):
             return "an adapter is weighted by rows or by a tensor"
-        thin = adapter.thin(base, given.x)
+        thin = thin_of(adapter, base, given.x)
         if thin is None:
             return f"{type(adapter).__name__}: {adapter.more_than_thin}"
         found.append((thin, active.weight))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -28,7 +28,14 @@ def _each(undo: list[Callable[[], None]]) -> None:
 
 @dataclass(frozen=True)
 class Method(Settings, ABC):
-    """Settings in PEFT's vocabulary that build the adapter of each site."""
+    """Settings in PEFT's vocabulary that build the adapter of each site.
+
+    Every setting has an effect, which the contract tries (`rankloom.testing`): `examples` gives other values of a
+    setting where its type tells none; `inert` names those that change neither outputs nor training nor files, and why.
+    """
+
+    examples: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    inert: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def build(self, site: Site) -> Adapter | None:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core import thin as forms
-from rankloom.core.adapter import Adapter
+from rankloom.core.adapter import Adapter, fixed_thin
 from rankloom.core.base import Base
 from rankloom.core.selection import Active, Selection
 from rankloom.core.thin import Thin
-from rankloom.errors import NotMergeable
 from rankloom.ops.segments import Segments, Stack, added, stack, trained
 
 
@@ -149,10 +148,7 @@ def changes_of(each: Sequence[Adapter | None], base: Base) -> dict[int, Change]:
 
 
 def _change(adapter: Adapter, base: Base) -> Change | None:
-    try:
-        thin = adapter.thin(base, None)
-    except NotMergeable:
-        return None
+    thin = fixed_thin(adapter, base)
     if thin is None or thin.dropout or thin.by_token:
         return None
     thin, column = forms.folded(thin), None

@@ -17,11 +17,13 @@ class Shared(nn.Module):
         super().__init__()
         self.roles: dict[str, str] = {}
 
-    def provide(self, key: str, make: Callable[[], Tensor], *, role: str, trainable: bool) -> None:
-        """Register the tensor under `key` unless it is there already."""
-        if key not in self._parameters:
-            self.register_parameter(key, nn.Parameter(make(), requires_grad=trainable))
-            self.roles[key] = role
+    def provide(self, key: str, make: Callable[[], Tensor], *, role: str, trainable: bool) -> bool:
+        """Register the tensor under `key` unless it is there already; True for the first, who fills it."""
+        if key in self._parameters:
+            return False
+        self.register_parameter(key, nn.Parameter(make(), requires_grad=trainable))
+        self.roles[key] = role
+        return True
 
     def tensor(self, key: str) -> nn.Parameter:
         """The parameter registered under `key`."""

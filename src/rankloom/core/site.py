@@ -66,7 +66,7 @@ class Site:
     @property
     def base(self) -> Base:
         """The frozen layer as the adapter sees it."""
-        return Base(self.kind, self.layer, name=self.name)
+        return Base(self.kind, self.layer)
 
     @property
     def out(self) -> int:

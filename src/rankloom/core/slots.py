@@ -103,7 +103,7 @@ def _effective(owner: nn.Module, key: str) -> Tensor | None:
     grad = torch.is_grad_enabled()
     if scope is not None and (key, grad) in scope:
         return scope[key, grad]
-    base = Base(Bare(key), owner, selection.context, selector.notes, name)
+    base = Base(Bare(key), owner, selection.context, selector.notes)
     out: Tensor = value
     for active in selection.active:
         adapter = table.get(active.name)

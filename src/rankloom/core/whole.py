@@ -47,9 +47,9 @@ class WholeAdapter(Adapter):
         return self.value - base.kind.tensor(base.layer)
 
     def add(self, out: Tensor, x: Any, y: Tensor, base: Base, weight: Weight) -> Tensor:
-        if out is y and not isinstance(weight, Tensor) and weight == 1:
+        if out is y and not isinstance(weight, Tensor) and weight == 1 and not self.hooked:
             return self.value.to(y.dtype)
-        return out + weight * (self.value.to(y.dtype) - y)
+        return super().add(out, x, y, base, weight)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankloom.core.adapter import Adapter, take_dropout
+from rankloom.core.adapter import Adapter, take_dropout, thin_of
 from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.site import Site
@@ -80,7 +80,7 @@ class DoRAAdapter(Adapter):
 
     def thin(self, base: Base, x: Any) -> Thin | None:
         """None where the norm has a gradient, or the inner change is more than thin or depends on its input."""
-        inner = self.inner.thin(base, x) if self.detach_norm else None
+        inner = thin_of(self.inner, base, x) if self.detach_norm else None
         if inner is None or inner.by_token or inner.magnitude is not None:
             return None
         return inner._replace(magnitude=self.magnitude, dropout=self.dropout if self.training else 0.0)

@@ -1,6 +1,6 @@
 """DyLoRA: one LoRA pair that works at every rank up to r, trained by sampling the rank.
 
-ΔW_b = s_b·B[:, :b] A[:b], s_b = lora_alpha/b. In a step at rank b the rows below b speak, and with `frozen` only the
+ΔW_b = s_b·B[:, :b] A[:b], s_b = lora_alpha/b. In a step at rank b the rows below b act, and with `frozen` only the
 last of them learns. Valipour et al., EACL 2023, arXiv 2210.07558 §4; the released code's scale √(r/b) for each factor
 gives lora_alpha/b in all.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class DyLoRA(Method):
     scaling: Scaling = "alpha/b"
     seed: Seed = 0
 
+    examples: ClassVar = {"init_lora_weights": ("gaussian", "orthogonal")}
+
     def __post_init__(self) -> None:
         check_start(self.init_lora_weights)
         if self.init_lora_weights in NONZERO:
@@ -72,7 +74,7 @@ class DyLoRA(Method):
 
 
 class DyLoRAAdapter(Elastic):
-    """A (…, r, in), B (…, out, r); speaks at `rank`, and in a training at the rank that its step drew."""
+    """A (…, r, in), B (…, out, r); active at `rank`, and in a training at the rank that its step drew."""
 
     roles = {"A": "in", "B": "out"}
     peft_names = {"A": "lora_A.weight", "B": "lora_B.weight"}
@@ -93,12 +95,12 @@ class DyLoRAAdapter(Elastic):
 
     @property
     def now(self) -> int:
-        """The rank that is heard."""
+        """The rank that is in use."""
         return self.sampled if self.sampled is not None and self.training else self.rank
 
     @property
     def scaling(self) -> float:
-        """The scale at the rank that is heard."""
+        """The scale at the rank that is in use."""
         return scale_at(self.alpha, self.r, self.now, self.rule)
 
     def sample(self, rank: int | None) -> None:
@@ -130,7 +132,7 @@ def scale_at(alpha: float, r: int, rank: int, scaling: Scaling) -> float:
 
 
 def set_rank(bank: Bank, rank: int, name: str = "default") -> None:
-    """Let every DyLoRA site of the adapter speak, and merge, at `rank`; sites of a lower r at all of theirs."""
+    """Let every DyLoRA site of the adapter act, and merge, at `rank`; sites of a lower r at all of theirs."""
     found = _sites(bank, name)
     _check(rank, found)
     for adapter in found:
@@ -139,7 +141,7 @@ def set_rank(bank: Bank, rank: int, name: str = "default") -> None:
 
 @torch.no_grad()
 def truncate(bank: Bank, rank: int, name: str = "default") -> None:
-    """Cut the adapter down to `rank` for good, in its tensors and in its plan: it speaks as `set_rank` let it.
+    """Cut the adapter down to `rank` for good, in its tensors and in its plan: it acts as `set_rank` let it.
 
     Optimizers that hold the old tensors are of no more use. Raises `SettingsError` where sites differ in r.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -37,6 +37,8 @@ class LoRA(Method):
     scaling: Literal["standard", "rslora"] = "standard"
     frozen: Literal["none", "A", "B"] = "none"
     lora_bias: bool = False
+
+    examples: ClassVar = {"init_lora_weights": ("gaussian", "orthogonal")}
 
     def __post_init__(self) -> None:
         check_start(self.init_lora_weights)

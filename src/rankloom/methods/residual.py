@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rankloom.core.adapter import Adapter, take_dropout
+from rankloom.core.adapter import Adapter, take_dropout, thin_of
 from rankloom.core.base import Base
 from rankloom.core.site import Site
 from rankloom.core.thin import Thin, joined
@@ -33,8 +34,14 @@ class ResidualAdapter(Adapter):
         self.start.load_state_dict(self.inner.state_dict())
 
     def thin(self, base: Base, x: Any) -> Thin | None:
-        now, start = self.inner.thin(base, x), self.start.thin(base, x)
-        return None if now is None or start is None else joined([(now, 1.0), (start, -1.0)])
+        now, start = thin_of(self.inner, base, x), thin_of(self.start, base, x)
+        if now is None or start is None or now.dropout:
+            return None
+        if all(extra is None for thin in (now, start) for extra in (thin.inner, thin.outer, thin.bias, thin.magnitude)):
+            # B A − B₀A₀ = (B − B₀) A + B₀ (A − A₀): exactly zero at the start, and no large numbers that cancel
+            a, b = torch.cat([now.A, now.A - start.A], dim=-2), torch.cat([now.B - start.B, start.B], dim=-1)
+            return Thin(a, b, now.scale)
+        return joined([(now, 1.0), (start, -1.0)])
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         change: Tensor = self.inner(x, y, base) - self.start(x, y, base)

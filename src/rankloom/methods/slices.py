@@ -7,7 +7,7 @@ W = [W_1; …; W_parts]; each block in `on` gets its own inner adapter, as LoRA'
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class Slices(Method):
     inner: Method = field(default_factory=LoRA)
     parts: Count = 3
     on: tuple[int, ...] = (0, 2)
+
+    examples: ClassVar = {"on": ((0,), (1,))}
 
     def __post_init__(self) -> None:
         if not self.on or any(not 0 <= i < self.parts for i in self.on):
@@ -90,14 +92,18 @@ class SlicesAdapter(Adapter):
 
 
 class Cut(Base):
-    """Row block `number` of a base, spoken to through the base's own kind."""
+    """Row block `number` of a base, through the base's own kind."""
 
     __slots__ = ("number", "parts")
 
     def __init__(self, base: Base, parts: int, number: int) -> None:
-        super().__init__(base.kind, base.layer, base.context, base.notes, f"{base.name}[{number}]")
+        super().__init__(base.kind, base.layer, base.context, base.notes)
         self.parts = parts
         self.number = number
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}[{self.number}]"
 
     def matrix(self) -> Tensor:
         return super().matrix().chunk(self.parts, dim=-2)[self.number]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rankloom.core.method import Method
 from rankloom.core.plan import Plan, as_plan
-from rankloom.testing import company, compiled, kinds, learning, matrix, start, travel
+from rankloom.testing import compiled, effects, inside, kinds, learning, matrix, portability, several_adapters, start
 from rankloom.testing.check import Check, Promise, Report, Row, report
 from rankloom.testing.size import count
 from rankloom.testing.subject import Subject, Unfit, check_fit
@@ -25,37 +25,43 @@ from rankloom.testing.subject import Subject, Unfit, check_fit
 PROMISES: dict[str, Promise] = {
     "identity": start.identity,
     "repeats": start.repeats,
-    "speaks": start.speaks,
-    "silence": start.silence,
+    "reached": start.reached,
+    "base_only": start.base_only,
     "base": start.base,
     "detach": start.detached,
     "independence": start.independence,
     "merge": matrix.merge,
     "unmerge": matrix.unmerge,
     "delta": matrix.delta,
+    "thin": matrix.thin,
+    "stacked": kinds.stacked,
     "fold": matrix.fold,
     "frozen": learning.frozen,
     "gradients": learning.gradients,
     "learns": learning.learns,
     "checkpointing": learning.checkpointing,
+    "penalty": learning.penalty,
     "resume": learning.resume,
-    "settings": travel.settings,
-    "save_load": travel.save_load,
-    "copies": travel.copies,
-    "pickles": travel.pickles,
-    "moves": travel.moves,
-    "bf16": travel.bf16,
-    "autocast": travel.autocast,
+    "settings": portability.settings,
+    "settings_matter": effects.settings_matter,
+    "save_load": portability.save_load,
+    "copies": portability.copies,
+    "pickles": portability.pickles,
+    "moves": portability.moves,
+    "bf16": portability.bf16,
+    "autocast": portability.autocast,
     "compile": compiled.compile,
     "recompiles": compiled.recompiles,
-    "adds": company.adds,
-    "weights": company.weights,
-    "switching": company.switching,
-    "rows": company.rows,
-    "rows_tensor": company.rows_tensor,
-    "threads": company.threads,
+    "adds": several_adapters.adds,
+    "weights": several_adapters.weights,
+    "switching": several_adapters.switching,
+    "rows": several_adapters.rows,
+    "rows_tensor": several_adapters.rows_tensor,
+    "threads": several_adapters.threads,
+    "inside_dora": inside.inside_dora,
+    "context": inside.context,
 }
-NAMES = (*PROMISES, *(f"kind_{name}" for name in kinds.SAMPLES))
+NAMES = (*PROMISES, *(f"kind_{name}" for name in kinds.CASES))
 """Names of all checks, in the order of `checks`."""
 
 
@@ -94,7 +100,7 @@ def checks(
     name = type(subject.plan.method).__name__
     found = [Check(each, _line(body), partial(body, subject), name) for each, body in PROMISES.items()]
     line = _line(kinds.kind)
-    return found + [Check(f"kind_{k}", line, partial(kinds.kind, k, subject), name) for k in kinds.SAMPLES]
+    return found + [Check(f"kind_{k}", line, partial(kinds.kind, k, subject), name) for k in kinds.CASES]
 
 
 def check_method(

@@ -24,18 +24,18 @@ class Counter:
 
 
 def compile(subject: Subject) -> None:
-    """compiled, whole where the base is, it says what it says uncompiled"""
+    """compiled, whole where the base is, it answers as it does uncompiled"""
     with _fresh():
         whole = _compiles_whole(subject)
         model, bank = subject.nudged()
         said = subject.output(model)
         with bank.using():
-            silent = subject.output(model)
+            base = subject.output(model)
         fast = _compiled(model, Counter(), whole)
         subject.near(subject.output(fast), said, "compiled against uncompiled")
         with bank.using():
-            subject.near(subject.output(fast), silent, "compiled inside `with bank.using():` against the base")
-        subject.near(subject.output(fast), said, "compiled, after the silent block")
+            subject.near(subject.output(fast), base, "compiled inside `with bank.using():` against the base")
+        subject.near(subject.output(fast), said, "compiled, after the block")
 
 
 def recompiles(subject: Subject) -> None:

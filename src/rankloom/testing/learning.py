@@ -20,7 +20,9 @@ from rankloom.core.bank import Bank
 from rankloom.core.base import Base
 from rankloom.core.method import Method
 from rankloom.core.plan import Plan
+from rankloom.core.rule import Rule, Run
 from rankloom.core.site import Site
+from rankloom.errors import NotMergeable
 from rankloom.testing.subject import (
     Subject,
     assert_base_values,
@@ -191,6 +193,83 @@ def checkpointing(subject: Subject) -> None:
         assert (one is None) == (two is None), f"{key!r} has a gradient only {'with' if one is None else 'without'} it"
         if one is not None and two is not None:
             same(two, one, f"the gradient of {key!r} with checkpointing against without (is a state kept in forward?)")
+
+
+class Penalty(Rule):
+    """Adds `weight` times the mean squares of all changes to the loss; hooks on the adapters tell it of them."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.changes: list[Tensor] = []
+
+    def start(self, run: Run) -> None:
+        """Listen."""
+        sites = [site for name in run.bank.trained for site in run.bank.sites(name)]
+        self.handles = [site.adapter.register_forward_hook(self._keep) for site in sites]
+
+    def _keep(self, adapter: nn.Module, args: Any, change: Tensor) -> None:
+        self.changes.append(change)
+
+    def loss(self, run: Run, loss: Tensor) -> Tensor:
+        """The loss with the penalty."""
+        assert self.changes, "a hook on an adapter never fired: let `add` call the adapter, not its `forward`"
+        size = torch.stack([change.float().square().mean() for change in self.changes]).sum()
+        self.changes.clear()
+        return loss + self.weight * size
+
+    def finish(self, run: Run) -> None:
+        """Stop listening."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def penalty(subject: Subject) -> None:
+    """a rule may penalise what adapters give: its loss reaches their tensors"""
+    few, moved = replace(subject, steps=12), []
+    (base, *_), batches = few.base_outputs(), planted_batches(few)
+    for weight in (0.0, 1e3):
+        model, _ = few.adapted()
+        train(few, model, batches, rules=[Penalty(weight)])
+        moved.append(float(F.mse_loss(few.output(model), base)))
+    free, penalised = moved
+    assert free > 0, "twelve steps of training left the output as it was"
+    assert penalised < 0.9 * free, (
+        f"training moved the output by {free:.3g} (mean square), and by {penalised:.3g} with the changes heavily "
+        "penalised: the penalty's gradient does not reach the adapter"
+    )
+
+
+class Folding(Rule):
+    """Folds the adapters into the base every other step and starts them anew."""
+
+    def after_step(self, run: Run) -> None:
+        """Fold after steps 2, 4 …"""
+        if run.step % 2:
+            for name in run.bank.trained:
+                run.bank.fold(name)
+                run.bank.reset(name)
+
+
+def fold_resume(subject: Subject) -> None:
+    """a training with a rule that folds into the base goes on from its checkpoint bit for bit"""
+    steps = replace(subject, steps=max(subject.steps, 6))
+    batches = planted_batches(steps)
+    model, bank = steps.nudged()
+    try:
+        bank.fold("default")
+    except NotMergeable:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        straight, bank = steps.adapted()
+        whole = train(steps, straight, batches, stop=6, save_every=3, out=Path(folder, "a"), rules=[Folding()])
+        train(steps, steps.adapted()[0], batches, stop=4, save_every=3, out=Path(folder, "b"), rules=[Folding()])
+        model, again = steps.adapted(seed=5)
+        rest = train(
+            steps, model, batches, stop=3, save_every=3, out=Path(folder, "b"), resume="auto", rules=[Folding()]
+        )
+    assert rest == whole[3:], f"the losses of steps 4 to 6 are {rest} after a resume and {whole[3:]} without a break"
+    _same_tensors(bank, again, "after six steps and folds, resumed against unbroken")
+    assert_base_values(model, base_values(straight), "by a resume")
 
 
 def resume(subject: Subject) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rankloom.core import thin as forms
+from rankloom.core.adapter import Adapter, fixed_thin
 from rankloom.core.bank import Bank
 from rankloom.core.site import LAYER
 from rankloom.errors import NotMergeable
@@ -18,12 +20,13 @@ from rankloom.testing.subject import (
     reached_sites,
     same,
     trained,
+    training,
 )
 from rankloom.testing.trace import assert_unchanged, snapshot
 
 
 def merge(subject: Subject) -> None:
-    """merged into the base it says the same, or refuses (NotMergeable) and touches nothing"""
+    """merged into the base it answers the same, or refuses (NotMergeable) and touches nothing"""
     model, bank = subject.nudged()
     said, before = subject.outputs(model), snapshot(model)
     if not _merged(bank):
@@ -39,7 +42,7 @@ def merge(subject: Subject) -> None:
     half.use(default=0.5)
     wanted = subject.output(scaled)
     half.merge()
-    subject.near(subject.output(scaled), wanted, "merged at weight 0.5 against speaking at weight 0.5")
+    subject.near(subject.output(scaled), wanted, "merged at weight 0.5 against active at weight 0.5")
 
 
 def unmerge(subject: Subject) -> None:
@@ -70,8 +73,8 @@ def delta(subject: Subject) -> None:
         name = site.name
         with bank.using():
             y = reached.answer()
-        said = site.adapter(x, y, site.base)
-        added = site.adapter.add(y, x, y, site.base, 1.0)
+            said = site.adapter(x, y, site.base)
+            added = site.adapter.add(y, x, y, site.base, 1.0)
         assert said.dtype == y.dtype, f"site {name!r}: `forward` gives {said.dtype} for an output in {y.dtype}"
         subject.near(added, y + said, f"site {name!r}: what `add` makes of y, against y + `forward`")
         try:
@@ -88,6 +91,61 @@ def delta(subject: Subject) -> None:
     assert len(refused) in (0, len(sites)) or not _merged(bank), (
         f"`delta` refuses at {refused[0]!r} and merge went through all the same"
     )
+
+
+def thin(subject: Subject) -> None:
+    """where there is a thin form, it is what `forward` and `delta` give, and what the fused path trains"""
+    model, bank = subject.nudged()
+    for reached in reached_sites(subject, model, bank, "default"):
+        site, name = reached.site, f"site {reached.site.name!r}"
+        with torch.no_grad(), bank.using():
+            y = reached.answer()
+        for training_mode in (False, True):
+            site.adapter.train(training_mode)
+            _thin_is_forward(subject, reached, y, f"{name}, {'training' if training_mode else 'evaluation'} mode")
+        site.adapter.eval()
+        form = fixed_thin(site.adapter, site.base)
+        if form is not None:
+            with torch.no_grad():
+                change, lengths = site.adapter.delta(site.base), site.adapter.row_norms(site.base)
+                subject.near(forms.matrix(form, site.base), change, f"{name}: the thin form's matrix, against `delta`")
+                subject.near(forms.norms(form, site.base), lengths, f"{name}: row norms, thin against `row_norms`")
+    if not any(adapter.dropout for _, adapter in bank.adapters("default", of=Adapter)):
+        _fused_is_plain(subject, model, bank)
+
+
+@torch.no_grad()
+def _thin_is_forward(subject: Subject, reached: Reached, y: Tensor, where: str) -> None:
+    adapter, base = reached.site.adapter, reached.site.base
+    form = adapter.thin(base, reached.x)
+    if form is None:
+        return
+    torch.manual_seed(3)
+    change = forms.change(form, reached.x, y, base)
+    torch.manual_seed(3)
+    subject.near(change, adapter(reached.x, y, base), f"{where}: the change of the thin form, against `forward`")
+
+
+def _fused_is_plain(subject: Subject, model: nn.Module, bank: Bank) -> None:
+    """The second pass with the fused path knows which layers read one input."""
+    seen = []
+    for fused in (False, True, True):
+        bank.selector.fused = fused
+        torch.manual_seed(3)
+        with training(model):
+            out = subject.run(model, subject.batches[0])
+            out.float().square().mean().backward()  # type: ignore[no-untyped-call]
+        grads = {key: p.grad for key, p, _ in bank.trainable("default")}
+        model.zero_grad(set_to_none=True)
+        seen.append((out.detach(), grads))
+    (plain, wanted), *others = seen
+    for out, grads in others:
+        subject.near(out, plain, "the output in training, on the fused path against the plain one")
+        for key, grad in grads.items():
+            one = wanted[key]
+            assert (grad is None) == (one is None), f"{key!r} has a gradient on one path of the fused and the plain"
+            if grad is not None and one is not None:
+                subject.near(grad, one, f"the gradient of {key!r}, on the fused path against the plain one")
 
 
 def _applied(reached: Reached, y: Tensor, change: Tensor) -> Tensor:
@@ -119,7 +177,7 @@ def fold(subject: Subject) -> None:
 def _grows_again(subject: Subject, model: nn.Module, bank: Bank, folded: Tensor) -> None:
     nudge(trained(bank, "default"), seed=2)
     gap = difference(subject.output(model), folded)
-    assert gap > subject.limit(folded), "after fold and reset the adapter is deaf"
+    assert gap > subject.limit(folded), "after fold and reset the adapter changes nothing any more"
 
 
 def _merged(bank: Bank) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rankloom.core.adapter import borrowed
 from rankloom.core.attach import detach
 from rankloom.core.bank import Bank
 from rankloom.core.targets import base_modules, base_tensors
@@ -14,6 +15,7 @@ from rankloom.testing.subject import (
     base_values,
     difference,
     nudge,
+    reached_sites,
     same,
     slice_of,
     trained,
@@ -25,7 +27,7 @@ from rankloom.testing.trace import assert_unchanged, snapshot
 def identity(subject: Subject) -> None:
     """at its start an adapter changes nothing"""
     model, bank = subject.adapted()
-    assert bank.active == {"default": 1.0}, f"the first adapter of a model must speak at once; active: {bank.active}"
+    assert bank.active == {"default": 1.0}, f"a model's first adapter must be active at once; active: {bank.active}"
     for number, (said, base) in enumerate(zip(subject.outputs(model), subject.base_outputs())):
         subject.near(said, base, f"batch {number}: the model with the fresh adapter is not the base (is ΔW = 0?)")
 
@@ -37,25 +39,29 @@ def repeats(subject: Subject) -> None:
         same(one, two, f"batch {number}, twice in evaluation mode (is dropout on, or a state carried over?)")
 
 
-def speaks(subject: Subject) -> None:
-    """every site is heard once its tensors move"""
+@torch.no_grad()
+def reached(subject: Subject) -> None:
+    """every site takes part: it changes its layer once the tensors that it owns or borrows move"""
     model, bank = subject.adapted()
-    silent = subject.output(model)
-    own = {f.name: [p for p in f.adapter.parameters() if p.requires_grad] for f in bank.sites("default")}
-    for site, parameters in own.items():
-        kept = [p.detach().clone() for p in parameters]
+    start = subject.output(model)
+    found = {each.site.name: each for each in reached_sites(subject, model, bank, "default")}
+    for site in bank.sites("default"):
+        parameters = [p for p in (*site.adapter.parameters(), *borrowed(site.adapter)) if p.requires_grad]
+        assert site.name in found, f"site {site.name!r} is not reached: the first batch never calls its layer"
+        before, kept = found[site.name].answer().clone(), [p.detach().clone() for p in parameters]
         nudge(parameters)
-        moved = not parameters or difference(subject.output(model), silent) > subject.limit(silent)
-        assert moved, f"site {site!r} is deaf: its trained tensors moved and the output did not"
+        gap = difference(found[site.name].answer(), before)
+        moved = not parameters or gap > subject.limit(before)
+        assert moved, f"site {site.name!r} is not reached: its trained tensors moved and its layer's output did not"
         for parameter, value in zip(parameters, kept):
             parameter.data.copy_(value)
     assert trained(bank, "default"), "nothing is trainable: no tensor of the adapter requires a gradient"
     nudge(trained(bank, "default"))
-    gap = difference(subject.output(model), silent)
-    assert gap > subject.limit(silent), "all trained tensors moved and the output did not"
+    gap = difference(subject.output(model), start)
+    assert gap > subject.limit(start), "all trained tensors moved and the model's output did not"
 
 
-def silence(subject: Subject) -> None:
+def base_only(subject: Subject) -> None:
     """with no adapter selected the model is bitwise the base"""
     model, bank = subject.nudged()
     base = subject.base_outputs()

@@ -26,14 +26,14 @@ def adds(subject: Subject) -> None:
     """two adapters at once add up their changes, each seeing the base alone"""
     model, bank = _pair(subject)
     for site in reached_sites(subject, model, bank, "a"):
-        y, a, b, both = (_said(bank, site, *names) for names in ((), ("a",), ("b",), ("a", "b")))
+        y, a, b, both = (_answer(bank, site, *names) for names in ((), ("a",), ("b",), ("a", "b")))
         name = site.site.name
         subject.near(both, a + b - y, f"site {name!r} under use('a', 'b'), against the base and the two changes")
-        turned = _said(bank, site, "b", "a")
+        turned = _answer(bank, site, "b", "a")
         subject.near(turned, both, f"site {name!r}: the order of two adapters must not matter")
 
 
-def _said(bank: Bank, site: Reached, *names: str, **weights: Any) -> Tensor:
+def _answer(bank: Bank, site: Reached, *names: str, **weights: Any) -> Tensor:
     with bank.using(*names, **weights):
         return site.answer()
 
@@ -45,16 +45,16 @@ def weights(subject: Subject) -> None:
     bare = has_bare_sites(bank, "a")
     for site in reached_sites(subject, model, bank, "a"):
         name = f"site {site.site.name!r}"
-        y, full = _said(bank, site), _said(bank, site, "a")
+        y, full = _answer(bank, site), _answer(bank, site, "a")
         for weight in (0.0, 0.5, -2.0):
             wanted = y + weight * (full - y)
-            subject.near(_said(bank, site, a=weight), wanted, f"{name} at weight {weight}")
-            as_tensor = _said(bank, site, a=torch.tensor(weight))
+            subject.near(_answer(bank, site, a=weight), wanted, f"{name} at weight {weight}")
+            as_tensor = _answer(bank, site, a=torch.tensor(weight))
             subject.near(as_tensor, wanted, f"{name} at weight tensor({weight})")
         if not bare:
             by_row = torch.linspace(-1, 2, y.shape[0])
             wanted = y + by_row.to(y).reshape(-1, *(1,) * (y.ndim - 1)) * (full - y)
-            subject.near(_said(bank, site, a=by_row), wanted, f"{name} with a weight of its own for each row")
+            subject.near(_answer(bank, site, a=by_row), wanted, f"{name} with a weight of its own for each row")
 
 
 def switching(subject: Subject) -> None:

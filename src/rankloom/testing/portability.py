@@ -67,13 +67,13 @@ def save_load(subject: Subject) -> None:
 
 
 def copies(subject: Subject) -> None:
-    """a deep copy says the same and lives its own life"""
+    """a deep copy answers the same and is independent"""
     model, _ = subject.nudged()
     _independent(subject, model, copy.deepcopy(model), "the deep copy")
 
 
 def pickles(subject: Subject) -> None:
-    """pickled and unpickled it says the same and lives its own life"""
+    """pickled and unpickled it answers the same and is independent"""
     try:
         pickle.dumps(subject.model())
     except Exception as error:
@@ -95,10 +95,10 @@ def _independent(subject: Subject, model: nn.Module, twin: nn.Module, who: str) 
     gap = difference(subject.output(twin), said)
     assert gap > subject.limit(said), f"the tensors of {who} were changed and its output was not"
     other.use()
-    same(subject.output(model), said, f"the original after {who} was silenced")
+    same(subject.output(model), said, f"the original after {who} was switched to the base only")
     bank.use()
     other.use("default")
-    assert difference(subject.output(twin), subject.output(model)) > 0, f"{who} fell silent with the original"
+    assert difference(subject.output(twin), subject.output(model)) > 0, f"{who} was switched off with the original"
 
 
 def moves(subject: Subject) -> None:
@@ -116,7 +116,8 @@ def moves(subject: Subject) -> None:
     gap = difference(moved.to(said.dtype), said)
     assert gap <= limit, f"after model.to({other}) the output differs by {gap:.2g} (tolerance {limit:.2g})"
     bank.use()
-    assert difference(_run_in(subject, model, other), moved) > limit, f"after model.to({other}) the adapter is deaf"
+    gap = difference(_run_in(subject, model, other), moved)
+    assert gap > limit, f"after model.to({other}) the adapter changes nothing"
 
 
 def _to_meta(subject: Subject) -> None:
@@ -150,17 +151,17 @@ def bf16(subject: Subject) -> None:
         wanted = getattr(torch, kept)
         assert parameter.dtype == wanted, f"{key!r} is {parameter.dtype} on a bfloat16 base, it should be {wanted}"
     with bank.using():
-        silent = _run_in(subject, model, torch.bfloat16)
-    start = difference(_run_in(subject, model, torch.bfloat16), silent)
+        base = _run_in(subject, model, torch.bfloat16)
+    start = difference(_run_in(subject, model, torch.bfloat16), base)
     assert start < 0.1, f"at its start the adapter changes a bfloat16 base by {start:.2g} of the largest value"
     nudge(trained(bank, "default"))
     with _output_dtypes(bank) as seen:
         said = _run_in(subject, model, torch.bfloat16)
     for site, dtype in seen.items():
         assert dtype == torch.bfloat16, f"site {site!r} gives {dtype} on a bfloat16 base: cast factors to y.dtype"
-    assert said.dtype == silent.dtype, f"the output is {said.dtype} with the adapter and {silent.dtype} without"
+    assert said.dtype == base.dtype, f"the output is {said.dtype} with the adapter and {base.dtype} without"
     assert bool(said.isfinite().all()), "the output in bfloat16 is not finite"
-    assert difference(said, silent) > 0, "on a bfloat16 base the adapter is deaf"
+    assert difference(said, base) > 0, "on a bfloat16 base the adapter changes nothing"
     with training(model):
         subject.run(model, cast(subject.batches[0], torch.bfloat16)).float().square().mean().backward()  # type: ignore[no-untyped-call]
     for key, parameter, _ in bank.trainable("default"):
@@ -189,13 +190,13 @@ def _output_dtypes(bank: Bank) -> Iterator[dict[str, torch.dtype]]:
 
 def _same_dtypes_under_autocast(subject: Subject, model: nn.Module, bank: Bank, batch: Any) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        with bank.using(), _output_dtypes(bank) as silent:
+        with bank.using(), _output_dtypes(bank) as base:
             subject.run(model, batch)
-        with _output_dtypes(bank) as spoken:
+        with _output_dtypes(bank) as adapted:
             subject.run(model, batch)
-    for site, dtype in silent.items():
-        assert spoken[site] == dtype, (
-            f"under autocast site {site!r} gives {dtype} alone and {spoken[site]} with the adapter: "
+    for site, dtype in base.items():
+        assert adapted[site] == dtype, (
+            f"under autocast site {site!r} gives {dtype} alone and {adapted[site]} with the adapter: "
             "cast factors to y.dtype"
         )
 
@@ -209,17 +210,17 @@ def autocast(subject: Subject) -> None:
     with torch.no_grad():
         full = subject.run(model, batch)
         with bank.using():
-            silent = subject.run(model, batch)
+            base = subject.run(model, batch)
     _same_dtypes_under_autocast(subject, model, bank, batch)
     with training(model), torch.autocast("cpu", torch.bfloat16):
         loss = subject.run(model, batch).float().square().mean()
     loss.backward()  # type: ignore[no-untyped-call]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         half = subject.run(model, batch).float()
-    heard = float((full - silent).abs().max())
+    part = float((full - base).abs().max())
     gap = float((half - full).abs().max())
-    assert gap < 0.5 * heard + 0.1 * float(full.abs().max()), (
-        f"under autocast the output is {gap:.2g} off the one in float32, where the adapter's whole part is {heard:.2g}"
+    assert gap < 0.5 * part + 0.1 * float(full.abs().max()), (
+        f"under autocast the output is {gap:.2g} off the one in float32, where the adapter's whole part is {part:.2g}"
     )
     for key, parameter, _ in bank.trainable("default"):
         assert parameter.grad is None or parameter.grad.dtype == parameter.dtype, f"the gradient of {key!r} is half"
