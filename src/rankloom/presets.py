@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
+from rankloom.core.gate import Gate
 from rankloom.core.plan import Plan
 from rankloom.errors import SettingsError
+from rankloom.gates.linear import Linear
+from rankloom.gates.task import Task
+from rankloom.gates.topk import TopK
 from rankloom.methods.asymmetric import AsymmetricLoRA
 from rankloom.methods.dylora import DyLoRA
 from rankloom.methods.lora import LoRA
+from rankloom.methods.mixture import Mixture
 from rankloom.rules.projection import ProjectedGradient
 from rankloom.starts.split import LQ, LQER, LoftQ
 from rankloom.store.base import Store
@@ -36,6 +41,16 @@ def asymmetric_lora(code: str = "A_rand_hB_zero", **settings: Any) -> Asymmetric
         "init_B": _FACTOR_CODES.get(start_b, start_b),
     }
     return AsymmetricLoRA(**{**starts, "update_A": bool(hat_a), "update_B": bool(hat_b), **settings})
+
+
+def hydralora(
+    n_b: int = 4, infer: Literal["soft", "top1"] = "soft", r: int = 4, lora_alpha: float = 32.0, **settings: Any
+) -> Mixture:
+    """HydraLoRA (arXiv 2404.19245): one A, `n_b` heads B, and a router that mixes them token by token; in evaluation
+    `infer="top1"` takes the strongest head alone. `n_b` from data: `rankloom.ops.cluster.count_clusters(x)` on
+    embeddings x (n, d) of the training texts.
+    """
+    return Mixture(LoRA(r, lora_alpha, **settings), n_b, Linear(infer=infer), share=("A",))
 
 
 def loftq(bits: int = 4, iters: int = 5, quantizer: Literal["nf", "uniform"] = "nf", **settings: Any) -> Plan:
@@ -67,6 +82,35 @@ def lqer(bits: int = 4, activations: bool = False, **settings: Any) -> Plan:
     """
     start = LQER(activations, factors=BlockFloat(8))
     return Plan(LoRA(**{"r": 32, "lora_alpha": 32.0, **settings}), store=BlockFloat(bits), start=start)
+
+
+def moelora_task(
+    task_num: int = 2,
+    n: int = 8,
+    r: int = 16,
+    task_embedding_dim: int = 64,
+    share_gate: bool = False,
+    unknown: int | None = None,
+    **settings: Any,
+) -> Mixture:
+    """MOELoRA (arXiv 2310.18339): rank `r` in `n` experts of r/n, weighed by the row's task: ids 0 (padding) to `task_num`
+    in the batch's column "task", `unknown` where there is none. For one task it merges: `merge(context={"task": 1})`.
+    """
+    if r % n:
+        raise SettingsError(f"moelora_task: r={r} is the rank of all experts together, so n={n} must divide it")
+    lora = {"lora_alpha": 32.0, "init_lora_weights": "gaussian", **settings}
+    lora["lora_alpha"] /= n
+    return Mixture(LoRA(r // n, **lora), n, Task(task_num + 1, task_embedding_dim, share=share_gate, unknown=unknown))
+
+
+def molora(
+    n: int | tuple[int, ...] = 10, r: int = 4, lora_alpha: float = 16.0, top_k: int | None = None, **settings: Any
+) -> Mixture:
+    """MoLoRA (arXiv 2309.05444): `n` LoRA experts mixed by a softmax of the layer's input; `top_k`: only the largest
+    weights act, as they are.
+    """
+    gate: Gate = Linear(std=0.02) if top_k is None else TopK(top_k, "kept", Linear(std=0.02))
+    return Mixture(LoRA(r, lora_alpha, **settings), n, gate)
 
 
 def qdylora(bits: int = 4, **settings: Any) -> Plan:

@@ -17,12 +17,15 @@ _METHODS: dict[str, str] = {
     "asymmetric_lora": "rankloom.methods.asymmetric:AsymmetricLoRA",
     "dora": "rankloom.methods.dora:DoRA",
     "dylora": "rankloom.methods.dylora:DyLoRA",
-    "hydralora": "rankloom.methods.hydralora:HydraLoRA",
+    "hydralora": "rankloom.presets:hydralora",
     "loftq": "rankloom.presets:loftq",
     "lora": "rankloom.methods.lora:LoRA",
     "lora_fa": "rankloom.presets:lora_fa",
     "lq_lora": "rankloom.presets:lq_lora",
     "lqer": "rankloom.presets:lqer",
+    "mixture": "rankloom.methods.mixture:Mixture",
+    "moelora_task": "rankloom.presets:moelora_task",
+    "molora": "rankloom.presets:molora",
     "qa_lora": "rankloom.methods.qalora:QALoRA",
     "qdylora": "rankloom.presets:qdylora",
     "qlora": "rankloom.presets:qlora",
@@ -30,6 +33,13 @@ _METHODS: dict[str, str] = {
     "slices": "rankloom.methods.slices:Slices",
     "unrolled_lora": "rankloom.methods.unrolled:UnrolledLoRA",
     "vera": "rankloom.methods.vera:VeRA",
+}
+_GATES: dict[str, str] = {
+    "block": "rankloom.gates.block:Block",
+    "constant": "rankloom.gates.constant:Constant",
+    "linear": "rankloom.gates.linear:Linear",
+    "task": "rankloom.gates.task:Task",
+    "topk": "rankloom.gates.topk:TopK",
 }
 _RULES: dict[str, str] = {
     "budget": "rankloom.rules.budget:Budget",
@@ -51,7 +61,14 @@ _STORES: dict[str, str] = {
     "normal_float": "rankloom.store.normalfloat:NormalFloat",
     "uniform": "rankloom.store.uniform:Uniform",
 }
-_KINDS: dict[str, dict[str, str]] = {"method": _METHODS, "rule": _RULES, "start": _STARTS, "store": _STORES}
+_KINDS: dict[str, dict[str, str]] = {
+    "gate": _GATES,
+    "method": _METHODS,
+    "rule": _RULES,
+    "start": _STARTS,
+    "store": _STORES,
+}
+GATES: Mapping[str, str] = MappingProxyType(_GATES)
 METHODS: Mapping[str, str] = MappingProxyType(_METHODS)
 RULES: Mapping[str, str] = MappingProxyType(_RULES)
 STARTS: Mapping[str, str] = MappingProxyType(_STARTS)
@@ -59,7 +76,7 @@ STORES: Mapping[str, str] = MappingProxyType(_STORES)
 
 
 def register(name: str, target: str, *, kind: str = "method") -> None:
-    """Add a method, rule, start or store (`kind`) of your own: `register("mine", "my_package.mine:Mine")`."""
+    """Add a method, gate, rule, start or store (`kind`) of your own: `register("mine", "my_package.mine:Mine")`."""
     if kind not in _KINDS:
         raise SettingsError(f"kind={kind!r}{suggest(kind, _KINDS)}")
     table = _KINDS[kind]
@@ -89,7 +106,7 @@ def default_plan(name: str, **settings: Any) -> Plan:
 
 
 def name_of(cls: type) -> str | None:
-    """The registered name of a class of method, rule, start or store."""
+    """The registered name of a class of method, gate, rule, start or store."""
     target = f"{cls.__module__}:{cls.__qualname__}"
     return next((name for table in _KINDS.values() for name, t in table.items() if t == target), None)
 

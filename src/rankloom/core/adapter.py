@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from rankloom.core import thin as forms
 from rankloom.core.base import Base
 from rankloom.core.selection import Weight
-from rankloom.core.shared import Shared
+from rankloom.core.shared import Borrower
 from rankloom.core.thin import Thin
 from rankloom.errors import NotMergeable
 
 
-class Adapter(nn.Module):
+class Adapter(Borrower):
     """The change at one site.
 
     An adapter states its thin form (`thin`) and has all else from it, or, where it is more than that, `forward` and
@@ -33,7 +33,6 @@ class Adapter(nn.Module):
     def __init__(self, site_name: str) -> None:
         super().__init__()
         self.site_name = site_name
-        self._borrowed: dict[str, tuple[Shared, str]] = {}
 
     def reset(self, base: Base) -> None:
         """Fill the tensors so that the change is zero for this base (done again after a fold)."""
@@ -100,18 +99,6 @@ class Adapter(nn.Module):
             raise NotMergeable(
                 f"{type(self).__name__} at {self.site_name!r} depends on its input: there is no single matrix to merge"
             )
-
-    def borrow(self, shared: Shared, **keys: str) -> None:
-        """Read the shared tensor or module `keys[attribute]` as `self.attribute` without owning it."""
-        for attribute, key in keys.items():
-            self._borrowed[attribute] = (shared, key)
-
-    def __getattr__(self, name: str) -> Any:
-        borrowed = self.__dict__.get("_borrowed")
-        if borrowed and name in borrowed:
-            shared, key = borrowed[name]
-            return getattr(shared, key)
-        return super().__getattr__(name)
 
 
 def take_dropout(adapter: Adapter) -> float:

@@ -24,7 +24,7 @@ from rankloom.core.shared import Shared
 from rankloom.core.site import Site
 from rankloom.core.slots import present
 from rankloom.core.start import Calibration
-from rankloom.core.targets import base_tensors, block_index, pattern_key, resolve
+from rankloom.core.targets import base_tensors, block_index, block_path, hidden_width, pattern_key, resolve
 from rankloom.core.undriven import watch
 from rankloom.core.whole import TokenRows, Whole
 from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
@@ -177,9 +177,11 @@ def build(model: nn.Module, plan: Plan) -> tuple[list[Site], Shared]:
     shapes = [site.shape for site in resolution.adapted]
     widest = (max((s[-2] for s in shapes if len(s) > 1), default=0), max((s[-1] for s in shapes), default=0))
     tokens = [site for site, _, _ in resolution.tokens]
+    hidden = hidden_width(model)
     for sites in (resolution.adapted, resolution.whole, tokens):
         for index, site in enumerate(sites):
             _ready(site, plan, shared, widest)
+            site.hidden = hidden
             if sites is resolution.adapted:
                 site.index, site.count = index, len(shapes)
     parts: list[tuple[Site, Method]] = [(site, _method_at(plan, site.name)) for site in resolution.adapted]
@@ -228,6 +230,7 @@ def _ready(site: Site, plan: Plan, shared: Shared, widest: tuple[int, int]) -> N
     hook = site.layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None) if weight.device.type == "meta" and hook is not None else None
     site.block = block_index(site.path, plan.layers_pattern)
+    site.block_path = block_path(site.path, plan.layers_pattern)
     site.widest, site.shared = widest, shared
     site.dtype = _dtype(plan, site, weight)
     site.device = torch.device(device) if device is not None else weight.device

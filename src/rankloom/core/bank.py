@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -193,27 +194,40 @@ class Bank:
 
     @torch.no_grad()
     def fold(
-        self, *names: str, into: Literal["dense", "store"] = "dense", sign: float = 1.0, **weights: float
+        self,
+        *names: str,
+        into: Literal["dense", "store"] = "dense",
+        sign: float = 1.0,
+        context: Mapping[str, Any] | None = None,
+        **weights: float,
     ) -> dict[str, float]:
         """Add the changes to the base for good (`sign=-1` subtracts); the adapters stay as they are.
 
-        All changes are computed before any is written. `into` and what is returned: as in `merge`. Raises
+        All changes are computed before any is written. `into`, `context` and what is returned: as in `merge`. Raises
         `NotMergeable` before touching anything.
         """
         self._not_merged("fold")
-        return self._write({n: sign * w for n, w in self._numbers(names, weights).items()}, keep=False, into=into)
+        signed = {n: sign * w for n, w in self._numbers(names, weights).items()}
+        return self._write(signed, keep=False, into=into, context=context)
 
     @torch.no_grad()
-    def merge(self, *names: str, into: Literal["dense", "store"] = "dense", **weights: float) -> dict[str, float]:
+    def merge(
+        self,
+        *names: str,
+        into: Literal["dense", "store"] = "dense",
+        context: Mapping[str, Any] | None = None,
+        **weights: float,
+    ) -> dict[str, float]:
         """Put the changes of the named adapters (default: the active ones) into the base until `unmerge`.
 
         The old tensors are kept, so `unmerge` is exact. Weights tied to others come apart while merged. `into="store"`
-        keeps packed weights packed: without loss where the adapter can, else rounded again. Returns, for each packed
-        weight, the part of the change that was lost, |W' − (W + ΔW)| / |ΔW|.
+        keeps packed weights packed: without loss where the adapter can, else rounded again. `context`: what gates need
+        to know for one matrix, such as {"task": 1}. Returns, for each packed weight, the part of the change that was
+        lost, |W' − (W + ΔW)| / |ΔW|.
         """
         self._not_merged("merge")
         chosen = self._numbers(names, weights) if names or weights else self._active_numbers()
-        lost = self._write(chosen, keep=True, into=into)
+        lost = self._write(chosen, keep=True, into=into, context=context)
         self._merged = chosen
         self.selector.disabled = True
         return lost
@@ -231,10 +245,16 @@ class Bank:
         self._originals, self._reclassed, self._merged = [], [], {}
         self.selector.disabled = False
 
-    def delta(self, name: str) -> dict[str, Tensor]:
-        """ΔW (…, out, in) of every site of `name`. Raises `NotMergeable` where there is none."""
+    def delta(self, name: str, context: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """ΔW (…, out, in) of every site of `name`; `context`: as in `merge`.
+
+        Raises `NotMergeable` where there is none.
+        """
         with torch.no_grad():
-            return {f.name: f.adapter.delta(f.base) for f in self.sites(name)}
+            return {site.name: site.adapter.delta(site.base) for site in self._sites_in(name, context)}
+
+    def _sites_in(self, name: str, context: Mapping[str, Any] | None) -> list[Site]:
+        return [replace(site, context=context or {}) for site in self.sites(name)]
 
     @torch.no_grad()
     def probe(self, *args: Any, **batch: Any) -> tuple[str, ...]:
@@ -290,11 +310,15 @@ class Bank:
 
     @burst()
     def _write(
-        self, weights: Mapping[str, float], keep: bool, into: Literal["dense", "store"] = "dense"
+        self,
+        weights: Mapping[str, float],
+        keep: bool,
+        into: Literal["dense", "store"] = "dense",
+        context: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         by_layer: dict[int, list[tuple[Site, float]]] = {}
         for name, weight in weights.items():
-            everything = self.sites(name)
+            everything = self._sites_in(name, context)
             self._finite(name, everything)
             for site in everything:
                 by_layer.setdefault(id(site.layer), []).append((site, weight))

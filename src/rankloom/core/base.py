@@ -17,10 +17,10 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 class Base:
     """The frozen layer, spoken to through its kind; `context`: what is known of the batch (task ids, attention mask).
 
-    `name`: of the site.
+    `name`: of the site; `rows`: numbers of the batch rows that the adapter sees, None: all of them.
     """
 
-    __slots__ = ("context", "kind", "layer", "name", "notes")
+    __slots__ = ("context", "kind", "layer", "name", "notes", "rows")
 
     def __init__(
         self,
@@ -29,12 +29,14 @@ class Base:
         context: Mapping[str, Any] = _EMPTY,
         notes: Notes | None = None,
         name: str = "",
+        rows: Tensor | None = None,
     ) -> None:
         self.kind = kind
         self.layer = layer
         self.context = context
         self.notes = notes
         self.name = name
+        self.rows = rows
 
     def note(self, kind: str, tensor: Tensor) -> None:
         """Tell the rules of the training something of this forward pass (`Run.notes`); dropped if no rule reads it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Self
@@ -25,6 +25,12 @@ def _each(undo: list[Callable[[], None]]) -> None:
         step()
 
 
+def together(undo: Iterable[Callable[[], None]]) -> Callable[[], None]:
+    """One undo for many; picklable where they are."""
+    steps = [step for step in undo if step is not _nothing]
+    return partial(_each, steps) if steps else _nothing
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """Settings in PEFT's vocabulary that build the adapter of each site."""
@@ -41,8 +47,7 @@ class Method(ABC):
         """Change the model beyond its matrices (attention, positions) and hand back the undo (picklable); by default
         what the methods inside it change.
         """
-        undo = [inner.patch(model) for inner in self.inner_methods()]
-        return partial(_each, [step for step in undo if step is not _nothing]) if undo else _nothing
+        return together(inner.patch(model) for inner in self.inner_methods())
 
     def inner_methods(self) -> list[Method]:
         """The methods that this one combines; empty for a leaf."""

@@ -43,7 +43,12 @@ class BankView(Protocol):
     def reset(self, name: str) -> None: ...
 
     def fold(
-        self, *names: str, into: Literal["dense", "store"] = "dense", sign: float = 1.0, **weights: float
+        self,
+        *names: str,
+        into: Literal["dense", "store"] = "dense",
+        sign: float = 1.0,
+        context: Mapping[str, Any] | None = None,
+        **weights: float,
     ) -> dict[str, float]: ...
 
     def using(
@@ -54,4 +59,4 @@ class BankView(Protocol):
         **weights: Weight,
     ) -> AbstractContextManager[Any]: ...
 
-    def delta(self, name: str) -> dict[str, Tensor]: ...
+    def delta(self, name: str, context: Mapping[str, Any] | None = None) -> dict[str, Tensor]: ...
