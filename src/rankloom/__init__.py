@@ -14,6 +14,7 @@ _PUBLIC = {
     "AdaLoRA": "rankloom.methods.adalora",
     "AsymmetricLoRA": "rankloom.methods.asymmetric",
     "Bank": "rankloom.core.bank",
+    "Blend": "rankloom.methods.blend",
     "DoRA": "rankloom.methods.dora",
     "DyLoRA": "rankloom.methods.dylora",
     "LoRA": "rankloom.methods.lora",
@@ -39,8 +40,11 @@ _PUBLIC = {
     "hydralora": "rankloom.presets",
     "inspect": "rankloom.formats",
     "load": "rankloom.formats",
+    "llava_mole": "rankloom.presets",
     "loftq": "rankloom.presets",
     "lora_fa": "rankloom.presets",
+    "lora_flow": "rankloom.presets",
+    "loramoe": "rankloom.presets",
     "lq_lora": "rankloom.presets",
     "lqer": "rankloom.presets",
     "methods": "rankloom.systems",
@@ -52,6 +56,7 @@ _PUBLIC = {
     "rslora": "rankloom.presets",
     "save": "rankloom.formats",
     "systems": "rankloom.systems",
+    "xlora": "rankloom.presets",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 _METHODS: dict[str, str] = {
     "adalora": "rankloom.methods.adalora:AdaLoRA",
     "asymmetric_lora": "rankloom.methods.asymmetric:AsymmetricLoRA",
+    "blend": "rankloom.methods.blend:Blend",
     "dora": "rankloom.methods.dora:DoRA",
     "dylora": "rankloom.methods.dylora:DyLoRA",
     "hydralora": "rankloom.presets:hydralora",
+    "llava_mole": "rankloom.presets:llava_mole",
     "loftq": "rankloom.presets:loftq",
     "lora": "rankloom.methods.lora:LoRA",
+    "lora_flow": "rankloom.presets:lora_flow",
     "lora_fa": "rankloom.presets:lora_fa",
+    "loramoe": "rankloom.presets:loramoe",
     "lq_lora": "rankloom.presets:lq_lora",
     "lqer": "rankloom.presets:lqer",
     "mixture": "rankloom.methods.mixture:Mixture",
@@ -33,20 +37,25 @@ _METHODS: dict[str, str] = {
     "slices": "rankloom.methods.slices:Slices",
     "unrolled_lora": "rankloom.methods.unrolled:UnrolledLoRA",
     "vera": "rankloom.methods.vera:VeRA",
+    "xlora": "rankloom.presets:xlora",
 }
 _GATES: dict[str, str] = {
     "block": "rankloom.gates.block:Block",
     "constant": "rankloom.gates.constant:Constant",
+    "first_pass": "rankloom.gates.first_pass:FirstPass",
     "linear": "rankloom.gates.linear:Linear",
     "task": "rankloom.gates.task:Task",
     "topk": "rankloom.gates.topk:TopK",
 }
 _RULES: dict[str, str] = {
+    "balance": "rankloom.rules.balance:Balance",
     "budget": "rankloom.rules.budget:Budget",
     "lora_plus": "rankloom.rules.loraplus:LoRAPlus",
     "orthogonal": "rankloom.rules.orthogonal:Orthogonal",
     "projected_gradient": "rankloom.rules.projection:ProjectedGradient",
     "rank_sampling": "rankloom.rules.sampling:RankSampling",
+    "sequence_balance": "rankloom.rules.balance:SequenceBalance",
+    "type_balance": "rankloom.rules.balance:TypeBalance",
 }
 _STARTS: dict[str, str] = {
     "gptq": "rankloom.starts.gptq:GPTQ",

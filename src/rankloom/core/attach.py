@@ -21,7 +21,7 @@ from rankloom.core.prepare import kept_layers, prepare
 from rankloom.core.replicate import replicate
 from rankloom.core.selection import Active, Selection
 from rankloom.core.shared import Shared
-from rankloom.core.site import Site
+from rankloom.core.site import LAYER, Site
 from rankloom.core.slots import present
 from rankloom.core.start import Calibration
 from rankloom.core.targets import base_tensors, block_index, block_path, hidden_width, pattern_key, resolve
@@ -47,8 +47,8 @@ def attach(
     store packs the weights of the base for good; `calibration`: batches of keyword arguments for a start that
     looks at data. Raises `TargetError`, `SettingsError` before anything is touched.
     """
-    plan = as_plan(plan, overrides)
     bank = getattr(model, "rankloom", None)
+    plan = _beside(bank, as_plan(plan, overrides))
     check_name(name, bank)
     if bank is not None and bank.merged:
         raise StateError(f"attach: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
@@ -116,8 +116,29 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
+def _beside(bank: Bank | None, plan: Plan) -> Plan:
+    """The plan of an adapter that builds on others: at the sites of those, unless it says where."""
+    needed = plan.method.needs()
+    known = () if bank is None else bank.names
+    missing = [n for n in needed if n not in known]
+    if missing:
+        raise TargetError(
+            f"{type(plan.method).__name__} builds on the adapter {missing[0]!r}, which is not in the bank: attach or "
+            f"load it first, as load(model, folder, name={missing[0]!r}){suggest(missing[0], known)}"
+        )
+    if bank is None or not needed or plan.target_modules != "all-linear" or plan.target_parameters:
+        return plan
+    sites = {site.name: site.slot for name in needed for site in bank.sites(name) if len(site.shape) > 1}
+    layers = tuple(n for n, slot in sites.items() if slot == LAYER)
+    bare = tuple(n for n, slot in sites.items() if slot != LAYER)
+    return dataclasses.replace(plan, target_modules=layers, target_parameters=bare)
+
+
 def _check_detachable(bank: Bank, gone: list[str]) -> None:
     staying = [n for n in bank.names if n not in gone]
+    for other in staying:
+        for needed in set(bank.plans[other].method.needs()) & set(gone):
+            raise StateError(f"adapter {other!r} builds on {needed!r}: detach {other!r} first")
     for name in gone:
         if staying and bank.plans[name].layer_replication:
             raise StateError(f"adapter {name!r} made the model deeper; detach {staying[0]!r}, which needs that, first")

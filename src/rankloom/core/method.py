@@ -53,6 +53,10 @@ class Method(ABC):
         """The methods that this one combines; empty for a leaf."""
         return [value for f in fields(self) if isinstance(value := getattr(self, f.name), Method)]
 
+    def needs(self) -> tuple[str, ...]:
+        """Names of other adapters of the bank that this one builds on: they have to be there first and to stay."""
+        return tuple(name for inner in self.inner_methods() for name in inner.needs())
+
     def override(self, **settings: Any) -> Self:
         """A copy with `settings` changed here, or in the method inside that has them (for rank_pattern)."""
         mine = {f.name for f in fields(self)}

@@ -11,18 +11,25 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankloom.core.method import together
+from rankloom.errors import StateError
 
 
 class Tap:
-    """One running forward: the `path` of its module, its input `value`, and what has been computed from it by `key`."""
+    """One running forward: its `key` (the path of a module), a `value` (its input), what has been computed from that by
+    key (`known`), and what else goes with it (`beside`).
+    """
 
-    def __init__(self, path: str, value: Tensor) -> None:
-        self.path = path
+    def __init__(self, key: str, value: Tensor, beside: Any = None) -> None:
+        self.key = key
         self.value = value
+        self.beside = beside
         self.known: dict[int, Tensor] = {}
+        self.pending = 1
+        self.recomputed = False
 
     def once(self, key: int, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What `make` gives for the value, made by the first who asks."""
@@ -39,25 +46,54 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def tapped(path: str) -> Tap | None:
-    """The running forward of the module `path` in this thread, innermost first."""
-    for tap in reversed(_open.taps):
-        if tap.path == path:
-            return tap
-    return None
+def tapped(key: str) -> Tap | None:
+    """The running forward of this key in this thread, innermost first."""
+    return next((tap for tap in reversed(_open.taps) if tap.key == key), None)
 
 
-def open_tap(path: str, value: Tensor) -> None:
-    """Let those below know what `path` works on."""
-    _open.taps.append(Tap(path, value))
+def open_tap(tap: Tap, lasting: bool = False) -> None:
+    """Let those below know; `lasting`: a backward pass may run parts of this forward again, when it is over."""
+    if lasting:
+        last = _last(tap.key)
+        tap.pending = 1 if last is None or last.recomputed else last.pending + 1
+        torch._C._stash_obj_in_tls(_name(tap.key), tap)
+    _open.taps.append(tap)
 
 
-def close_tap(path: str) -> None:
-    """The innermost forward of `path` is over."""
-    for at in range(len(_open.taps) - 1, -1, -1):
-        if _open.taps[at].path == path:
-            del _open.taps[at]
-            return
+def close_tap(key: str) -> Tap | None:
+    """The innermost forward of `key` is over."""
+    found = tapped(key)
+    if found is not None:
+        _open.taps.remove(found)
+    return found
+
+
+def lasting_tap(key: str) -> Tap | None:
+    """In a recomputation (gradient checkpointing): the last forward of this key that a backward pass may follow.
+
+    Raises `StateError` where there were several of them: which one is recomputed cannot be told.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    tap = _last(key)
+    if tap is not None and tap.pending > 1:
+        raise StateError(
+            f"{tap.pending} forward passes went before this backward pass, and gradient checkpointing cannot tell "
+            "whose first pass it needs: call backward after each, or switch checkpointing off"
+        )
+    if tap is not None:
+        tap.recomputed = True
+    return tap
+
+
+def _name(key: str) -> str:
+    return f"rankloom_tap_{key}"
+
+
+def _last(key: str) -> Tap | None:
+    """Autograd hands such objects on to the threads of a backward pass."""
+    found: Tap | None = torch._C._get_obj_in_tls(_name(key)) if torch._C._is_key_in_tls(_name(key)) else None
+    return found
 
 
 def tap(model: nn.Module, paths: Iterable[str]) -> Callable[[], None]:
@@ -71,7 +107,7 @@ def tap(model: nn.Module, paths: Iterable[str]) -> Callable[[], None]:
 
 
 def _enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    open_tap(path, args[0] if args else next(iter(kwargs.values())))
+    open_tap(Tap(path, args[0] if args else next(iter(kwargs.values()))))
 
 
 def _leave(path: str, module: nn.Module, args: Any, output: Any) -> None:

@@ -168,7 +168,7 @@ class MixtureAdapter(Adapter):
 
     def _summed(self, x: Any, y: Tensor, base: Base, weights: Tensor) -> Tensor:
         """Each expert's own change, weighed."""
-        x, y = (t if t is None else t.expand(self.n, *t.shape) for t in (x, y))
-        each: Tensor = self.experts(x, y, stacked_base(base, self.n))
+        many = x if x is None else x.expand(self.n, *x.shape)
+        each: Tensor = self.experts(many, y.expand(self.n, *y.shape), stacked_base(base, self.n))
         share = weights.movedim(-1, 0).to(each.dtype)
         return (share.reshape(*share.shape, *(1,) * (each.ndim - share.ndim)) * each).sum(0)
