@@ -59,6 +59,7 @@ def attach(
     try:
         kept_layers(model, plan)
         sites, shared = build(model, plan)
+        _check_covered(bank, plan, sites)
     except BaseException:
         for step in undo:
             step()
@@ -132,6 +133,18 @@ def _beside(bank: Bank | None, plan: Plan) -> Plan:
     layers = tuple(n for n, slot in sites.items() if slot == LAYER)
     bare = tuple(n for n, slot in sites.items() if slot != LAYER)
     return dataclasses.replace(plan, target_modules=layers, target_parameters=bare)
+
+
+def _check_covered(bank: Bank | None, plan: Plan, sites: list[Site]) -> None:
+    """Refuse an adapter that builds on others, but not at every site of theirs."""
+    here = {site.name for site in sites}
+    for name in plan.method.needs():
+        for site in bank.sites(name) if bank is not None else ():
+            if site.name not in here:
+                raise TargetError(
+                    f"adapter {name!r} also changes {site.name!r}, which is not among the targets of the "
+                    f"{type(plan.method).__name__} of it; leave target_modules out to have all sites of such adapters"
+                )
 
 
 def _check_detachable(bank: Bank, gone: list[str]) -> None:

@@ -23,7 +23,7 @@ from rankloom.core.method import Method, together
 from rankloom.core.site import Site
 from rankloom.core.slots import slot_table
 from rankloom.core.thin import Thin
-from rankloom.errors import SettingsError, TargetError
+from rankloom.errors import SettingsError
 from rankloom.gates.block import Block
 
 
@@ -58,16 +58,8 @@ class Blend(Method):
         return BlendAdapter(site, self)
 
     def patch(self, model: nn.Module) -> Callable[[], None]:
-        """Freeze the members, and what the gate changes. Raises `TargetError` for a member left out somewhere."""
+        """Freeze the members, and what the gate changes."""
         bank: Any = model.rankloom
-        blended = {(m.site_name, m.adapters) for m in model.modules() if isinstance(m, BlendAdapter)}
-        for name in self.adapters:
-            for site in bank.sites(name):
-                if (site.name, self.adapters) not in blended:
-                    raise TargetError(
-                        f"blend: member {name!r} also changes {site.name!r}, which is not among the blend's targets; "
-                        "leave target_modules out to have all sites of the members"
-                    )
         own = [p for name in self.adapters for _, p, _ in bank.tensors(name) if p.requires_grad]
         for parameter in own:
             parameter.requires_grad_(False)
