@@ -5,11 +5,20 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
+from rankloom.core.gate import Gate
 from rankloom.core.plan import Plan
 from rankloom.errors import SettingsError
+from rankloom.gates.block import Block
+from rankloom.gates.first_pass import FirstPass
+from rankloom.gates.linear import Linear
+from rankloom.gates.task import Task
+from rankloom.gates.topk import TopK
 from rankloom.methods.asymmetric import AsymmetricLoRA
+from rankloom.methods.blend import Blend
 from rankloom.methods.dylora import DyLoRA
 from rankloom.methods.lora import LoRA
+from rankloom.methods.mixture import Mixture
+from rankloom.rules.balance import SequenceBalance, TypeBalance
 from rankloom.rules.projection import ProjectedGradient
 from rankloom.rules.relora import ReLoRA
 from rankloom.starts.split import LQ, LQER, LoftQ
@@ -39,6 +48,33 @@ def asymmetric_lora(code: str = "A_rand_hB_zero", **settings: Any) -> Asymmetric
     return AsymmetricLoRA(**{**starts, "update_A": bool(hat_a), "update_B": bool(hat_b), **settings})
 
 
+def hydralora(
+    n_b: int = 4, infer: Literal["soft", "top1"] = "soft", r: int = 4, lora_alpha: float = 32.0, **settings: Any
+) -> Mixture:
+    """HydraLoRA (arXiv 2404.19245): one A, `n_b` heads B, and a router that mixes them token by token; in evaluation
+    `infer="top1"` takes the strongest head alone. `n_b` from data: `rankloom.ops.cluster.count_clusters(x)` on
+    embeddings x (n, d) of the training texts.
+    """
+    return Mixture(LoRA(r, lora_alpha, **settings), n_b, Linear(infer=infer), share=("A",))
+
+
+def llava_mole(
+    n: int = 3,
+    balance: float = 0.01,
+    gate_output: bool = False,
+    r: int = 32,
+    lora_alpha: float = 64.0,
+    lora_dropout: float = 0.05,
+    **settings: Any,
+) -> Plan:
+    """LLaVA-MoLE (arXiv 2401.16160): of `n` LoRA experts each token goes through one, by a router on the input of the
+    MLP (the module around a layer). Its weight is 1, and `balance` alone moves the router; `gate_output=True`: its
+    weight is its probability. Experts belong on the MLP; a LoRA of another name may adapt attention beside them.
+    """
+    gate = TopK(1, "kept" if gate_output else "one", Block("parent", bias="inside"))
+    return Plan(Mixture(LoRA(r, lora_alpha, lora_dropout, **settings), n, gate), rules=(SequenceBalance(balance),))
+
+
 def loftq(bits: int = 4, iters: int = 5, quantizer: Literal["nf", "uniform"] = "nf", **settings: Any) -> Plan:
     """LoftQ (arXiv 2310.08659): LoRA whose factors start from what `bits`-bit weights lose, best of `iters` rounds of
     quantisation and SVD; "nf" is NormalFloat in blocks of 64, "uniform" affine in groups of 32.
@@ -50,6 +86,30 @@ def loftq(bits: int = 4, iters: int = 5, quantizer: Literal["nf", "uniform"] = "
 def lora_fa(**settings: Any) -> Plan:
     """LoRA-FA (arXiv 2308.03303): A frozen at its start, B's gradient projected onto the full gradient step."""
     return Plan(LoRA(**{"frozen": "A", **settings}), rules=(ProjectedGradient(),))
+
+
+def lora_flow(adapters: tuple[str, ...] = (), start: int | None = -1, temperature: float = 1.0) -> Blend:
+    """LoRA-Flow (arXiv 2402.11455): for each token a gate on each block's input weighs adapters of the bank, of any
+    ranks, softmax(W x/τ) + b; at first about the adapter number `start` alone. Only W and b train.
+    """
+    return Blend(adapters, Block(bias="outside", start=start, std=0.02, temperature=temperature))
+
+
+def loramoe(
+    n: int = 6,
+    blc_weight: float = 0.1,
+    blc_alpha: float = 0.1,
+    r: int = 4,
+    lora_alpha: float = 32.0,
+    lora_dropout: float = 0.05,
+    **settings: Any,
+) -> Plan:
+    """LoRAMoE (arXiv 2312.09979): `n` LoRA experts mixed by a softmax, half of them kept for each type of data.
+
+    The localized balancing constraint (`blc_weight` β, `blc_alpha` δ) reads the column "task_types", 0 or 1 a row.
+    """
+    method = Mixture(LoRA(r, lora_alpha, lora_dropout, **settings), n)
+    return Plan(method, rules=(TypeBalance(blc_weight, blc_alpha),))
 
 
 def lq_lora(
@@ -68,6 +128,37 @@ def lqer(bits: int = 4, activations: bool = False, **settings: Any) -> Plan:
     """
     start = LQER(activations, factors=BlockFloat(8))
     return Plan(LoRA(**{"r": 32, "lora_alpha": 32.0, **settings}), store=BlockFloat(bits), start=start)
+
+
+def moelora_task(
+    task_num: int = 2,
+    n: int = 8,
+    r: int = 16,
+    task_embedding_dim: int = 64,
+    share_gate: bool = False,
+    unknown: int | None = None,
+    **settings: Any,
+) -> Mixture:
+    """MOELoRA (arXiv 2310.18339): rank `r` in `n` experts of r/n, weighed by the row's task.
+
+    Ids 0 (padding) to `task_num` in the batch's column "task"; `unknown` where there is none. For one task it merges:
+    `merge(context={"task": 1})`.
+    """
+    if r % n:
+        raise SettingsError(f"moelora_task: r={r} is the rank of all experts together, so n={n} must divide it")
+    lora = {"lora_alpha": 32.0, "init_lora_weights": "gaussian", **settings}
+    lora["lora_alpha"] /= n
+    return Mixture(LoRA(r // n, **lora), n, Task(task_num + 1, task_embedding_dim, share=share_gate, unknown=unknown))
+
+
+def molora(
+    n: int | tuple[int, ...] = 10, r: int = 4, lora_alpha: float = 16.0, top_k: int | None = None, **settings: Any
+) -> Mixture:
+    """MoLoRA (arXiv 2309.05444): `n` LoRA experts mixed by a softmax of the layer's input; `top_k`: only the largest
+    weights act, as they are.
+    """
+    gate: Gate = Linear(std=0.02) if top_k is None else TopK(top_k, "kept", Linear(std=0.02))
+    return Mixture(LoRA(r, lora_alpha, **settings), n, gate)
 
 
 def qdylora(bits: int = 4, **settings: Any) -> Plan:
@@ -101,3 +192,20 @@ def relora(
 def rslora(**settings: Any) -> LoRA:
     """rsLoRA (arXiv 2312.03732): LoRA with the scale lora_alpha/√r."""
     return LoRA(**{"scaling": "rslora", **settings})
+
+
+def xlora(
+    adapters: tuple[str, ...] = (),
+    xlora_depth: int = 1,
+    xlora_size: int = 2048,
+    xlora_dropout_p: float = 0.2,
+    layerwise_scalings: bool = False,
+    softmax_temperature: float = 1.0,
+    top_k_lora: int | None = None,
+    global_scaling_weight: float = 1.0,
+) -> Blend:
+    """X-LoRA (arXiv 2402.07148): a classifier of the base's own last hidden states weighs adapters of the bank, token
+    by token (`layerwise_scalings`: for each site). Only the classifier trains; PEFT's names and defaults.
+    """
+    first = FirstPass(xlora_depth, xlora_size, xlora_dropout_p, layerwise_scalings, temperature=softmax_temperature)
+    return Blend(adapters, first if top_k_lora is None else TopK(top_k_lora, gate=first), global_scaling_weight)

@@ -13,15 +13,22 @@ _METHODS: dict[str, str] = {
     "adalora": "rankloom.methods.adalora:AdaLoRA",
     "asymmetric_lora": "rankloom.methods.asymmetric:AsymmetricLoRA",
     "bilora": "rankloom.methods.bilora:BiLoRA",
+    "blend": "rankloom.methods.blend:Blend",
     "dora": "rankloom.methods.dora:DoRA",
     "dylora": "rankloom.methods.dylora:DyLoRA",
-    "hydralora": "rankloom.methods.hydralora:HydraLoRA",
+    "hydralora": "rankloom.presets:hydralora",
+    "llava_mole": "rankloom.presets:llava_mole",
     "loftq": "rankloom.presets:loftq",
     "lora": "rankloom.methods.lora:LoRA",
     "lora_fa": "rankloom.presets:lora_fa",
+    "lora_flow": "rankloom.presets:lora_flow",
+    "loramoe": "rankloom.presets:loramoe",
     "lq_lora": "rankloom.presets:lq_lora",
     "lqer": "rankloom.presets:lqer",
     "melora": "rankloom.methods.melora:MELoRA",
+    "mixture": "rankloom.methods.mixture:Mixture",
+    "moelora_task": "rankloom.presets:moelora_task",
+    "molora": "rankloom.presets:molora",
     "nola": "rankloom.methods.nola:NOLA",
     "qa_lora": "rankloom.methods.qalora:QALoRA",
     "qdylora": "rankloom.presets:qdylora",
@@ -32,8 +39,18 @@ _METHODS: dict[str, str] = {
     "tied_lora": "rankloom.methods.tied:TiedLoRA",
     "unrolled_lora": "rankloom.methods.unrolled:UnrolledLoRA",
     "vera": "rankloom.methods.vera:VeRA",
+    "xlora": "rankloom.presets:xlora",
+}
+_GATES: dict[str, str] = {
+    "block": "rankloom.gates.block:Block",
+    "constant": "rankloom.gates.constant:Constant",
+    "first_pass": "rankloom.gates.first_pass:FirstPass",
+    "linear": "rankloom.gates.linear:Linear",
+    "task": "rankloom.gates.task:Task",
+    "topk": "rankloom.gates.topk:TopK",
 }
 _RULES: dict[str, str] = {
+    "balance": "rankloom.rules.balance:Balance",
     "bilevel": "rankloom.rules.bilevel:Bilevel",
     "budget": "rankloom.rules.budget:Budget",
     "lora_plus": "rankloom.rules.loraplus:LoRAPlus",
@@ -41,6 +58,8 @@ _RULES: dict[str, str] = {
     "projected_gradient": "rankloom.rules.projection:ProjectedGradient",
     "rank_sampling": "rankloom.rules.sampling:RankSampling",
     "relora": "rankloom.rules.relora:ReLoRA",
+    "sequence_balance": "rankloom.rules.balance:SequenceBalance",
+    "type_balance": "rankloom.rules.balance:TypeBalance",
 }
 _STARTS: dict[str, str] = {
     "gptq": "rankloom.starts.gptq:GPTQ",
@@ -71,6 +90,7 @@ _OBJECTIVES: dict[str, str] = {
 }
 _KINDS: dict[str, dict[str, str]] = {
     "composer": _COMPOSERS,
+    "gate": _GATES,
     "method": _METHODS,
     "objective": _OBJECTIVES,
     "rule": _RULES,
@@ -79,6 +99,7 @@ _KINDS: dict[str, dict[str, str]] = {
 }
 _BASES: dict[str, str] = {
     "composer": "rankloom.compose.composer:Composer",
+    "gate": "rankloom.core.gate:Gate",
     "method": "rankloom.core.method:Method",
     "objective": "rankloom.objectives.base:Objective",
     "rule": "rankloom.core.rule:Rule",
@@ -87,6 +108,7 @@ _BASES: dict[str, str] = {
 }
 """Kind of part → the class that all parts of this kind are."""
 COMPOSERS: Mapping[str, str] = MappingProxyType(_COMPOSERS)
+GATES: Mapping[str, str] = MappingProxyType(_GATES)
 METHODS: Mapping[str, str] = MappingProxyType(_METHODS)
 OBJECTIVES: Mapping[str, str] = MappingProxyType(_OBJECTIVES)
 RULES: Mapping[str, str] = MappingProxyType(_RULES)

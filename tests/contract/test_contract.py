@@ -24,6 +24,10 @@ import rankloom as rl
 from rankloom import registry
 from rankloom.core.adapter import Adapter, borrowed, fixed_thin
 from rankloom.core.plan import Plan, as_plan, default_plan
+from rankloom.gates.constant import Constant
+from rankloom.gates.linear import Linear
+from rankloom.gates.task import Task
+from rankloom.gates.topk import TopK
 from rankloom.testing import NAMES, Check, checks
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
@@ -36,6 +40,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "lq_lora": {"r": 4},
     "lqer": {"r": 4},
     "melora": {"r": 2},
+    "mixture": {"n": 2},
+    "moelora_task": {"r": 4, "n": 2, "task_embedding_dim": 4, "unknown": 1},
+    "molora": {"r": 2, "n": 3},
     "nola": {"r": 4, "num_basis_A": 24, "num_basis_B": 24, "lora_alpha": 16.0},
     "qa_lora": {"r": 4, "group_size": 2},
     "qdylora": {"r": 4},
@@ -56,7 +63,11 @@ COMBINATIONS: dict[str, Any] = {
     "dora(adalora)": rl.DoRA(rl.AdaLoRA(init_r=6, target_r=4)),
     "dora+columns": rl.DoRA(rl.LoRA(r=4), norm_axis="column"),
     "slices(dora)": rl.Slices(rl.DoRA(rl.LoRA(r=4))),
-    "hydralora+top1": rl.HydraLoRA(r=4, infer="top1"),
+    "mixture(dora)+task": rl.Mixture(rl.DoRA(rl.LoRA(r=2)), 2, Task(2, 4, unknown=0)),
+    "mixture(adalora)": rl.Mixture(rl.AdaLoRA(init_r=3, target_r=2), 2, Linear(bias=True)),
+    "mixture(slices)+constant": rl.Mixture(rl.Slices(rl.LoRA(r=2)), 2, Constant((0.5, 1.0))),
+    "mixture+topk": rl.Mixture(rl.LoRA(r=2), 3, TopK(2, "kept"), share=("A",)),
+    "hydralora+top1": rl.hydralora(r=4, infer="top1"),
     "plan+biases": Plan(rl.LoRA(r=4), bias="lora_only"),
     "plan+patterns": Plan(rl.LoRA(r=4), rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 16.0}),
     "plan+parameters": Plan(rl.LoRA(r=4), target_modules=("q_proj",), target_parameters=("down_proj.weight",)),

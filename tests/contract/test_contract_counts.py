@@ -51,7 +51,7 @@ FORMULAS: dict[str, tuple[Any, Callable[[int, int, int], int]]] = {
     "vera": (lambda r: rl.VeRA(r=r), lambda o, i, r: o + r),
     "dora(vera)": (lambda r: rl.DoRA(rl.VeRA(r=r)), lambda o, i, r: 2 * o + r),
     "adalora": (lambda r: rl.AdaLoRA(init_r=r, target_r=r), lambda o, i, r: r * (o + i + 1)),
-    "hydralora": (lambda r: rl.HydraLoRA(r=r, n_b=N), lambda o, i, r: r * i + N * r * o + N * i),
+    "hydralora": (lambda r: rl.hydralora(r=r, n_b=N), lambda o, i, r: r * i + N * r * o + N * i),
     "slices": (lambda r: rl.Slices(rl.LoRA(r=r), parts=2, on=(0,)), lambda o, i, r: r * (o // 2 + i)),
 }
 

@@ -24,7 +24,7 @@ METHODS = [
     rl.DoRA(rl.LoRA(r=2)),
     rl.VeRA(r=3),
     rl.AdaLoRA(init_r=3, target_r=2),
-    rl.HydraLoRA(r=2, n_b=2),
+    rl.hydralora(r=2, n_b=2),
 ]
 
 

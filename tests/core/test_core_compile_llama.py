@@ -19,7 +19,7 @@ METHODS = {
     "VeRA": rl.VeRA(r=3),
     "AdaLoRA": rl.AdaLoRA(init_r=3, target_r=2),
     "DyLoRA": rl.DyLoRA(r=3),
-    "HydraLoRA": rl.HydraLoRA(r=2, n_b=2),
+    "HydraLoRA": rl.hydralora(r=2, n_b=2),
 }
 
 

@@ -17,7 +17,7 @@ METHODS = [
     rl.LoRA(r=2),
     rl.DoRA(rl.LoRA(r=2)),
     rl.VeRA(r=3),
-    rl.HydraLoRA(r=2, n_b=2),
+    rl.hydralora(r=2, n_b=2),
     rl.LoRA(r=2, init_lora_weights="pissa"),
 ]
 LINEAR = {"target_modules": ["q_proj", "v_proj"]}

@@ -12,7 +12,7 @@ METHODS = [
     rl.LoRA(r=2),
     rl.DoRA(rl.LoRA(r=2)),
     rl.VeRA(r=3),
-    rl.HydraLoRA(r=2, n_b=2),
+    rl.hydralora(r=2, n_b=2),
     rl.LoRA(r=2, init_lora_weights="pissa"),
 ]
 LINEAR = {"target_modules": ["q_proj", "v_proj"]}
@@ -32,7 +32,7 @@ def test_half_precision_bases_have_float32_adapters(dtype, method):
     nudge(bank)
     out = model(IDS)
     assert out.dtype == dtype
-    if not isinstance(method, rl.HydraLoRA):
+    if not isinstance(method, rl.Mixture):
         bank.merge()
         assert {p.dtype for n, p in model.named_parameters() if "adapters" not in n} == {dtype}
         assert difference(model(IDS).float(), out.float()) < 0.05

@@ -640,8 +640,8 @@ MORE = {
     "vera_dropout": [rl.VeRA(r=3, vera_dropout=0.3)],
     "adalora": [rl.AdaLoRA(init_r=3, target_r=2)],
     "dylora": [rl.DyLoRA(r=4)],
-    "hydralora": [rl.HydraLoRA(r=2, n_b=3)],
-    "hydralora_dropout": [rl.HydraLoRA(r=2, n_b=3, lora_dropout=0.3)],
+    "hydralora": [rl.hydralora(r=2, n_b=3)],
+    "hydralora_dropout": [rl.hydralora(r=2, n_b=3, lora_dropout=0.3)],
     "qalora": [rl.QALoRA(r=2, group_size=4)],
     "pissa": [rl.LoRA(r=2, init_lora_weights="pissa")],
     "dora_dropout": [rl.DoRA(rl.LoRA(r=2, lora_dropout=0.3))],
@@ -652,7 +652,7 @@ MORE = {
     "two_of_which_one_drops": [rl.LoRA(r=2), rl.LoRA(r=3, lora_dropout=0.3)],
     "dora_and_lora": [rl.DoRA(rl.LoRA(r=2)), rl.LoRA(r=3, lora_bias=True)],
     "two_doras": [rl.DoRA(rl.LoRA(r=2, lora_dropout=0.3)), rl.DoRA(rl.LoRA(r=3))],
-    "three": [rl.DoRA(rl.LoRA(r=2)), rl.HydraLoRA(r=2, n_b=2, lora_dropout=0.2), rl.VeRA(r=3)],
+    "three": [rl.DoRA(rl.LoRA(r=2)), rl.hydralora(r=2, n_b=2, lora_dropout=0.2), rl.VeRA(r=3)],
 }
 
 

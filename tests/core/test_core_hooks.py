@@ -94,7 +94,7 @@ def test_without_hooks_nothing_is_called_apart():
 
 def test_a_router_runs_once_in_training():
     """A change that depends on its input is computed once in a pass, though the fused path was asked first."""
-    model, bank = adapted("a", method=rl.HydraLoRA(r=2), target_modules=["q_proj"])
+    model, bank = adapted("a", method=rl.hydralora(r=2), target_modules=["q_proj"])
     calls = []
     for _, adapter in bank.adapters("a"):
         adapter.weights = lambda x, of=adapter.weights: (calls.append(1), of(x))[1]

@@ -293,7 +293,7 @@ def test_what_cannot_be_pruned_is_refused():
 
 def test_what_has_no_matrix_cannot_restart():
     model = tower()
-    bank = rl.attach(model, rl.HydraLoRA(r=2, n_b=2), "a", target_modules=["q_proj"])
+    bank = rl.attach(model, rl.hydralora(r=2, n_b=2), "a", target_modules=["q_proj"])
     with pytest.raises(NotMergeable, match="depends on its input"):
         bank.restart("a")
     assert not len(bank.journal)

@@ -58,7 +58,7 @@ def test_fold_and_fold_back():
 def test_what_cannot_be_merged_is_refused_before_anything_is_written():
     model = tower()
     rl.attach(model, rl.LoRA(r=2), "a", target_modules=["q_proj"])
-    bank = rl.attach(model, rl.HydraLoRA(r=2, n_b=2), "b", target_modules=["v_proj"])
+    bank = rl.attach(model, rl.hydralora(r=2, n_b=2), "b", target_modules=["v_proj"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     kept = tensor_ids(model)
     for call in (bank.merge, bank.fold):

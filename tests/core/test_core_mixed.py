@@ -157,7 +157,7 @@ KINDS = {
     "adalora": rl.AdaLoRA(init_r=3, target_r=2),
     "dylora": rl.DyLoRA(r=4),
     "pissa": rl.LoRA(r=2, init_lora_weights="pissa"),
-    "hydralora": rl.HydraLoRA(r=2, n_b=2),
+    "hydralora": rl.hydralora(r=2, n_b=2),
 }
 
 

@@ -17,7 +17,7 @@ def net() -> nn.Module:
 @pytest.mark.parametrize(
     ("method", "overrides", "error", "reason"),
     [
-        (rl.DoRA(rl.HydraLoRA(r=2)), {}, NotMergeable, "no single matrix"),
+        (rl.DoRA(rl.hydralora(r=2)), {}, NotMergeable, "no single matrix"),
         (rl.VeRA(r=4), {"rank_pattern": {"2": 2}}, SettingsError, "share one pair of rank 4"),
         (rl.VeRA(r=4), {"alpha_pattern": {"2": 2.0}}, SettingsError, "no setting 'lora_alpha'"),
         (rl.AdaLoRA(), {"rank_pattern": {"2": 2}}, SettingsError, "no setting 'r'"),

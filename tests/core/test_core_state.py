@@ -28,7 +28,7 @@ CASES = {
     "vera": (rl.VeRA(r=3), {}),
     "dora": (rl.DoRA(rl.LoRA(r=2)), {}),
     "frozen": (rl.LoRA(r=2, frozen="A"), {}),
-    "hydra": (rl.HydraLoRA(r=2, n_b=2), {}),
+    "hydra": (rl.hydralora(r=2, n_b=2), {}),
     "pissa": (rl.LoRA(r=2, init_lora_weights="pissa"), {}),
     "rows": (rl.LoRA(r=2), {"trainable_token_indices": [1, 3]}),
 }

@@ -70,8 +70,8 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_a_routed_method_has_no_matrix(tmp_path):
-    model = adapted(rl.HydraLoRA(r=2))
-    with pytest.raises(NotMergeable, match="HydraLoRAAdapter"):
+    model = adapted(rl.hydralora(r=2))
+    with pytest.raises(NotMergeable, match="LinearRouter"):
         export(model, tmp_path / "a")
     assert model.rankloom.names == ("default",)
     assert not (tmp_path / "a").exists()

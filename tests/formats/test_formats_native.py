@@ -15,7 +15,7 @@ from rankloom.errors import FileError, SettingsError, StateError
 from rankloom.methods.adalora import compact
 
 PLANS = {
-    "hydralora": rl.HydraLoRA(r=2, n_b=3),
+    "hydralora": rl.hydralora(r=2, n_b=3),
     "slices": rl.Slices(rl.LoRA(r=2), parts=4, on=(0, 3)),
     "dora-vera": rl.DoRA(rl.VeRA(r=4)),
     "dora-adalora": rl.DoRA(rl.AdaLoRA(init_r=4, target_r=2)),
@@ -115,7 +115,7 @@ def test_buffers_of_saved_modules(tmp_path):
         return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).train()
 
     model = make()
-    bank = rl.attach(model, rl.HydraLoRA(r=2), target_modules=["0"], modules_to_save=["1"])
+    bank = rl.attach(model, rl.hydralora(r=2), target_modules=["0"], modules_to_save=["1"])
     shake(bank)
     for _ in range(3):
         model(X * 2)
@@ -128,7 +128,7 @@ def test_buffers_of_saved_modules(tmp_path):
 
 def test_rules_and_dtype_travel_with_the_plan(tmp_path):
     plan = rl.Plan(rl.LoRA(r=2, frozen="A"), target_modules=("q",), rules=(rl.LoRAPlus(ratio=4),), dtype="float64")
-    for method in (plan, dataclasses.replace(plan, method=rl.HydraLoRA(r=2))):
+    for method in (plan, dataclasses.replace(plan, method=rl.hydralora(r=2))):
         model = net()
         rl.attach(model, method)
         folder = tmp_path / type(method.method).__name__
@@ -200,10 +200,13 @@ def test_what_the_reader_refuses(tmp_path):
         ({"format": 9}, "format 9.*upgrade"),
         ({"zz": 1}, "'zz' is no field"),
         ({"plan": 3}, "'plan' is 3"),
-        ({"plan": {**plan, "method": {"name": "hydra"}}}, "did you mean 'hydralora'"),
+        ({"plan": {**plan, "method": {"name": "mixtur"}}}, "did you mean 'mixture'"),
         ({"plan": {**plan, "method": {"name": "os.system"}}}, "os.system"),
-        ({"plan": {**plan, "method": {**plan["method"], "n_b": 4}}}, r"layers.0.q:B' has shape \(3, 8, 2\)"),
-        ({"plan": {**plan, "method": {**plan["method"], "r": 10**8}}}, "a rank is from 1 to 4096"),
+        ({"plan": {**plan, "method": {**plan["method"], "n": 4}}}, r"layers.0.q:experts.B' has shape \(3, 8, 2\)"),
+        (
+            {"plan": {**plan, "method": {**plan["method"], "inner": {"name": "lora", "r": 10**8}}}},
+            "a rank is from 1 to 4096",
+        ),
         ({"plan": {**plan, "target_modules": "(a+)+"}}, "it is not run"),
         ({"plan": {**plan, "target_modules": ["q"]}}, "belongs to nothing"),
         ({"plan": {**plan, "target_modules": ["qq"]}}, "'qq' matches nothing"),
@@ -219,7 +222,7 @@ def test_what_the_reader_refuses(tmp_path):
 
 def test_a_wild_regular_expression_is_written_as_names(tmp_path):
     wild = r"(layers\.\d+\.)+(q|v)"
-    model = build(rl.HydraLoRA(r=2), target_modules=wild, rank_pattern={r"(v)+": 3})
+    model = build(rl.hydralora(r=2), target_modules=wild, rank_pattern={r"(v)+": 3})
     rl.save(model, tmp_path / "a")
     plan = config(tmp_path / "a")["plan"]
     assert plan["target_modules"] == ["layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"]

@@ -77,7 +77,7 @@ COMPAT = [
     (rl.LoRA(r=4, lora_bias=True), {}, "PEFT: yes · vLLM: no (lora_bias)"),
     (rl.VeRA(r=4), {}, "PEFT: yes · vLLM: no (it loads LORA only, this is VERA)"),
     (rl.AdaLoRA(), {}, "PEFT: yes · vLLM: no (it loads LORA only, this is ADALORA)"),
-    (rl.HydraLoRA(), {}, "PEFT: no (PEFT has no HydraLoRA) · vLLM: no (it loads LORA only, this is RANKLOOM)"),
+    (rl.hydralora(), {}, "PEFT: no (PEFT's LORA has no MixtureAdapter"),
     (
         rl.VeRA(r=4),
         {"trainable_token_indices": {"emb": [1]}},
@@ -143,7 +143,7 @@ def test_a_full_card(tmp_path):
         "tags": ["mood"],
         "intended_use": "Tests.",
     }
-    model = adapted(rl.HydraLoRA(r=2))
+    model = adapted(rl.hydralora(r=2))
     model.name_or_path = "some/base: 'x'"
     rl.save(model, tmp_path / "a", card=card)
     data, text = front(tmp_path / "a")
@@ -152,7 +152,7 @@ def test_a_full_card(tmp_path):
         "library_name": "rankloom",
         "license": "apache-2.0",
         "language": ["en"],
-        "tags": ["rankloom", "hydralora", "mood"],
+        "tags": ["rankloom", "mixture", "mood"],
     }
     for piece in (
         "# Mood: v2",
@@ -182,7 +182,7 @@ def test_inspect_needs_no_model(tmp_path):
     assert info.plan["method"] == {"name": "lora", "r": 4, "lora_alpha": 6.0}
     (tmp_path / "a" / "manifest.json").unlink()
     assert inspect(tmp_path / "a").verified is False
-    rl.save(adapted(rl.HydraLoRA()), tmp_path / "b")
+    rl.save(adapted(rl.hydralora()), tmp_path / "b")
     assert inspect(tmp_path / "b").format == "rankloom"
     with pytest.raises(RankloomError, match="no such folder"):
         inspect(tmp_path / "c")

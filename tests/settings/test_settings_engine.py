@@ -205,7 +205,7 @@ def test_only_a_plain_file_of_some_size_is_read(tmp_path):
     ("changes", "check"),
     [
         (["inner.r=4", "inner.name=lora", "method=dora"], lambda p: p.method == rl.DoRA(rl.LoRA(r=4))),
-        (["inner.name=hydralora", "inner.n_b=2", "method=slices"], lambda p: p.method.inner == rl.HydraLoRA(n_b=2)),
+        (["inner.name=hydralora", "inner.n_b=2", "method=slices"], lambda p: p.method.inner == rl.hydralora(n_b=2)),
         (["method=dora", "inner=dora", "inner.inner.r=2"], lambda p: p.method == rl.DoRA(rl.DoRA(rl.LoRA(r=2)))),
         (["method=dora", "inner=dora", "inner=lora"], lambda p: p.method == rl.DoRA(rl.LoRA())),
         (["store.bits=3", "store=normal_float"], lambda p: p.store == rl.NormalFloat(3)),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankloom.core import thin as forms
 from rankloom.core.base import Base
 from rankloom.core.selection import Weight
-from rankloom.core.shared import Shared
+from rankloom.core.shared import Borrower
 from rankloom.core.thin import Thin
 from rankloom.errors import NotMergeable
 
@@ -19,7 +19,7 @@ RANK_DIM = {"in": -2, "out": -1, "singular": -2}
 """Where a tensor of this role counts ranks."""
 
 
-class Adapter(nn.Module):
+class Adapter(Borrower):
     """The change at one site.
 
     An adapter states its thin form (`thin`) and has all else from it, or, where it is more than that, `forward` and
@@ -49,7 +49,6 @@ class Adapter(nn.Module):
     def __init__(self, site_name: str) -> None:
         super().__init__()
         self.site_name = site_name
-        self._borrowed: dict[str, tuple[Shared, str]] = {}
 
     def reset(self, base: Base) -> None:
         """Fill the tensors so that the change is zero for this base (done again after a fold)."""
@@ -158,11 +157,6 @@ class Adapter(nn.Module):
                 f"{type(self).__name__} at {self.site_name!r} depends on its input: there is no single matrix to merge"
             )
 
-    def borrow(self, shared: Shared, **keys: str) -> None:
-        """Read the shared tensor or module `keys[attribute]` as `self.attribute` without owning it."""
-        for attribute, key in keys.items():
-            self._borrowed[attribute] = (shared, key)
-
     @property
     def settings(self) -> int:
         """How often something other than a tensor was set anew: what was made of the adapter before is stale then."""
@@ -173,16 +167,6 @@ class Adapter(nn.Module):
         if not isinstance(value, Tensor) and self.__dict__.get(name, self) is not value:
             self.__dict__["_settings"] = self.__dict__.get("_settings", 0) + 1
         super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        owned = self.__dict__["_parameters"].get(name) if "_parameters" in self.__dict__ else None
-        if owned is not None:
-            return owned
-        borrowed = self.__dict__.get("_borrowed")
-        if borrowed and name in borrowed:
-            shared, key = borrowed[name]
-            return getattr(shared, key)
-        return super().__getattr__(name)
 
 
 def _resized(tensor: nn.Parameter, dim: int, rank: int) -> nn.Parameter:

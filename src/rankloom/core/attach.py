@@ -26,10 +26,10 @@ from rankloom.core.shared import Shared
 from rankloom.core.site import Site
 from rankloom.core.slots import present
 from rankloom.core.start import Calibration
-from rankloom.core.targets import base_tensors, block_index, pattern_key, resolve
+from rankloom.core.targets import base_tensors, block_index, block_path, hidden_width, pattern_key, resolve
 from rankloom.core.undriven import watch
 from rankloom.core.whole import TokenRows, Whole
-from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError
+from rankloom.errors import NotMergeable, SettingsError, StateError, TargetError, suggest
 from rankloom.store.base import Packed
 
 LOG = logging.getLogger("rankloom")
@@ -54,8 +54,9 @@ def attach(
     the base for good; `calibration`: batches of keyword arguments for a start that looks at data. Raises `TargetError`,
     `SettingsError` before anything is touched.
     """
-    plan = as_plan(plan, overrides if like is None else {**overrides, "sites": bank_of(model).adapted(like)})
     bank = existing_bank(model)
+    plan = as_plan(plan, overrides if like is None else {**overrides, "sites": bank_of(model).adapted(like)})
+    plan = _beside(bank, plan)
     check_name(name, bank)
     if bank is not None and bank.merged:
         raise StateError(f"attach: {', '.join(map(repr, bank.merged))} is merged into the base; unmerge() first")
@@ -71,6 +72,7 @@ def attach(
                 "be folded again: pack the base first"
             )
         sites, shared = build(model, plan)
+        _check_covered(bank, plan, sites)
     except BaseException:
         for step in undo:
             step()
@@ -111,7 +113,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         bank._known(name)
     gone = [name] if name is not None else list(bank.names)
     _check_detachable(bank, gone)
-    merged = {each: weight for each, weight in bank._merged.items() if each not in gone}
+    merged: dict[str, Any] = {each: weight for each, weight in bank._merged.items() if each not in gone}
     again = merged != bank._merged
     if again:
         bank.unmerge()
@@ -126,7 +128,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         if left != bank.selector.default.active:
             bank.selector.default = dataclasses.replace(bank.selector.default, active=left, segments=None)
     if again and merged:
-        bank.merge(into=bank._merged_into, **merged)
+        bank.merge(**bank._merged_how, **merged)
     if not bank.names:
         if bank.journal.folds:
             LOG.warning(
@@ -141,8 +143,39 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
+def _beside(bank: Bank | None, plan: Plan) -> Plan:
+    """The plan of an adapter that builds on others: at the sites of those, unless it says where."""
+    needed = plan.method.needs()
+    known = () if bank is None else bank.names
+    missing = [n for n in needed if n not in known]
+    if missing:
+        raise TargetError(
+            f"{type(plan.method).__name__} builds on the adapter {missing[0]!r}, which is not in the bank: attach or "
+            f"load it first, as load(model, folder, name={missing[0]!r}){suggest(missing[0], known)}"
+        )
+    if bank is None or not needed or plan.target_modules != "all-linear" or plan.target_parameters or plan.sites:
+        return plan
+    sites = dict.fromkeys(site.name for name in needed for site in bank.sites(name) if len(site.shape) > 1)
+    return dataclasses.replace(plan, sites=tuple(sites))
+
+
+def _check_covered(bank: Bank | None, plan: Plan, sites: list[Site]) -> None:
+    """Refuse an adapter that builds on others, but not at every site of theirs."""
+    here = {site.name for site in sites}
+    for name in plan.method.needs():
+        for site in bank.sites(name) if bank is not None else ():
+            if site.name not in here:
+                raise TargetError(
+                    f"adapter {name!r} also changes {site.name!r}, which is not among the targets of the "
+                    f"{type(plan.method).__name__} of it; leave target_modules out to have all sites of such adapters"
+                )
+
+
 def _check_detachable(bank: Bank, gone: list[str]) -> None:
     staying = [n for n in bank.names if n not in gone]
+    for other in staying:
+        for needed in set(bank.plans[other].method.needs()) & set(gone):
+            raise StateError(f"adapter {other!r} builds on {needed!r}: detach {other!r} first")
     for name in gone:
         if staying and bank.plans[name].layer_replication:
             raise StateError(f"adapter {name!r} made the model deeper; detach {staying[0]!r}, which needs that, first")
@@ -187,9 +220,11 @@ def build(model: nn.Module, plan: Plan) -> tuple[list[Site], Shared]:
     shapes = [site.shape for site in resolution.adapted]
     widest = (max((s[-2] for s in shapes if len(s) > 1), default=0), max((s[-1] for s in shapes), default=0))
     tokens = [site for site, _, _ in resolution.tokens]
+    hidden = hidden_width(model)
     for sites in (resolution.adapted, resolution.whole, tokens):
         for index, site in enumerate(sites):
             _ready(site, plan, shared, widest)
+            site.hidden = hidden
             if sites is resolution.adapted:
                 site.index, site.count = index, len(shapes)
     parts: list[tuple[Site, Method]] = [(site, _method_at(plan, site.name)) for site in resolution.adapted]
@@ -238,6 +273,7 @@ def _ready(site: Site, plan: Plan, shared: Shared, widest: tuple[int, int]) -> N
     hook = site.layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None) if weight.device.type == "meta" and hook is not None else None
     site.block = block_index(site.path, plan.layers_pattern)
+    site.block_path = block_path(site.path, plan.layers_pattern)
     site.widest, site.shared = widest, shared
     site.dtype = _dtype(plan, site, weight)
     site.device = torch.device(device) if device is not None else weight.device

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +69,7 @@ class Bank:
         self._requires_grad: dict[str, bool] = {}
         self._trained: frozenset[str] | None = None
         self._merged: dict[str, float] = {}
-        self._merged_into: Into = "dense"
+        self._merged_how: dict[str, Any] = {}
         self._replaced = Replaced()
         self._unfolded: tuple[Journal, Replaced] | None = None
 
@@ -221,17 +222,24 @@ class Bank:
                     site.adapter.reset(site.base)
 
     @torch.no_grad()
-    def fold(self, *names: str, into: Into = "store", sign: float = 1.0, **weights: float) -> dict[str, float]:
+    def fold(
+        self,
+        *names: str,
+        into: Into = "store",
+        sign: float = 1.0,
+        context: Mapping[str, Any] | None = None,
+        **weights: float,
+    ) -> dict[str, float]:
         """Add the changes to the base for good (`sign=-1` subtracts) and note them in the journal; the adapters stay as
         they are.
 
         All changes are computed before any is written. A packed weight stays packed, rounded anew unless the adapter's
-        change fits its store; `into="dense"` unpacks it. Returns, for each weight that stays packed, the part of the
+        change fits its store; `into="dense"` unpacks it. `context`: as in `merge`. Returns, for each weight that stays packed, the part of the
         change that was lost, as `merge` does. Raises `NotMergeable` before touching anything.
         """
         self._not_merged("fold")
         numbers = {n: sign * w for n, w in self._numbers(names, weights).items()}
-        return self._record(self._fold(numbers, into).kept())
+        return self._record(self._fold(numbers, into, context=context).kept())
 
     @torch.no_grad()
     def restart(
@@ -250,8 +258,8 @@ class Bank:
         """
         self._not_merged("restart")
         moved = [site for site in self.sites(name) if adapts(site.adapter)]
-        kept = {id(site) for site in moved}
-        lost = self._record(self._fold({name: 1.0}, into, lambda site: id(site) in kept).kept())
+        kept = {site.name for site in moved}
+        lost = self._record(self._fold({name: 1.0}, into, lambda site: site.name in kept).kept())
         for site in moved:
             site.adapter.reset(site.base)
         if optimizer is not None:
@@ -303,17 +311,20 @@ class Bank:
         replaced.put_back()
 
     @torch.no_grad()
-    def merge(self, *names: str, into: Into = "dense", **weights: float) -> dict[str, float]:
+    def merge(
+        self, *names: str, into: Into = "dense", context: Mapping[str, Any] | None = None, **weights: float
+    ) -> dict[str, float]:
         """Put the changes of the named adapters (default: the active ones) into the base until `unmerge`.
 
         The old tensors are kept, so `unmerge` is exact. Weights tied to others come apart while merged. `into="store"`
-        keeps packed weights packed: without loss where the adapter can, else rounded again. Returns, for each packed
-        weight, the part of the change that was lost, |W' − (W + ΔW)| / |ΔW|.
+        keeps packed weights packed: without loss where the adapter can, else rounded again. `context`: what gates need
+        to know for one matrix, such as {"task": 1}. Returns, for each packed weight, the part of the change that was
+        lost, |W' − (W + ΔW)| / |ΔW|.
         """
         self._not_merged("merge")
         chosen = self._numbers(names, weights) if names or weights else self._active_numbers()
-        lost = self._write(self._fold(chosen, into), self._replaced)
-        self._merged, self._merged_into = chosen, into
+        lost = self._write(self._fold(chosen, into, context=context), self._replaced)
+        self._merged, self._merged_how = chosen, {"into": into, "context": context}
         self.selector.disabled = True
         return lost
 
@@ -325,10 +336,16 @@ class Bank:
         self._merged = {}
         self.selector.disabled = False
 
-    def delta(self, name: str) -> dict[str, Tensor]:
-        """ΔW (…, out, in) of every site of `name`. Raises `NotMergeable` where there is none."""
+    def delta(self, name: str, context: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """ΔW (…, out, in) of every site of `name`; `context`: as in `merge`.
+
+        Raises `NotMergeable` where there is none.
+        """
         with torch.no_grad():
-            return {f.name: f.adapter.delta(f.base) for f in self.sites(name)}
+            return {site.name: site.adapter.delta(site.base) for site in self._sites_in(name, context)}
+
+    def _sites_in(self, name: str, context: Mapping[str, Any] | None) -> list[Site]:
+        return [replace(site, context=context or {}) for site in self.sites(name)]
 
     @torch.no_grad()
     def probe(self, *args: Any, **batch: Any) -> tuple[str, ...]:
@@ -382,11 +399,17 @@ class Bank:
                 raise NotMergeable(f"adapter {one.name!r} is active row by row: there is no single matrix to merge")
         return {one.name: float(one.weight) for one in active}
 
-    def _fold(self, weights: Mapping[str, float], into: Into, chosen: Callable[[Site], bool] = bool) -> Fold:
+    def _fold(
+        self,
+        weights: Mapping[str, float],
+        into: Into,
+        chosen: Callable[[Site], bool] = bool,
+        context: Mapping[str, Any] | None = None,
+    ) -> Fold:
         """What folding these adapters, at the chosen sites, does to each tensor; nothing is written."""
         by_layer: dict[int, list[tuple[Site, float]]] = {}
         for name, weight in weights.items():
-            everything = self.sites(name)
+            everything = self._sites_in(name, context)
             self._finite(name, everything)
             for site in filter(chosen, everything):
                 by_layer.setdefault(id(site.layer), []).append((site, weight))

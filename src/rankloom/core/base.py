@@ -15,9 +15,11 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Base:
-    """The frozen layer through its kind; `context`: what is known of the batch (task ids, attention mask)."""
+    """The frozen layer through its kind; `context`: what is known of the batch (task ids, attention mask); `rows`: which
+    batch rows the adapter sees, by number (None: all).
+    """
 
-    __slots__ = ("context", "kind", "layer", "notes")
+    __slots__ = ("context", "kind", "layer", "notes", "rows")
 
     def __init__(
         self,
@@ -25,11 +27,13 @@ class Base:
         layer: nn.Module,
         context: Mapping[str, Any] = _EMPTY,
         notes: Notes | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         self.kind = kind
         self.layer = layer
         self.context = context
         self.notes = notes
+        self.rows = rows
 
     @property
     def name(self) -> str:

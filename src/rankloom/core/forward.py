@@ -78,7 +78,8 @@ def _changed(layer: nn.Module, anchor: Anchor, kind: Kind, x: Any, y: Tensor, se
             out = adapter.add(out, x, y, base, _by_row(layer, y, active.weight))
         else:
             rows = _expand(layer, y, active.rows, selection.batch)
-            changed = adapter.add(out[rows], x[rows], y[rows], base, active.weight)
+            part = Base(kind, layer, selection.context, anchor.selector.notes, rows)
+            changed = adapter.add(out[rows], x[rows], y[rows], part, active.weight)
             out = out.index_copy(0, rows, changed.to(out.dtype))
     return out
 

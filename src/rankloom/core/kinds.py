@@ -76,7 +76,9 @@ class Kind(ABC):
 
     @abstractmethod
     def scale(self, y: Tensor, v: Tensor) -> Tensor:
-        """Multiply the channels of a layer output, or of what `down` gave, by a vector."""
+        """Multiply the channels of a layer output, or of what `down` gave, by a vector (channels,); by one for each
+        batch row, v (rows, channels) as `by_row` shapes it; of a linear layer also by token.
+        """
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Any, matrix: Tensor) -> Tensor:
@@ -85,6 +87,10 @@ class Kind(ABC):
     def shift(self, y: Tensor, v: Tensor) -> Tensor:
         """`v` (out,) shaped so that it adds to the channels of `y`."""
         return v
+
+    def by_row(self, x: Any, v: Tensor) -> Tensor:
+        """`v` (rows, channels), one for each batch row, shaped to scale what the layer makes of its input `x`."""
+        return v.reshape(v.shape[0], *(1,) * (x.ndim - 2), v.shape[1])
 
     def looked_up(self, layer: nn.Module, rows: Tensor) -> Tensor:
         """Rows of a table (…, dim) as the layer gives them; only embeddings have any."""
@@ -200,6 +206,9 @@ class Lookup(Dense):
         padding: int | None = layer.padding_idx  # type: ignore[assignment]
         return self.looked_up(layer, F.embedding(x, a.T, padding))  # no gradient at the padding row, as in the layer
 
+    def by_row(self, x: Any, v: Tensor) -> Tensor:
+        return v.reshape(v.shape[0], *(1,) * (x.ndim - 1), v.shape[1])
+
     def looked_up(self, layer: nn.Module, rows: Tensor) -> Tensor:
         factor = getattr(layer, "embed_scale", None)  # scaled embeddings (Gemma-type) multiply what they look up
         return rows if factor is None else rows * torch.as_tensor(factor).to(rows)
@@ -242,13 +251,14 @@ class Convolution(Kind):
         return int(layer.groups)  # type: ignore[arg-type]
 
     def scale(self, y: Tensor, v: Tensor) -> Tensor:
-        axis = self._channel_axis(y)
-        copies = y.shape[axis] // v.shape[0]
-        v = v if copies == 1 else v.repeat(copies)
-        return y * v.reshape(-1, *(1,) * (y.ndim - axis - 1))
+        copies = y.shape[self._channel_axis(y)] // v.shape[-1]
+        return y * self.shift(y, v if copies == 1 else v.repeat(*(1,) * (v.ndim - 1), copies))
 
     def shift(self, y: Tensor, v: Tensor) -> Tensor:
-        return v.reshape(-1, *(1,) * (y.ndim - self._channel_axis(y) - 1))
+        return v.reshape(*v.shape, *(1,) * self._spatial)
+
+    def by_row(self, x: Any, v: Tensor) -> Tensor:
+        return v
 
     def apply(self, layer: nn.Module, x: Any, matrix: Tensor) -> Tensor:
         out: Tensor = layer._conv_forward(x, self.to_weight(layer, matrix), None)  # type: ignore[operator]

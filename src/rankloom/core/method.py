@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -24,6 +24,12 @@ def _nothing() -> None:
 def _each(undo: list[Callable[[], None]]) -> None:
     for step in reversed(undo):
         step()
+
+
+def together(undo: Iterable[Callable[[], None]]) -> Callable[[], None]:
+    """One undo for many; picklable where they are."""
+    steps = [step for step in undo if step is not _nothing]
+    return partial(_each, steps) if steps else _nothing
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,15 @@ class Method(Settings, ABC):
         """Change the model beyond its matrices (attention, positions) and hand back the undo (picklable); by default
         what the methods inside it change.
         """
-        undo = [inner.patch(model) for inner in self.inner_methods()]
-        return partial(_each, [step for step in undo if step is not _nothing]) if undo else _nothing
+        return together(inner.patch(model) for inner in self.inner_methods())
 
     def inner_methods(self) -> list[Method]:
         """The methods that this one combines; empty for a leaf."""
         return [value for f in fields(self) if isinstance(value := getattr(self, f.name), Method)]
+
+    def needs(self) -> tuple[str, ...]:
+        """Names of other adapters of the bank that this one builds on: they have to be there first and to stay."""
+        return tuple(name for inner in self.inner_methods() for name in inner.needs())
 
     def override(self, **settings: Any) -> Self:
         """A copy with `settings` changed here, or in the method inside that has them (for rank_pattern)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -39,3 +39,26 @@ class Shared(nn.Module):
             self.roles |= {f"{key}.{name}": role for name, _ in made.named_parameters()}
         found: M = self._modules[key]  # type: ignore[assignment]
         return found
+
+
+class Borrower(nn.Module):
+    """A module that reads some of its tensors and modules from a `Shared` without owning them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._borrowed: dict[str, tuple[Shared, str]] = {}
+
+    def borrow(self, shared: Shared, **keys: str) -> None:
+        """Read the shared tensor or module `keys[attribute]` as `self.attribute` without owning it."""
+        for attribute, key in keys.items():
+            self._borrowed[attribute] = (shared, key)
+
+    def __getattr__(self, name: str) -> Any:
+        owned = self.__dict__["_parameters"].get(name) if "_parameters" in self.__dict__ else None
+        if owned is not None:
+            return owned
+        borrowed = self.__dict__.get("_borrowed")
+        if borrowed and name in borrowed:
+            shared, key = borrowed[name]
+            return getattr(shared, key)
+        return super().__getattr__(name)

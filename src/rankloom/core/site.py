@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -25,10 +26,12 @@ class Site:
     """One slot of one layer: `slot` is "layer", or the name of a parameter or buffer of `layer`.
 
     `path`: dotted name of the layer, `name`: of the layer or of the parameter; `shape`: (…, out, in) of the matrix;
-    `weight_shape`: of the raw parameter; `block`: number of the transformer block that it lies in, None outside of
-    any; `groups`: blocks of channels that a grouped convolution keeps apart; `buffer`: the parameter is a buffer.
+    `weight_shape`: of the raw parameter; `block`, `block_path`: number and name of the transformer block that it lies
+    in, None outside of any; `hidden`: width of the model's hidden states, None where it does not tell; `groups`: blocks
+    of channels that a grouped convolution keeps apart; `buffer`: the parameter is a buffer.
     What the plan adds: `index` of `count` chosen sites; `widest`: largest (out, in) among them; `dtype`, `device` for
-    new tensors; `shared`: what the adapters of one name use together. `adapter`: once it is built.
+    new tensors; `shared`: what the adapters of one name use together. `context`: what is known of the batch where the
+    change is asked for as a matrix. `adapter`: once it is built.
     """
 
     path: str
@@ -39,12 +42,15 @@ class Site:
     shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
     block: int | None = None
+    block_path: str | None = None
+    hidden: int | None = None
     index: int = 0
     count: int = 1
     widest: tuple[int, int] = (0, 0)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     shared: Shared = field(default_factory=Shared)
+    context: Mapping[str, Any] = field(default_factory=dict)
     _adapter: Adapter | None = None
 
     @classmethod
@@ -66,7 +72,7 @@ class Site:
     @property
     def base(self) -> Base:
         """The frozen layer as the adapter sees it."""
-        return Base(self.kind, self.layer)
+        return Base(self.kind, self.layer, self.context)
 
     @property
     def out(self) -> int:

@@ -20,7 +20,7 @@ from rankloom.core.kinds import Bare, Kind
 from rankloom.core.memo import Memo
 from rankloom.core.packing import Stacks
 from rankloom.core.selection import Active, Selector
-from rankloom.core.shared import Shared
+from rankloom.core.shared import Borrower, Shared
 from rankloom.errors import StateError
 
 
@@ -136,7 +136,7 @@ def bring_home(adapter: Adapter) -> None:
 
 
 def _lenders(part: nn.Module) -> list[Shared]:
-    return [shared for shared, _ in part._borrowed.values()] if isinstance(part, Adapter) else []
+    return [shared for shared, _ in part._borrowed.values()] if isinstance(part, Borrower) else []
 
 
 @contextmanager

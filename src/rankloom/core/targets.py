@@ -97,15 +97,35 @@ def pattern_key(patterns: Iterable[str], name: str) -> str | None:
 
 def block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
     """Index of the block that `name` lies in: after `layers_pattern`, or the first number in the name."""
+    found = _block(name, layers_pattern)
+    return None if found is None else int(found[1])
+
+
+def block_path(name: str, layers_pattern: str | Sequence[str] | None) -> str | None:
+    """Name of the block that `name` lies in."""
+    found = _block(name, layers_pattern)
+    return None if found is None else name[: found.end(1)]
+
+
+def _block(name: str, layers_pattern: str | Sequence[str] | None) -> re.Match[str] | None:
     if not layers_pattern:
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-        return int(found[1]) if found else None
+        return re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     patterns = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
-    for pattern in patterns:
-        found = re.search(rf"(?:^|\.){pattern}\.(\d+)(?:\.|$)", name)
-        if found:
-            return int(found[1])
-    return None
+    tried = (re.search(rf"(?:^|\.){pattern}\.(\d+)(?:\.|$)", name) for pattern in patterns)
+    return next((found for found in tried if found is not None), None)
+
+
+def hidden_width(model: nn.Module) -> int | None:
+    """Width of the hidden states that pass from block to block, as the config or the output head tells; else None."""
+    config = getattr(model, "config", None)
+    nested = getattr(config, "get_text_config", None)
+    said = getattr(nested() if callable(nested) else config, "hidden_size", None)
+    if isinstance(said, int):
+        return said
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    width = getattr(head, "in_features", None)
+    return width if isinstance(width, int) else None
 
 
 def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, saved: list[str]) -> list[str]:

@@ -45,7 +45,12 @@ class BankView(Protocol):
     def reset(self, name: str) -> None: ...
 
     def fold(
-        self, *names: str, into: Literal["dense", "store"] = "store", sign: float = 1.0, **weights: float
+        self,
+        *names: str,
+        into: Literal["dense", "store"] = "store",
+        sign: float = 1.0,
+        context: Mapping[str, Any] | None = None,
+        **weights: float,
     ) -> dict[str, float]: ...
 
     def restart(
@@ -65,4 +70,4 @@ class BankView(Protocol):
         **weights: Weight,
     ) -> AbstractContextManager[Any]: ...
 
-    def delta(self, name: str) -> dict[str, Tensor]: ...
+    def delta(self, name: str, context: Mapping[str, Any] | None = None) -> dict[str, Tensor]: ...

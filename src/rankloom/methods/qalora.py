@@ -7,6 +7,7 @@ Xu et al., ICLR 2024, arXiv 2309.14717 §3.3; the released code takes the mean.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,7 +69,8 @@ class QALoRAAdapter(Adapter):
         return f"r={self.A.shape[-2]}, group={self.group}, scaling={self.scaling:g}"
 
     def reset(self, base: Base) -> None:
-        nn.init.xavier_uniform_(self.A)
+        bound = math.sqrt(6 / sum(self.A.shape[-2:]))
+        nn.init.uniform_(self.A, -bound, bound)
         nn.init.zeros_(self.B)
 
     def thin(self, base: Base, x: Any) -> Thin | None:

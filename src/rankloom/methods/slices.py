@@ -97,7 +97,7 @@ class Cut(Base):
     __slots__ = ("number", "parts")
 
     def __init__(self, base: Base, parts: int, number: int) -> None:
-        super().__init__(base.kind, base.layer, base.context, base.notes)
+        super().__init__(base.kind, base.layer, base.context, base.notes, base.rows)
         self.parts = parts
         self.number = number
 

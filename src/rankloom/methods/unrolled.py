@@ -31,7 +31,7 @@ class UnrolledLoRA(Method):
 
     def build(self, site: Site) -> Adapter:
         """The unrolled pair of one convolution."""
-        if site.kind.name != "conv2d" or site.weight_shape[2] != site.weight_shape[3]:
+        if site.kind.name != "conv2d" or len(site.weight_shape) != 4 or site.weight_shape[2] != site.weight_shape[3]:
             raise TargetError(
                 f"unrolled_lora: site {site.name!r} is {site.kind.name} of shape {site.weight_shape}; "
                 "it needs a Conv2d with a square kernel"

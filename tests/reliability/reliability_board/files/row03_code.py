@@ -146,7 +146,7 @@ def _config(files: Files, field: str, value: Any, work: Path, marker: Path) -> N
 
 def _native(name: str, work: Path, marker: Path) -> None:
     model = base()
-    rl.attach(model, rl.HydraLoRA(r=2), target_modules=["q_proj"])
+    rl.attach(model, rl.hydralora(r=2), target_modules=["q_proj"])
     rl.save(model, work / "n")
     files = bare({p.name: p.read_bytes() for p in (work / "n").iterdir()})
     plan = {**config_of(files)["plan"], "method": {"name": name}}

@@ -130,7 +130,7 @@ def _folders(root: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
 
 def _native(root: Path) -> Files:
     model = base()
-    rl.attach(model, rl.HydraLoRA(r=2), target_modules=["q_proj"])
+    rl.attach(model, rl.hydralora(r=2), target_modules=["q_proj"])
     rl.save(model, root / "native")
     return bare({path.name: path.read_bytes() for path in (root / "native").iterdir()})
 
