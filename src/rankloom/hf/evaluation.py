@@ -12,7 +12,7 @@ import torch
 from rankloom.hf.generate import Decoding, continue_texts
 from rankloom.train.data import Batches, Chat, Prepared, choose, prompt
 from rankloom.train.evaluate import mean_loss
-from rankloom.train.loss import Loss, default_loss, move
+from rankloom.train.loss import Loss, Terms, default_loss, move
 from rankloom.train.processes import Processes
 from rankloom.train.run import TrainRun, mode
 
@@ -60,7 +60,7 @@ class Evaluator:
         with mode(model, False), torch.no_grad():
             run = TrainRun(model, 1, device=next(model.parameters()).device)
             batches = Batches(self.prepared, self.batch_size, shuffle=False)
-            found = {"loss": mean_loss(batches, run, self.loss, True, self.processes)}
+            found = {"loss": mean_loss(batches, run, self.loss, Terms(model), self.processes)}
             if self.prepared.labels:
                 found["accuracy"] = self._accuracy(model, batches, run.device)
             else:

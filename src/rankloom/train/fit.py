@@ -25,7 +25,7 @@ from rankloom.train.evaluate import Evaluate
 from rankloom.train.identity import identity
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
-from rankloom.train.loss import Loss
+from rankloom.train.loss import Loss, Terms, one
 from rankloom.train.optim import build_groups, build_optimizer, build_schedule
 from rankloom.train.processes import Processes
 from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
@@ -141,7 +141,7 @@ def fit(
             schedule=build_schedule(run.optimizer, settings),
             stream=stream_of(batches, processes),
             loss=loss or loss_of_batches(settings),
-            counted=loss is None,
+            weigh=Terms(model) if loss is None else one,
             evaluate=evaluate,
             settings=settings,
             engine=engine,
