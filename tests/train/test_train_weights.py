@@ -104,7 +104,8 @@ def test_asking_leaves_no_trace() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
     assert Terms(model)(texts(1)[0]) > 0
-    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 

@@ -14,7 +14,7 @@ from rankloom.errors import SettingsError, suggest
 from rankloom.registry import default_plan, plan_data, plan_from_data
 from rankloom.train.settings import TrainSettings
 
-Task = Literal["auto", "causal-lm", "classification", "encoder"]
+Task = Literal["auto", "causal-lm", "masked-lm", "classification", "encoder"]
 SHORT = {"model": "path", "data": "source"}
 """Sections that may be one string, and the setting that it stands for."""
 
@@ -24,7 +24,10 @@ class ModelSettings:
     """Which model, and how it is loaded.
 
     - `path`: a folder, a Hugging Face id, or `microworld` (the embedded base model).
-    - `task`: `causal-lm`, `classification`, `encoder` (hidden states, no head); `auto` follows the data.
+    - `task`: `causal-lm`, `masked-lm` (BERT and its kin on running text), `classification`, `encoder` (hidden states,
+      no head); `auto` follows the data and what the model's configuration says.
+    - `head`: `keep` the classifier that the model's files have, with its class names and ids, or begin a `new` one for
+      the classes of the data.
     - `dtype`: of the base weights; `auto` keeps what the file has, half precision on the CPU becomes float32.
     - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `revision`: branch, tag or commit of a hub model.
     - `trust_remote_code`: run Python code that comes with the model.
@@ -32,6 +35,7 @@ class ModelSettings:
 
     path: str
     task: Task = "auto"
+    head: Literal["keep", "new"] = "keep"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     revision: str | None = None
@@ -50,8 +54,8 @@ class DataSettings:
     - `epochs`: passes over the data, instead of `train.steps`.
     - `eval_source`, `eval_split`: what is evaluated; by default the `validation` split of a source that has one, else
       `hold_out` records taken from the training data (None: a tenth of them, at most 200).
-    - `eval_examples`: records evaluated; `eval_answers`: conversations answered greedily for the exact match;
-      `answer_tokens`: most tokens of such an answer.
+    - `eval_examples`: most records evaluated; `eval_answers`: most conversations answered greedily for the exact match
+      (None: all); `answer_tokens`: most tokens of such an answer.
     """
 
     source: str
@@ -69,15 +73,15 @@ class DataSettings:
     eval_source: str | None = None
     eval_split: str | None = None
     hold_out: int | None = None
-    eval_examples: int = 200
-    eval_answers: int = 50
+    eval_examples: int | None = 200
+    eval_answers: int | None = 50
     answer_tokens: int = 128
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length", "eval_examples", "answer_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)}: 1 or more")
-        if self.eval_answers < 0 or (self.hold_out is not None and self.hold_out < 1):
+        if (self.eval_answers or 0) < 0 or (self.hold_out is not None and self.hold_out < 1):
             raise SettingsError(f"eval_answers={self.eval_answers}, hold_out={self.hold_out}: must be positive")
         if self.hold_out is not None and (self.eval_source is not None or self.eval_split is not None):
             raise SettingsError("hold_out and eval_source/eval_split both say what is evaluated: give one of them")

@@ -18,6 +18,7 @@ from rankloom.core.rule import Rule
 from rankloom.errors import SettingsError, StateError
 from rankloom.files.disk import rename
 from rankloom.files.folders import sweep
+from rankloom.train.causal import checked_batches
 from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, model_tensors, steps_in
 from rankloom.train.drive import Rules
 from rankloom.train.engine import accelerator, processes_of
@@ -103,7 +104,8 @@ def fit(
         report: is told every row of metrics.jsonl.
 
     Raises:
-        SettingsError, StateError: before anything is trained.
+        SettingsError, StateError: before anything is trained; also where `Batches` and the model do not fit: texts for
+            a model that sees the token it is to predict, packed examples that it does not keep apart.
         DeafError: a trainable tensor has no gradient in the first step.
         DivergedError: a loss, gradient or weight is not finite.
         FileError: the checkpoint asked for cannot be read.
@@ -129,6 +131,7 @@ def fit(
         processes.check_same({**about, "the checkpoint to resume from": checkpoint and checkpoint.step})
         processes.spread(model_tensors(model).values())
         shard(model, settings, processes)
+        enter(checked_batches(model, (batches, evaluate), loss is not None))
         enter(checkpointed(model, settings.gradient_checkpointing))
         enter(mode(model, True))
         run = TrainRun(model, settings.steps, parameters, device=device)

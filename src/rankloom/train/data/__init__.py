@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from rankloom.train.data.batches import Batch, Batches
 from rankloom.train.data.convert import convert
 from rankloom.train.data.detect import FORMATS, detect
+from rankloom.train.data.masking import Masking, masking
 from rankloom.train.data.prepare import Example, Prepared, Summary, prepare
 from rankloom.train.data.records import Chat, Labelled, Record, Records, Row, Text, Turn, Where
 from rankloom.train.data.show import preview
@@ -28,6 +29,7 @@ __all__ = [
     "Chat",
     "Example",
     "Labelled",
+    "Masking",
     "Prepared",
     "Record",
     "Records",
@@ -39,6 +41,7 @@ __all__ = [
     "choose",
     "detect",
     "load",
+    "masking",
     "prepare",
     "preview",
     "prompt",
@@ -52,6 +55,7 @@ def load(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Records:
     """Read a data set and bring it into canonical form.
@@ -64,7 +68,9 @@ def load(
             says otherwise.
         format: one of `FORMATS`; by default it is recognised from the fields, which must agree in all records.
         columns: field → the column that holds it, e.g. `{"prompt": "q", "completion": "a"}`.
-        labels: class names by id, to give a validation set the ids of its training set.
+        labels: class names by id, to give a validation set the ids of its training set; numbers among the labels
+            are ids then, where the names are words.
+        classes: the same, but of a model: without meaning for data that is no classification.
         seed: of the draw.
 
     Raises:
@@ -73,4 +79,4 @@ def load(
         MissingExtra: Parquet or the hub without `pip install 'rankloom[data]'`.
     """
     rows, name, known = rows_of(source, split, seed)
-    return convert(rows, name, format, columns, labels if labels is not None else known)
+    return convert(rows, name, format, columns, labels, classes or known, known)

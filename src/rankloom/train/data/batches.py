@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankloom.errors import DataError, SettingsError, StateError
+from rankloom.train.data.masking import Masking
 from rankloom.train.data.order import generator, permutation
 from rankloom.train.data.packing import first_fit
 from rankloom.train.data.prepare import Example, Prepared
@@ -55,8 +57,11 @@ class Batches:
         world: int = 1,
         drop_last: bool = False,
         augment: Augment | None = None,
+        masking: Masking | None = None,
     ) -> None:
-        """`batch_size`: rows per rank and step; `drop_last`: leave out the rows of an incomplete last step."""
+        """`batch_size`: rows per rank and step; `drop_last`: leave out the rows of an incomplete last step; `masking`:
+        hide tokens anew in each epoch, for a masked language model.
+        """
         if batch_size < 1 or pad_to_multiple_of < 1:
             raise SettingsError(
                 f"batch_size={batch_size}, pad_to_multiple_of={pad_to_multiple_of}: both must be 1 or more"
@@ -67,10 +72,14 @@ class Batches:
             raise SettingsError(
                 "packing=True needs one label per token; a classification has one per text: leave packing out"
             )
+        if packing and masking is not None:
+            raise SettingsError(
+                "packing=True needs a causal model; a masked one sees all of its row: leave packing out"
+            )
         self.prepared = prepared
         self.batch_size, self.seed, self.shuffle, self.packing = batch_size, seed, shuffle, packing
         self.multiple, self.rank, self.world, self.drop_last = pad_to_multiple_of, rank, world, drop_last
-        self.augment = augment
+        self.augment, self.masking = augment, masking
         lengths = [len(x) for x in prepared]
         self.rows = first_fit(lengths, prepared.max_length) if packing else [(i,) for i in range(len(lengths))]
         self.step = 0
@@ -100,6 +109,11 @@ class Batches:
     def epoch(self) -> int:
         """The epoch of the next batch, from 0."""
         return self.step // self._steps
+
+    @property
+    def causal(self) -> bool:
+        """Whether the labels are the input's own tokens, each to be predicted from those before it."""
+        return self.masking is None and not self.prepared.labels
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, counted over all epochs; reads nothing but the arguments of this object."""
@@ -143,6 +157,7 @@ class Batches:
             "packing": self.packing,
             "drop_last": self.drop_last,
             "augment": _name(self.augment),
+            "masking": None if self.masking is None else asdict(self.masking),
             "rows": len(self.rows),
             "digest": self.prepared.digest,
         }
@@ -164,16 +179,21 @@ class Batches:
 
     def _example(self, index: int, epoch: int) -> Example:
         example = self.prepared[index]
-        if self.augment is None:
+        if self.augment is None and self.masking is None:
             return example
-        found = self.augment(example, generator(self.seed, epoch, index))
+        own = generator(self.seed, epoch, index)
+        if self.augment is not None:
+            example = self._checked(self.augment(example, own), example)
+        return example if self.masking is None else self.masking(example, own)
+
+    def _checked(self, made: Example, example: Example) -> Example:
         most = len(example) if self.packing else self.prepared.max_length
-        if not 0 < len(found) <= most:
+        if not 0 < len(made) <= most:
             raise DataError(
-                f"{example.where}: augment made {len(found)} tokens of {len(example)}; 1 to {most} are possible"
+                f"{example.where}: augment made {len(made)} tokens of {len(example)}; 1 to {most} are possible"
                 + (" with packing" if self.packing else "")
             )
-        return found
+        return made
 
     def _collate(self, examples: Sequence[Sequence[Example]]) -> Batch:
         lengths = [sum(map(len, row)) for row in examples]
@@ -197,7 +217,10 @@ class Batches:
         trained = torch.zeros_like(ids, dtype=torch.bool)
         for out, row in zip(trained, examples):
             _fill(out, [torch.tensor(list(x.trained), dtype=torch.bool) for x in row])
-        return ids.masked_fill(~trained, IGNORED)
+        targets = ids.clone()
+        for out, row in zip(targets, examples):
+            _fill(out, [torch.tensor(x.ids if x.targets is None else x.targets) for x in row])
+        return targets.masked_fill(~trained, IGNORED)
 
 
 def _name(augment: Augment | None) -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rankloom.errors import DataError, SettingsError, suggest
-from rankloom.train.data.detect import KNOWN_FIELDS, Shape, shape_of
+from rankloom.train.data.detect import KNOWN_FIELDS, Shape, check_wanted, shape_of
 from rankloom.train.data.read import kind
 from rankloom.train.data.records import Chat, Labelled, Record, Records, Row, Text, Turn, Where, fault
 
@@ -31,15 +32,18 @@ def convert(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    declared: Sequence[str] | None = None,
 ) -> Records:
-    """The canonical records of `rows`; see `load` for the arguments."""
+    """The canonical records of `rows`; see `load` for the arguments. `declared`: the source's own class names by id."""
     rows = rename(rows, columns or {})
     shape = shape_of(rows, format)
+    check_wanted(rows, shape)
     if labels is not None and shape.format != "classification":
         raise SettingsError(f"labels= is for classification; {source} is {shape}")
     unused = {name for row in rows for name in row.fields} - set(shape.used())
     if shape.format == "classification":
-        labelled, names = classify(rows, shape, labels)
+        labelled, names = classify(rows, shape, labels or classes, declared)
         return Records(labelled, shape.format, source, names, tuple(sorted(unused)))
     build = BUILDERS[shape.format]
     return Records(tuple(build(row, shape.fields) for row in rows), shape.format, source, (), tuple(sorted(unused)))
@@ -185,24 +189,31 @@ BUILDERS: dict[str, Callable[[Row, tuple[str, ...]], Record]] = {
 }
 
 
+class UnknownClassError(DataError):
+    """A label that is none of the classes given."""
+
+
 def classify(
-    rows: Sequence[Row], shape: Shape, labels: Sequence[str] | None
+    rows: Sequence[Row], shape: Shape, labels: Sequence[str] | None, declared: Sequence[str] | None = None
 ) -> tuple[tuple[Labelled, ...], tuple[str, ...]]:
-    """The labelled texts and the class names by id: `labels`, or the names met, in numeric or alphabetic order."""
+    """The labelled texts and the class names by id: `labels`, or the names met, in numeric or alphabetic order.
+
+    A number is an id of `declared` where there is such a list, else of `labels` where these are words.
+    """
     text, label = shape.fields
     texts = [string(row.fields[text], row.where, text) for row in rows]
-    values = [_label(row, label) for row in rows]
+    values = [_declared(_label(row, label), row.where, label, declared) for row in rows]
     first = type(values[0])
     for row, value in zip(rows, values):
         if type(value) is not first:
             raise fault(
                 row.where, f"field {label!r} is {kind(value)}, in the first record {kind(values[0])}", "use one kind"
             )
-    names = tuple(labels) if labels is not None else _names(values)
+    names = tuple(labels or _names(values, rows[0].where.file, label))
     if len(names) < 2:
         raise DataError(f"{rows[0].where.file}: every label is {names[0]!r}; a classifier needs two classes or more")
     ids = {name: i for i, name in enumerate(names)}
-    found = [_id(value, ids, row.where, label) for row, value in zip(rows, values)]
+    found = [_id(value, ids, row.where, label, values) for row, value in zip(rows, values)]
     return tuple(Labelled(t, i, row.where) for t, i, row in zip(texts, found, rows)), names
 
 
@@ -214,23 +225,47 @@ def _label(row: Row, field: str) -> str | int:
         )
     if isinstance(value, str) and not value.strip():
         raise fault(row.where, f"field {field!r} is empty", "give the class, or delete this record")
-    return value.strip() if isinstance(value, str) else value
+    return string(value, row.where, field).strip() if isinstance(value, str) else value
+
+
+def _declared(value: str | int, where: Where, field: str, names: Sequence[str] | None) -> str | int:
+    if names is None or isinstance(value, str):
+        return value
+    if not 0 <= value < len(names):
+        raise fault(where, f"field {field!r} = {value} is no id of the {len(names)} classes declared", "leave it out")
+    return names[value]
 
 
 def _number(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _names(values: Sequence[str | int]) -> tuple[str, ...]:
+def _names(values: Sequence[str | int], source: str, field: str) -> tuple[str, ...]:
     names = {str(value) for value in values}
-    return tuple(sorted(names, key=int) if all(map(_number, names)) else sorted(names))
+    if all(map(_number, names)):
+        return tuple(sorted(names, key=int))
+    if all(map(DECIMAL.fullmatch, names)):
+        raise fault(
+            source,
+            f"field {field!r} holds numbers with decimals ({', '.join(sorted(names)[:3])} …), not classes",
+            "give classes by name, or train a regression by rankloom.fit with batches of your own",
+        )
+    return tuple(sorted(names))
 
 
-def _id(value: str | int, ids: Mapping[str, int], where: Where, field: str) -> int:
+DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+
+
+def _id(value: str | int, ids: Mapping[str, int], where: Where, field: str, every: Sequence[str | int]) -> int:
     """A class by its name; a number that is no name is an id, when the names themselves are words."""
     name = str(value)
     if name in ids:
         return ids[name]
     if _number(name) and 0 <= int(name) < len(ids) and not any(map(_number, ids)):
         return int(name)
-    raise fault(where, f"field {field!r} = {value!r} is not a class{suggest(name, ids)}", "mend the label or labels=")
+    met = sorted({str(v) for v in every})
+    raise UnknownClassError(
+        f"{where}: field {field!r} = {value!r} is not a class{suggest(name, ids)}: the data has {len(met)} "
+        f"({', '.join(met[:8])}{', …' * (len(met) > 8)}), known are {len(ids)} ({', '.join(list(ids)[:8])}"
+        f"{', …' * (len(ids) > 8)}); mend the label or labels="
+    )

@@ -114,9 +114,31 @@ def _dialect(row: Row, name: str, fields: Sequence[str]) -> bool:
     return speaks == (name == "sharegpt")
 
 
+def check_wanted(rows: Iterable[Row], shape: Shape) -> None:
+    """Refuse answers that are marked as wanted or not: training on all of them would train the unwanted ones too."""
+    if shape.format in ("classification", "text"):
+        return
+    for row in rows:
+        for name in VERDICTS:
+            if _verdict(row.fields.get(name)):
+                raise fault(
+                    row.where,
+                    f"field {name!r} = {row.fields[name]!r} beside {' + '.join(shape.fields)} says whether the answer "
+                    "is wanted (data for KTO); trained as it is, the model would learn unwanted answers too",
+                    f"keep the records whose answer is wanted and delete the column {name!r}",
+                )
+
+
+def _verdict(value: object) -> bool:
+    """A boolean, or what CSV makes of one."""
+    return isinstance(value, bool) or str(value).strip().lower() in ("true", "false", "0", "1")
+
+
 def _unfit(row: Row, formats: Sequence[str]) -> tuple[str, str]:
     """(problem, next step) for a row that lacks fields."""
     there = [name for name, value in row.fields.items() if value is not None]
+    if {"chosen", "rejected"} <= set(there):
+        return "chosen + rejected are preferences between answers, not texts to train on", PREFERENCES
     if len(formats) > 1:
         wanted = "; ".join(f"{n}: {' + '.join(x.shapes[0])}" for n, x in FORMATS.items())
         near = "".join(suggest(name, KNOWN_FIELDS) for name in there if difflib.get_close_matches(name, KNOWN_FIELDS))
@@ -127,4 +149,7 @@ def _unfit(row: Row, formats: Sequence[str]) -> tuple[str, str]:
     return f"field {missing!r} {state} for format {formats[0]!r}{suggest(missing, there)}", RENAME
 
 
+VERDICTS = ("label", "labels", "desirable", "is_desirable", "kto_tag")
+"""Columns in which data for KTO say whether an answer is wanted."""
+PREFERENCES = "rename the column of the answer to train on with columns={'completion': 'chosen'}, beside a 'prompt'"
 RENAME = "rename a column with columns={'field': 'your column'}"

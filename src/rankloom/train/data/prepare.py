@@ -23,13 +23,15 @@ log = logging.getLogger("rankloom.data")
 class Example:
     """One tokenised record: `ids` (int32) and `trained` (0/1 per token; empty for classification, which has `label`).
 
-    The first token is never trained: nothing predicts it.
+    A trained token is predicted from those before it, so the first is never trained; where `targets` (int32) are given,
+    it is the target that is predicted in its place.
     """
 
     ids: array[int]
     trained: bytes
     label: int | None
     where: Where
+    targets: array[int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -130,6 +132,7 @@ def prepare(
     train_on: str = "assistant",
     template: str = "auto",
     unusable: str = "error",
+    masked: bool = False,
 ) -> Prepared:
     """Tokenise a data set.
 
@@ -145,6 +148,7 @@ def prepare(
         template: `auto` (the tokenizer's, else `plain`), `plain`, `raw` (turns with nothing between), or a Jinja text.
         unusable: an example left with nothing to train (its answer wholly cut, or empty) is an `error` or is counted
             and left out (`drop`).
+        masked: texts for a masked language model: encoded as the tokenizer does by itself, special tokens not trained.
 
     Raises:
         DataError: an example cannot be used, the template rewrites earlier turns, there is nothing to pad with.
@@ -165,9 +169,11 @@ def prepare(
     chats = [record for record in records if isinstance(record, Chat)]
     used, note = choose(tokenizer, template) if chats else (None, None)
     notes += [note] if note else []
-    if records.format == "classification":
-        whole = _classified(records.items, tokenizer)
-        cut = [_recut(x, record, tokenizer, limit) for x, record in zip(whole, records)]
+    if masked and records.format != "text":
+        raise SettingsError(f"a masked language model takes running text; {records.source} is {records.format!r}")
+    if masked or records.format == "classification":
+        whole = _encoded(records.items, tokenizer, masked)
+        cut = [_recut(x, record, tokenizer, limit, masked) for x, record in zip(whole, records)]
     else:
         rendered = [render(x, tokenizer, used, train_on) for x in chats] if used else _running(records.items, tokenizer)
         notes += [ENDINGS[x] for x in sorted({r.ending for r in rendered} - {"own"})]
@@ -217,21 +223,28 @@ def _tokens(rendered: Sequence[Rendered], records: Sequence[Record], tokenizer: 
     return found
 
 
-def _classified(records: Sequence[Record], tokenizer: Tokenizer) -> list[Example]:
+def _encoded(records: Sequence[Record], tokenizer: Tokenizer, masked: bool) -> list[Example]:
+    """Texts as the tokenizer encodes them by itself."""
+    special = frozenset(tokenizer.all_special_ids)
     found = []
     for start in range(0, len(records), CHUNK):
-        part = [x for x in records[start : start + CHUNK] if isinstance(x, Labelled)]
+        part = [x for x in records[start : start + CHUNK] if not isinstance(x, Chat)]
         coded = tokenizer([x.text for x in part], verbose=False)["input_ids"]
-        found += [Example(array("i", ids), b"", x.label, x.where) for x, ids in zip(part, coded)]
+        found += [_as_encoded(x, ids, special, masked) for x, ids in zip(part, coded)]
     return found
 
 
-def _recut(example: Example, record: Record, tokenizer: Tokenizer, limit: int) -> Example:
+def _as_encoded(record: Text | Labelled, ids: Sequence[int], special: frozenset[int], masked: bool) -> Example:
+    trained = bytes(i not in special for i in ids) if masked else b""
+    return Example(array("i", ids), trained, getattr(record, "label", None), record.where)
+
+
+def _recut(example: Example, record: Record, tokenizer: Tokenizer, limit: int, masked: bool) -> Example:
     """The example within `limit`, its closing special tokens kept, as the tokenizer truncates."""
-    if len(example) <= limit or not isinstance(record, Labelled):
+    if len(example) <= limit or isinstance(record, Chat):
         return example
     ids = tokenizer(record.text, truncation=True, max_length=limit)["input_ids"]
-    return Example(array("i", ids), b"", example.label, example.where)
+    return _as_encoded(record, ids, frozenset(tokenizer.all_special_ids), masked)
 
 
 def _unusable(whole: Sequence[Example], cut: Sequence[Example], limit: int) -> DataError:
