@@ -107,8 +107,13 @@ def test_markers_that_cannot_be_read_are_refused(make_tokenizer):
 
 def test_prefix_broken_by_earlier_turns(make_tokenizer, trained_text):
     tokenizer = make_tokenizer(FORGETFUL)
-    with pytest.raises(DataError, match=r"item 1: .*no generation markers.*messages\[1\].*generation %}"):
+    with pytest.raises(DataError, match=r"item 1: .*no generation markers.*messages\[1\].*train_on='turns'"):
         prepare(load(TWO), tokenizer)
+    turns = prepare(load(TWO), tokenizer, train_on="turns")
+    assert [trained_text(x, tokenizer) for x in turns] == ["c</s>", "ef</s>"]
+    assert [str(x.where) for x in turns] == ["records, item 1"] * 2
+    last = prepare(load(TWO), tokenizer, train_on="last")
+    assert [list(x.ids) for x in last] == [list(turns[1].ids)]
     one = prepare(load([{"prompt": "a", "completion": "b"}]), tokenizer)
     assert trained_text(one[0], tokenizer) == "b</s>"
     assert sum(prepare(load(TWO), tokenizer, train_on="all")[0].trained) == 11

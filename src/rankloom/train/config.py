@@ -64,7 +64,7 @@ class DataSettings:
     columns: Mapping[str, str] | None = None
     labels: tuple[str, ...] | None = None
     max_length: int | None = None
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: Literal["assistant", "turns", "last", "all"] = "assistant"
     template: str = "auto"
     unusable: Literal["error", "drop"] = "error"
     batch_size: int = 8

@@ -12,7 +12,7 @@ from typing import Any
 
 from rankloom.errors import DataError, SettingsError
 from rankloom.train.data.records import Chat, Labelled, Record, Records, Text, Where, choice, fault
-from rankloom.train.data.template import Rendered, choose, mask, render
+from rankloom.train.data.template import TRAIN_ON, Rendered, choose, mask, renderings
 from rankloom.train.data.tokenizer import Tokenizer, check_fast, pad_id, starts_with_bos
 
 CHUNK = 256
@@ -136,16 +136,18 @@ def prepare(
 ) -> Prepared:
     """Tokenise a data set.
 
-    Conversations go through a chat template and are trained on the assistant's tokens with their end token
-    (`train_on="all"`: on every token); running text is trained throughout and ends with EOS; a text to classify is
-    encoded as the tokenizer does by itself.
+    Conversations go through a chat template and are trained on the assistant's tokens with their end token; running
+    text is trained throughout and ends with EOS; a text to classify is encoded as the tokenizer does by itself.
 
     Args:
         records: from `load`.
         tokenizer: a fast tokenizer of transformers.
         max_length: tokens kept of an example, from its start; the tokenizer's own limit if that is lower.
-        train_on: `assistant` or `all`; for conversations.
-        template: `auto` (the tokenizer's, else `plain`), `plain`, `raw` (turns with nothing between), or a Jinja text.
+        train_on: for conversations: `assistant` (all of its turns), `turns` (an example for each of its turns, as it is
+            when it is given), `last` (its last turn alone), `all` (every token).
+        template: `auto` (the tokenizer's, else `plain`), `plain`, `raw` (turns with nothing between), a model family
+            (`chatml`, `llama3`, `qwen2`, `qwen2_5`, `qwen3`, `mistral`, `gemma`, `phi3`, `phi4`, `zephyr`), or a Jinja
+            text.
         unusable: an example left with nothing to train (its answer wholly cut, or empty) is an `error` or is counted
             and left out (`drop`).
         masked: texts for a masked language model: encoded as the tokenizer does by itself, special tokens not trained.
@@ -154,7 +156,7 @@ def prepare(
         DataError: an example cannot be used, the template rewrites earlier turns, there is nothing to pad with.
         SettingsError: an argument is not one of its values.
     """
-    choice("train_on", train_on, ("assistant", "all"))
+    choice("train_on", train_on, TRAIN_ON)
     choice("unusable", unusable, ("error", "drop"))
     if max_length < 2:
         raise SettingsError(f"max_length={max_length} leaves no token to predict; use 2 or more")
@@ -175,9 +177,13 @@ def prepare(
         whole = _encoded(records.items, tokenizer, masked)
         cut = [_recut(x, record, tokenizer, limit, masked) for x, record in zip(whole, records)]
     else:
-        rendered = [render(x, tokenizer, used, train_on) for x in chats] if used else _running(records.items, tokenizer)
+        if used is None:
+            rendered, sources = _running(records.items, tokenizer), list(records.items)
+        else:
+            pairs = [(r, x) for x in chats for r in renderings(x, tokenizer, used, train_on)]
+            rendered, sources = [r for r, _ in pairs], [x for _, x in pairs]
         notes += [ENDINGS[x] for x in sorted({r.ending for r in rendered} - {"own"})]
-        whole = _tokens(rendered, records.items, tokenizer)
+        whole = _tokens(rendered, sources, tokenizer)
         cut = [Example(x.ids[:limit], x.trained[:limit], None, x.where) for x in whole]
     usable = [x for x in cut if x.label is not None or any(x.trained)]
     if len(usable) < len(cut) and unusable == "error":
