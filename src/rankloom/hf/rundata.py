@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from rankloom.hf.classes import NEW, Head, given
 from rankloom.train.config import DataSettings
 from rankloom.train.data import Prepared, Records, load, prepare
 from rankloom.train.data.convert import UnknownClassError
-from rankloom.train.data.order import sample
 from rankloom.train.data.source import MICROWORLD, folder
+from rankloom.train.data.table import available, default_cache
 
 SHARE, MOST = 10, 200
+MANY = 10_000
+"""Records from which on a table on disk is used by itself."""
 LENGTH = 1024
 
 
@@ -55,7 +58,7 @@ def read_records(settings: DataSettings, seed: int, head: Head | None = None) ->
     count = settings.hold_out or max(1, min(len(train) // SHARE, MOST))
     if len(train) < 2:
         raise DataError(
-            f"{settings.source}: one record cannot be trained on and judged by; give more, or eval_source=FILE"
+            f"{train.source}: one record cannot be trained on and judged by; give more, or eval_source=FILE"
         )
     rest, held = train.divide(count, seed)
     kept, note = _some(held, settings.eval_examples, seed, f"{count} of {len(train)} records held out")
@@ -73,12 +76,15 @@ def judged_records(settings: DataSettings, seed: int, head: Head | None = None) 
 
 
 def _own_evaluation(settings: DataSettings) -> bool:
-    return settings.eval_source is not None or settings.eval_split is not None or _has_validation(settings.source)
+    own = settings.eval_source is not None or settings.eval_split is not None
+    return own or (isinstance(settings.source, str) and _has_validation(settings.source))
 
 
-def _evaluation(settings: DataSettings, source: str, split: str, seed: int, head: Head | None) -> tuple[Records, str]:
+def _evaluation(
+    settings: DataSettings, source: str | Mapping[str, float], split: str, seed: int, head: Head | None
+) -> tuple[Records, str]:
     """At most `eval_examples` records of one split of `source`, and what they are in words."""
-    if source.startswith(MICROWORLD):
+    if isinstance(source, str) and source.startswith(MICROWORLD):
         task, _, number = source.partition("#")
         found = _drawn(task, split, settings.eval_examples or int(number or MOST), seed)
         return found, f"{len(found)} records of {found.source}, split {split!r}"
@@ -86,7 +92,9 @@ def _evaluation(settings: DataSettings, source: str, split: str, seed: int, head
     return _some(found, settings.eval_examples, seed, f"{len(found)} records of {found.source}, split {split!r}")
 
 
-def _load(settings: DataSettings, source: str, split: str, seed: int, head: Head | None) -> Records:
+def _load(
+    settings: DataSettings, source: str | Mapping[str, float], split: str, seed: int, head: Head | None
+) -> Records:
     own = head.names if head is not None and head.named else None
     try:
         found = load(
@@ -125,7 +133,15 @@ def prepared(records: Records, tokenizer: Any, settings: DataSettings, task: str
         template=settings.template,
         unusable=settings.unusable,
         masked=task == "masked-lm",
+        cache=_cache(settings.cache, len(records)),
     )
+
+
+def _cache(said: str, count: int) -> Path | None:
+    """The folder for tables of tokenised data; None: in memory."""
+    if said == "off" or (said == "auto" and (count < MANY or not available())):
+        return None
+    return default_cache() if said == "auto" else Path(said).expanduser()
 
 
 def _has_validation(source: str) -> bool:
@@ -156,6 +172,6 @@ def _some(records: Records, most: int | None, seed: int, note: str) -> tuple[Rec
     """At most `most` records, and a note that says so where it leaves some out."""
     if most is None or len(records) <= most:
         return records, note
-    kept = set(sample(len(records), most, seed))
-    found = replace(records, items=tuple(x for i, x in enumerate(records.items) if i in kept))
-    return found, f"{note}; {most} of {len(records)} judged (data.eval_examples={most}; null judges all)"
+    return records.sample(
+        most, seed
+    ), f"{note}; {most} of {len(records)} judged (data.eval_examples={most}; null judges all)"

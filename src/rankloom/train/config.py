@@ -46,10 +46,13 @@ class ModelSettings:
 class DataSettings:
     """Which data, and how it becomes batches.
 
-    - `source`: file, folder, `microworld:task#N`, or `owner/name` of a data set; `split`, `format`, `columns`,
-      `labels`: as `rankloom.train.data.load` takes them.
+    - `source`: file, folder, `microworld:task#N`, or `owner/name` of a data set, or several of them with the ratios in
+      which they are mixed, `{a.jsonl: 3, b.parquet: 1}`; `split`, `format`, `columns`, `labels`: as
+      `rankloom.train.data.load` takes them.
     - `max_length` (None: 1024, or what the tokenizer's model takes), `train_on`, `template`, `unusable`: as
       `rankloom.train.data.prepare` takes them.
+    - `cache`: the folder for tables of tokenised data, `off`, or `auto`: the user's cache folder for many records,
+      where `rankloom[data]` is installed, else memory.
     - `batch_size`: rows per step and process; `packing`: several examples per row.
     - `epochs`: passes over the data, instead of `train.steps`.
     - `eval_source`, `eval_split`: what is evaluated; by default the `validation` split of a source that has one, else
@@ -58,7 +61,7 @@ class DataSettings:
       (None: all); `answer_tokens`: most tokens of such an answer.
     """
 
-    source: str
+    source: str | Mapping[str, float]
     split: str = "train"
     format: str | None = None
     columns: Mapping[str, str] | None = None
@@ -67,6 +70,7 @@ class DataSettings:
     train_on: Literal["assistant", "turns", "last", "all"] = "assistant"
     template: str = "auto"
     unusable: Literal["error", "drop"] = "error"
+    cache: str = "auto"
     batch_size: int = 8
     packing: bool = False
     epochs: float | None = None

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rankloom.errors import DataError, SettingsError, suggest
-from rankloom.train.data.detect import KNOWN_FIELDS, Shape, check_wanted, shape_of
-from rankloom.train.data.read import kind
-from rankloom.train.data.records import Chat, Labelled, Record, Records, Row, Text, Turn, Where, fault
+from rankloom.train.data.detect import KNOWN_FIELDS, Shape, agree, check_wanted, first_shape
+from rankloom.train.data.lazy import Mapped
+from rankloom.train.data.read import kind, leaves
+from rankloom.train.data.records import (
+    Chat,
+    Labelled,
+    Record,
+    Records,
+    Row,
+    Rows,
+    Text,
+    Turn,
+    Where,
+    fault,
+    fingerprint,
+)
 
+KNOWN = ("role", "content")
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -27,7 +41,7 @@ SHAREGPT_ROLES = {
 
 
 def convert(
-    rows: Sequence[Row],
+    rows: Rows,
     source: str,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -35,18 +49,36 @@ def convert(
     classes: Sequence[str] | None = None,
     declared: Sequence[str] | None = None,
 ) -> Records:
-    """The canonical records of `rows`; see `load` for the arguments. `declared`: the source's own class names by id."""
-    rows = rename(rows, columns or {})
-    shape = shape_of(rows, format)
-    check_wanted(rows, shape)
+    """The canonical records of `rows`, each checked once; see `load` for the arguments. `declared`: the source's own
+    class names by id.
+    """
+    named = rename(rows, columns or {})
+    shape = first_shape(named, format)
     if labels is not None and shape.format != "classification":
         raise SettingsError(f"labels= is for classification; {source} is {shape}")
-    unused = {name for row in rows for name in row.fields} - set(shape.used())
-    if shape.format == "classification":
-        labelled, names = classify(rows, shape, labels or classes, declared)
-        return Records(labelled, shape.format, source, names, tuple(sorted(unused)))
-    build = BUILDERS[shape.format]
-    return Records(tuple(build(row, shape.fields) for row in rows), shape.format, source, (), tuple(sorted(unused)))
+    build = BUILDERS.get(shape.format)
+    judged = shape.format not in ("classification", "text")
+    first, met, seen = named[0].where, Met(shape, declared), set(shape.used())
+    unused: set[str] = set()
+    for row in named:
+        agree(row, first, shape, format)
+        if not row.fields.keys() <= seen:
+            unused |= row.fields.keys() - seen
+            seen |= unused
+        if judged:
+            check_wanted(row, shape)
+        if build is None:
+            met.add(row)
+        else:
+            build(row, shape.fields)
+    if build is not None:
+        items: Sequence[Record] = Mapped(named, lambda row: build(row, shape.fields))
+        names: tuple[str, ...] = ()
+    else:
+        ids, names = met.ids(labels or classes)
+        items = Mapped(named, lambda row: Labelled(met.text(row), ids[met.value(row)], row.where))
+    said = (rows.digest(), repr(shape), repr(columns), repr(names), repr(declared))
+    return Records(items, shape.format, source, names, tuple(sorted(unused)), fingerprint(*said))
 
 
 def rename(rows: Sequence[Row], columns: Mapping[str, str]) -> Sequence[Row]:
@@ -54,7 +86,7 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str]) -> Sequence[Row]:
     for name in columns:
         if name not in KNOWN_FIELDS:
             raise SettingsError(f"columns: {name!r} is not a field of any format{suggest(name, KNOWN_FIELDS)}")
-    return [Row(_renamed(row, columns), row.where) for row in rows] if columns else rows
+    return Mapped(rows, lambda row: Row(_renamed(row, columns), row.where)) if columns else rows
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -71,6 +103,29 @@ def string(value: object, where: Where, field: str) -> str:
     """`value` if it is a string, else the error that names the field."""
     if not isinstance(value, str):
         raise fault(where, f"field {field!r} must be a string, is {kind(value)}", "mend or delete this record")
+    return _encodable(value, where, field)
+
+
+def _encodable(text: str, where: Where, field: str) -> str:
+    """`text` if UTF-8 can hold it: half of a surrogate pair (`\\ud800`) is no character."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise fault(
+                where,
+                f"field {field!r} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+                f"{error.start + 1}, which is no text",
+                "mend or delete this record",
+            ) from error
+    return text
+
+
+def _clean(value: Any, where: Where, path: str) -> Any:
+    """`value` if every text in it can be encoded."""
+    for place, part in leaves(value, path):
+        if isinstance(part, str):
+            _encodable(part, where, place)
     return value
 
 
@@ -93,7 +148,7 @@ def _system(row: Row) -> tuple[Turn, ...]:
 
 def _tools(row: Row) -> tuple[Any, ...]:
     value = row.fields.get("tools")
-    return () if value is None else tuple(_listed(value, row.where, "tools"))
+    return () if value is None else tuple(_clean(_listed(value, row.where, "tools"), row.where, "tools"))
 
 
 def _messages(row: Row, fields: tuple[str, ...]) -> Chat:
@@ -115,7 +170,7 @@ def _message(turn: object, where: Where, path: str) -> Turn:
     role = _member(fields, "role", where, path)
     if role not in ROLES:
         raise fault(where, f"{path}.role = {role!r} is unknown{suggest(role, ROLES)}", "mend the role")
-    extra = {name: value for name, value in fields.items() if name not in ("role", "content")}
+    extra = {name: _clean(value, where, f"{path}.{name}") for name, value in fields.items() if name not in KNOWN}
     if "content" not in fields and extra.get("tool_calls"):
         return Turn(role, "", extra)
     content = fields.get("content")
@@ -193,28 +248,43 @@ class UnknownClassError(DataError):
     """A label that is none of the classes given."""
 
 
-def classify(
-    rows: Sequence[Row], shape: Shape, labels: Sequence[str] | None, declared: Sequence[str] | None = None
-) -> tuple[tuple[Labelled, ...], tuple[str, ...]]:
-    """The labelled texts and the class names by id: `labels`, or the names met, in numeric or alphabetic order.
+class Met:
+    """The classes that the rows of a classification have: each value once, with the first row that has it."""
 
-    A number is an id of `declared` where there is such a list, else of `labels` where these are words.
-    """
-    text, label = shape.fields
-    texts = [string(row.fields[text], row.where, text) for row in rows]
-    values = [_declared(_label(row, label), row.where, label, declared) for row in rows]
-    first = type(values[0])
-    for row, value in zip(rows, values):
-        if type(value) is not first:
+    def __init__(self, shape: Shape, declared: Sequence[str] | None) -> None:
+        self.fields, self.declared = shape.fields, declared
+        self.where: dict[str | int, Where] = {}
+
+    def text(self, row: Row) -> str:
+        """The row's text."""
+        return string(row.fields[self.fields[0]], row.where, self.fields[0])
+
+    def value(self, row: Row) -> str | int:
+        """The row's class: a name, or a number that is no id of the names declared."""
+        return _declared(_label(row, self.fields[1]), row.where, self.fields[1], self.declared)
+
+    def add(self, row: Row) -> None:
+        """Check a row and take in its class."""
+        self.text(row)
+        value = self.value(row)
+        if value not in self.where and any(type(value) is not type(other) for other in self.where):
+            other = next(iter(self.where))
             raise fault(
-                row.where, f"field {label!r} is {kind(value)}, in the first record {kind(values[0])}", "use one kind"
+                row.where,
+                f"field {self.fields[1]!r} is {kind(value)}, in the first record {kind(other)}",
+                "use one kind",
             )
-    names = tuple(labels or _names(values, rows[0].where.file, label))
-    if len(names) < 2:
-        raise DataError(f"{rows[0].where.file}: every label is {names[0]!r}; a classifier needs two classes or more")
-    ids = {name: i for i, name in enumerate(names)}
-    found = [_id(value, ids, row.where, label, values) for row, value in zip(rows, values)]
-    return tuple(Labelled(t, i, row.where) for t, i, row in zip(texts, found, rows)), names
+        self.where.setdefault(value, row.where)
+
+    def ids(self, labels: Sequence[str] | None) -> tuple[dict[str | int, int], tuple[str, ...]]:
+        """(the id of each value, the names by id): `labels`, or the names met, in numeric or alphabetic order."""
+        file = next(iter(self.where.values())).file
+        names = tuple(labels or _names(tuple(self.where), file, self.fields[1]))
+        if len(names) < 2:
+            raise DataError(f"{file}: every label is {names[0]!r}; a classifier needs two classes or more")
+        known = {name: i for i, name in enumerate(names)}
+        every = tuple(self.where)
+        return {v: _id(v, known, where, self.fields[1], every) for v, where in self.where.items()}, names
 
 
 def _label(row: Row, field: str) -> str | int:
@@ -240,17 +310,21 @@ def _number(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
+def names_by_id(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names in numeric order, or else in alphabetic order."""
+    each = set(names)
+    return tuple(sorted(each, key=int) if all(map(_number, each)) else sorted(each))
+
+
 def _names(values: Sequence[str | int], source: str, field: str) -> tuple[str, ...]:
     names = {str(value) for value in values}
-    if all(map(_number, names)):
-        return tuple(sorted(names, key=int))
-    if all(map(DECIMAL.fullmatch, names)):
+    if all(map(DECIMAL.fullmatch, names)) and not all(map(_number, names)):
         raise fault(
             source,
             f"field {field!r} holds numbers with decimals ({', '.join(sorted(names)[:3])} …), not classes",
             "give classes by name, or train a regression by rankloom.fit with batches of your own",
         )
-    return tuple(sorted(names))
+    return names_by_id(names)
 
 
 DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")

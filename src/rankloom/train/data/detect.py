@@ -74,23 +74,38 @@ def _row(fields: object, where: Where) -> Row:
 
 def shape_of(rows: Sequence[Row], format: str | None = None) -> Shape:
     """`detect`, together with the names of the fields."""
-    formats = tuple(FORMATS) if format is None else (choice("format", format, tuple(FORMATS)),)
+    shape = first_shape(rows, format)
+    for row in rows:
+        agree(row, rows[0].where, shape, format)
+    return shape
+
+
+def first_shape(rows: Sequence[Row], format: str | None = None) -> Shape:
+    """The shape of the first row."""
+    formats = _formats(format)
     if not rows:
         raise DataError("there are no records; give at least one")
-    first = _guess(rows[0], formats)
-    if first is None:
+    found = _guess(rows[0], formats)
+    if found is None:
         raise fault(rows[0].where, *_unfit(rows[0], formats))
-    for row in rows[1:]:
-        found = _guess(row, formats)
-        if found is None:
-            raise fault(row.where, *_unfit(row, (first.format,)))
-        if found != first:
-            raise fault(
-                row.where,
-                f"this record is {found} but the first ({rows[0].where}) is {first}",
-                f"split the file, or force one with format={first.format!r}",
-            )
-    return first
+    return found
+
+
+def agree(row: Row, first: Where, shape: Shape, format: str | None = None) -> None:
+    """Refuse a row that is of another shape than the first."""
+    found = _guess(row, _formats(format))
+    if found is None:
+        raise fault(row.where, *_unfit(row, (shape.format,)))
+    if found != shape:
+        raise fault(
+            row.where,
+            f"this record is {found} but the first ({first}) is {shape}",
+            f"split the file, or force one with format={shape.format!r}",
+        )
+
+
+def _formats(format: str | None) -> tuple[str, ...]:
+    return tuple(FORMATS) if format is None else (choice("format", format, tuple(FORMATS)),)
 
 
 def _guess(row: Row, formats: Sequence[str]) -> Shape | None:
@@ -114,19 +129,16 @@ def _dialect(row: Row, name: str, fields: Sequence[str]) -> bool:
     return speaks == (name == "sharegpt")
 
 
-def check_wanted(rows: Iterable[Row], shape: Shape) -> None:
+def check_wanted(row: Row, shape: Shape) -> None:
     """Refuse answers that are marked as wanted or not: training on all of them would train the unwanted ones too."""
-    if shape.format in ("classification", "text"):
-        return
-    for row in rows:
-        for name in VERDICTS:
-            if _verdict(row.fields.get(name)):
-                raise fault(
-                    row.where,
-                    f"field {name!r} = {row.fields[name]!r} beside {' + '.join(shape.fields)} says whether the answer "
-                    "is wanted (data for KTO); trained as it is, the model would learn unwanted answers too",
-                    f"keep the records whose answer is wanted and delete the column {name!r}",
-                )
+    for name in VERDICTS:
+        if name in row.fields and _verdict(row.fields[name]):
+            raise fault(
+                row.where,
+                f"field {name!r} = {row.fields[name]!r} beside {' + '.join(shape.fields)} says whether the answer "
+                "is wanted (data for KTO); trained as it is, the model would learn unwanted answers too",
+                f"keep the records whose answer is wanted and delete the column {name!r}",
+            )
 
 
 def _verdict(value: object) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rankloom.errors import DataError, SettingsError
-from rankloom.train.data.prepare import Example
+from rankloom.train.data.examples import Example
 from rankloom.train.data.tokenizer import Tokenizer
 
 

@@ -11,7 +11,6 @@ An empty block of thoughts that a template puts before an answer (`<think>` `</t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -328,13 +327,3 @@ def _closed(found: Rendered, chat: Chat, template: Template, eos: str | None) ->
     if not end:
         return Rendered(found.text, spans, "open")
     return Rendered(found.text + end, (*spans[:-1], (spans[-1][0], len(found.text) + len(end))), "appended")
-
-
-def mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> bytes:
-    """1 for each token that covers a character of a span (a token without characters counts where it stands)."""
-    found, at = bytearray(len(offsets)), 0
-    for i, (start, end) in enumerate(offsets):
-        while at < len(spans) and spans[at][1] <= start:
-            at += 1
-        found[i] = at < len(spans) and max(end, start + 1) > spans[at][0]
-    return bytes(found)
