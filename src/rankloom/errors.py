@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Characters that command a terminal, or turn the direction of writing; newline and tab are none."""
+
+
+def printable(text: str) -> str:
+    """`text` with every control character written out, as `\\x1b`: safe to show in a terminal."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class RankloomError(Exception):
-    """Base of every error that Rankloom raises on purpose."""
+    """Base of every error that Rankloom raises on purpose; its text holds no control characters."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SettingsError(RankloomError, ValueError):

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from rankloom.errors import DataError, StateError
-from rankloom.train.data import Batches, Example, Prepared, Records, Where
+from rankloom.train.data import Batches, Example, Examples, Prepared, Records, Where
 from rankloom.train.data.order import generator, keys
 
 
 def prepared(n=11):
     made = [Example(array("i", range(100 * i, 100 * i + 4 + i % 3)), bytes([0] + [1] * (3 + i % 3)), None, Where("x", i + 1))
             for i in range(n)]  # fmt: skip
-    return Prepared(tuple(made), Records((), "text", "x", ()), 16, 0, None, 0, 0, ())
+    return Prepared(Examples.of(made), Records((), "text", "x", ()), 16, 0, None, 0, 0, ())
 
 
 def noisy(example, draw):

@@ -47,7 +47,7 @@ def test_chat_formats(format, row, expected):
 
 
 def test_text_and_classification():
-    assert load([{"text": "a"}]).items == (Text("a", load([{"text": "a"}])[0].where),)
+    assert tuple(load([{"text": "a"}])) == (Text("a", load([{"text": "a"}])[0].where),)
     records = load([{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}, {"text": "c", "label": "pos"}])
     assert records.labels == ("neg", "pos")
     assert [x.label for x in records if isinstance(x, Labelled)] == [1, 0, 1]
@@ -193,7 +193,9 @@ def test_divide_is_disjoint_complete_and_repeatable():
     rest, held = records.divide(5, seed=1)
     assert len(held) == 5
     assert sorted([*(x.text for x in rest), *(x.text for x in held)]) == sorted(x.text for x in records)
-    assert records.divide(5, seed=1)[1] == held
+    again = records.divide(5, seed=1)[1]
+    assert list(again) == list(held)
+    assert again.digest == held.digest != rest.digest
     assert records.divide(5, seed=2)[1] != held
     with pytest.raises(SettingsError, match="choose 1 to 19"):
         records.divide(20)

@@ -14,7 +14,7 @@ def places(rows):
 
 def test_jsonl_passes_over_bom_crlf_and_blank_lines(write):
     path = write("x.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n\r\n   \n{"text": "two\xe2\x80\xa8three"}')
-    assert places(read_file(path)) == [(1, {"text": "one"}), (4, {"text": "two\u2028three"})]
+    assert places(list(read_file(path))) == [(1, {"text": "one"}), (4, {"text": "two\u2028three"})]
 
 
 @pytest.mark.parametrize(
@@ -32,19 +32,19 @@ def test_a_broken_jsonl_line_is_named(write, bad, said):
     bad = bad if isinstance(bad, bytes) else bad.encode()
     path = write("x.jsonl", b'{"text": "one"}\n\n' + bad + b"\n")
     with pytest.raises(DataError) as error:
-        read_file(path)
+        list(read_file(path))
     assert f"{path}, line 3: " in str(error.value)
     assert said in str(error.value)
 
 
 def test_a_json_list_knows_the_line_of_each_record(write):
     path = write("x.json", '[\n  {"text": "one"},\n  {"text":\n "two"}, {"text": "three"}\n]\n')
-    assert places(read_file(path)) == [(2, {"text": "one"}), (3, {"text": "two"}), (4, {"text": "three"})]
+    assert places(list(read_file(path))) == [(2, {"text": "one"}), (3, {"text": "two"}), (4, {"text": "three"})]
 
 
 def test_a_json_file_may_hold_objects_one_after_the_other(write):
     path = write("x.json", '{"text": "one"}\n{\n"text": "two"\n}\n')
-    assert places(read_file(path)) == [(1, {"text": "one"}), (2, {"text": "two"})]
+    assert places(list(read_file(path))) == [(1, {"text": "one"}), (2, {"text": "two"})]
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_a_json_file_may_hold_objects_one_after_the_other(write):
 def test_a_broken_json_list_is_named(write, text, line, said):
     path = write("x.json", text)
     with pytest.raises(DataError) as error:
-        read_file(path)
+        list(read_file(path))
     assert said in str(error.value)
     assert line is None or f"{path}, line {line}: " in str(error.value)
 
 
 def test_csv_counts_lines_inside_quotes(write):
     path = write("x.csv", '\ufeffprompt,completion\r\n"two\nlines","say ""x"", y"\r\n\r\nq,r\r\n')
-    assert places(read_file(path)) == [
+    assert places(list(read_file(path))) == [
         (2, {"prompt": "two\nlines", "completion": 'say "x", y'}),
         (5, {"prompt": "q", "completion": "r"}),
     ]
@@ -90,7 +90,7 @@ def test_tsv(write):
 def test_a_broken_table_is_named(write, text, line, said):
     path = write("x.csv", text)
     with pytest.raises(DataError) as error:
-        read_file(path)
+        list(read_file(path))
     assert f"{path}, line {line}: " in str(error.value)
     assert said in str(error.value)
 
@@ -101,12 +101,12 @@ def test_parquet(tmp_path):
 
     path = tmp_path / "x.parquet"
     pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": "x"}]}, {"messages": None}]), path)
-    rows = read_file(path)
+    rows = list(read_file(path))
     assert rows[0].fields == {"messages": [{"role": "user", "content": "x"}]}
     assert str(rows[1].where) == f"{path}, row 2"
     path.write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="broken Parquet"):
-        read_file(path)
+        list(read_file(path))
 
 
 def test_parquet_without_pyarrow_names_the_extra(write, monkeypatch):

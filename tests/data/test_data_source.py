@@ -110,7 +110,7 @@ def test_hub_sampling_and_class_names(hub):
     assert len(numbers) == 3
     assert [x.label for x in records] == [n % 2 for n in numbers]
     assert [str(x.where) for x in records] == [f"some/set:small[test], row {n + 1}" for n in numbers]
-    assert records.items == load("some/set:small#3", "test", seed=2).items
+    assert list(records) == list(load("some/set:small#3", "test", seed=2))
 
 
 def test_hub_errors(hub, monkeypatch):

@@ -1,10 +1,16 @@
 """Assistant masks against ids and texts written by hand."""
 
+from itertools import chain
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rankloom.errors import DataError, SettingsError
 from rankloom.train.data import PLAIN, load, prepare, prompt
-from rankloom.train.data.template import choose, mask, unmark
+from rankloom.train.data.examples import flags
+from rankloom.train.data.prepare import trained_runs
+from rankloom.train.data.template import choose, unmark
 
 SIMPLE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|a|>' + m['content'] + eos_token }}"
@@ -107,8 +113,13 @@ def test_markers_that_cannot_be_read_are_refused(make_tokenizer):
 
 def test_prefix_broken_by_earlier_turns(make_tokenizer, trained_text):
     tokenizer = make_tokenizer(FORGETFUL)
-    with pytest.raises(DataError, match=r"item 1: .*no generation markers.*messages\[1\].*generation %}"):
+    with pytest.raises(DataError, match=r"item 1: .*no generation markers.*messages\[1\].*train_on='turns'"):
         prepare(load(TWO), tokenizer)
+    turns = prepare(load(TWO), tokenizer, train_on="turns")
+    assert [trained_text(x, tokenizer) for x in turns] == ["c</s>", "ef</s>"]
+    assert [str(x.where) for x in turns] == ["records, item 1"] * 2
+    last = prepare(load(TWO), tokenizer, train_on="last")
+    assert [list(x.ids) for x in last] == [list(turns[1].ids)]
     one = prepare(load([{"prompt": "a", "completion": "b"}]), tokenizer)
     assert trained_text(one[0], tokenizer) == "b</s>"
     assert sum(prepare(load(TWO), tokenizer, train_on="all")[0].trained) == 11
@@ -187,8 +198,41 @@ def test_prompt_is_what_training_saw_before_the_last_answer(make_tokenizer):
         prompt(load([{"messages": TWO[0]["messages"][:1]}])[0], tokenizer, choose(tokenizer)[0])
 
 
-def test_unmark_and_mask():
+def test_unmark():
     assert unmark("ab\ufdd0cd\ufdd1e\ufdd0\ufdd1\ufdd0f\ufdd1") == ("abcdef", ((2, 4), (5, 6)))
-    offsets = [(0, 1), (1, 3), (3, 4), (4, 4), (4, 6), (6, 9)]
-    assert list(mask(offsets, [(2, 4), (5, 6)])) == [0, 1, 1, 0, 1, 0]
-    assert list(mask(offsets, [])) == [0] * 6
+
+
+@pytest.fixture(scope="module")
+def bytewise():
+    """Merges, and characters of several bytes that are several tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["the cat sat on the mat, the hat"] * 9, trainer)
+    return made
+
+
+@given(st.text("the ca\n😀é", min_size=1, max_size=40), st.lists(st.integers(0, 40), max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_trained_tokens_are_those_that_cover_a_character_of_a_span(bytewise, text, cuts):
+    points = sorted({min(c, len(text)) for c in cuts})
+    spans = list(zip(points[::2], points[1::2]))
+    coded = bytewise.encode(text)
+    wanted = [any(a < e and max(b, a + 1) > s for s, e in spans) for a, b in coded.offsets]
+    wanted[0] = False
+    assert flags(len(coded.ids), list(chain(*trained_runs(coded, len(coded.ids), text, spans)))) == bytes(wanted)
+
+
+def test_white_space_that_no_token_covers():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    coded = made.encode("a  b  a  b")
+    assert trained_runs(coded, 4, "a  b  a  b", [(1, 6)]) == ((1, 2),)
+    assert trained_runs(coded, 4, "a  b  a  b", [(1, 3), (4, 6)]) == ()
+    assert trained_runs(coded, 4, "a  b  a  b", [(3, 4), (5, 10)]) == ((1, 4),)
+    assert trained_runs(coded, 4, "a  b  a  b", [(0, 10)]) == ((1, 4),)

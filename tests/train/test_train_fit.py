@@ -16,7 +16,7 @@ from rankloom.core.rule import Rule
 from rankloom.errors import DataError, SettingsError, StateError, UnreachedError
 from rankloom.train.fit import fit
 from rankloom.train.guard import DivergedError
-from rankloom.train.loss import count, shares, tokens
+from rankloom.train.loss import count, one, shares, tokens
 from rankloom.train.processes import Processes
 from rankloom.train.settings import TrainSettings
 
@@ -186,16 +186,18 @@ def test_accumulation_is_one_big_batch() -> None:
 
 def test_what_a_batch_counts_by_hand() -> None:
     labels = torch.tensor([[5, -100, 7, 8], [1, -100, -100, 9]])
-    assert count({"labels": labels, "input_ids": labels}) == 3
-    assert count({"labels": labels}) == 5
-    assert count({"labels": torch.tensor([1, 0, -100])}) == 2
-    assert count({"labels": torch.rand(4)}) == count((1, 2)) == 1
-    assert shares([{"labels": torch.tensor([1, 0, 0])}, {"labels": torch.tensor([1])}], True, Processes()) == [
+    assert count({"labels": labels}, first=False) == 3
+    assert count({"labels": labels}) == count((None, labels)) == 5
+    assert count({"labels": torch.tensor([1, 0, -100])}, first=False) == 2
+    assert count({"labels": torch.rand(4)}) == count((labels, torch.rand(2, 2))) == 4
+    assert count({"input_ids": labels}) == count((1, 2)) == one((1, 2)) == 1
+    assert shares([{"labels": torch.tensor([1, 0, 0])}, {"labels": torch.tensor([1])}], count, Processes()) == [
         0.75,
         0.25,
     ]
-    assert shares([1, 2], False, Processes()) == [0.5, 0.5]
-    assert shares([{"labels": torch.tensor([-100])}] * 2, True, Processes()) == [0.5, 0.5]
+    assert shares([1, 2], one, Processes()) == [0.5, 0.5]
+    with pytest.raises(DataError, match="no label to train on in a whole step"):
+        shares([{"labels": torch.tensor([-100])}] * 2, count, Processes())
     mask = torch.tensor([[1, 1, 0]])
     assert tokens({"input_ids": mask, "attention_mask": mask}) == 2
     assert tokens({"input_ids": mask}) == 3

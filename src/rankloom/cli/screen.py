@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rankloom.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -41,8 +43,8 @@ class Screen:
         self.data = data
 
     def text(self, text: str) -> None:
-        """Lines for people, as they are."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Lines for people, control characters written out."""
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
         """A table for people."""
@@ -51,7 +53,7 @@ class Screen:
 
         table = Table(*columns, title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for row in rows:
-            table.add_row(*(Text(shown(cell)) for cell in row))
+            table.add_row(*(Text(printable(shown(cell))) for cell in row))
         self.console.print(table)
 
     def facts(self, pairs: Sequence[tuple[str, Any]]) -> None:

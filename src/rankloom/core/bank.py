@@ -234,8 +234,8 @@ class Bank:
         they are.
 
         All changes are computed before any is written. A packed weight stays packed, rounded anew unless the adapter's
-        change fits its store; `into="dense"` unpacks it. `context`: as in `merge`. Returns, for each weight that stays packed, the part of the
-        change that was lost, as `merge` does. Raises `NotMergeable` before touching anything.
+        change fits its store; `into="dense"` unpacks it. `context` and what is returned: as in `merge`. Raises
+        `NotMergeable` before touching anything.
         """
         self._not_merged("fold")
         numbers = {n: sign * w for n, w in self._numbers(names, weights).items()}

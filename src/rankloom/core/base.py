@@ -15,8 +15,8 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Base:
-    """The frozen layer through its kind; `context`: what is known of the batch (task ids, attention mask); `rows`: which
-    batch rows the adapter sees, by number (None: all).
+    """The frozen layer through its kind; `context`: what is known of the batch (task ids, attention mask); `rows`:
+    numbers of the batch rows that the adapter sees (None: all).
     """
 
     __slots__ = ("context", "kind", "layer", "notes", "rows")

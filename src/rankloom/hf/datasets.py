@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from rankloom.errors import DataError, MissingExtra, suggest
-from rankloom.train.data.order import sample
+from rankloom.train.data.order import draw
+from rankloom.train.data.records import Row, Rows, Where, fingerprint
+
+BLOCK = 1024
+"""Rows that are taken from the table at a time."""
+
+
+class HubRows(Rows):
+    """Rows of a `datasets.Dataset`, whose tables are mapped from the disk; `numbers`: theirs in the split, from 0."""
+
+    def __init__(self, table: Any, where: str, numbers: Sequence[int] | np.ndarray[Any, Any]) -> None:
+        self.table, self.where, self.numbers = table, where, numbers
+        self._block: tuple[int, list[dict[str, Any]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def at(self, index: int) -> Row:
+        first = index - index % BLOCK
+        if self._block[0] != first:
+            columns = self.table[first : first + BLOCK]
+            rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+            self._block = (first, rows)
+        return Row(self._block[1][index - first], Where(self.where, int(self.numbers[index]) + 1, "row"))
+
+    def digest(self) -> str:
+        return fingerprint(self.where, str(self.table._fingerprint))
 
 
 def read(
     id: str, subset: str | None, split: str, count: int | None, seed: int
-) -> tuple[list[tuple[int, dict[str, Any]]], tuple[str, ...] | None]:
-    """(1-based row number and fields of each row, class names of a `label` column if the data set declares them).
+) -> tuple[HubRows, tuple[str, ...] | None]:
+    """(the rows, class names of a `label` column if the data set declares them).
 
     Args:
         id: `owner/name` or `name`; `subset`: its configuration, None for the default.
@@ -41,7 +70,7 @@ def read(
         raise DataError(
             f"{name}[{split}]: {count} records are asked for, there are {len(rows)}; ask for at most #{len(rows)}"
         )
-    chosen = list(range(len(rows))) if count is None else sample(len(rows), count, seed)
+    chosen = range(len(rows)) if count is None else draw(len(rows), count, seed)
     label = rows.features.get("label")
     names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
-    return [(i + 1, row) for i, row in zip(chosen, rows.select(chosen))], names
+    return HubRows(rows if count is None else rows.select(chosen), f"{name}[{split}]", chosen), names

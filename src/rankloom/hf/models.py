@@ -14,6 +14,7 @@ import torch
 
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, MissingExtra, SettingsError, suggest
+from rankloom.hf.classes import Head, head_of
 from rankloom.hf.packed import is_packed, load_packed, skeleton_packed
 from rankloom.train.config import ModelSettings, Task
 
@@ -23,6 +24,7 @@ WHOLE: dict[str, Any] = {"missing_keys": (), "unexpected_keys": ()}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
     "classification": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
 }
@@ -61,14 +63,19 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
     device = device_of(settings.device)
     dtype = _dtype(settings.dtype, config, device)
     cls = _class(task)
+    fresh = {"ignore_mismatched_sizes": True} if settings.head == "new" else {}
     with _explained(source, "a model"), quiet():
         if is_packed(config):
             model, info = load_packed(cls, config, source, _dtype_argument(dtype)), WHOLE
         else:
             model, info = cls.from_pretrained(
-                source, config=config, output_loading_info=True, **_dtype_argument(dtype), **_remote(settings)
+                source, config=config, output_loading_info=True, **fresh, **_dtype_argument(dtype), **_remote(settings)
             )
     heads = (*_heads(model, task), *_unwritten(model, info["missing_keys"], task))
+    notes = list(_loading_notes(source, info, heads))
+    if task == "classification" and settings.head == "new":
+        _begin_anew(model, _heads(model, task))
+        notes.append(f"model.head=new: {', '.join(_heads(model, task))} starts at random")
     model.name_or_path = settings.path
     return Loaded(
         model=model.to(device).eval(),
@@ -76,7 +83,7 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
         source=source,
         task=task,
         heads=heads,
-        notes=tuple(_loading_notes(source, info, heads)),
+        notes=tuple(notes),
     )
 
 
@@ -146,34 +153,88 @@ def with_heads(plan: Plan, heads: Sequence[str]) -> Plan:
     return replace(plan, modules_to_save=(*plan.modules_to_save, *missing)) if missing else plan
 
 
-def resolve_task(task: Task, form: str | None) -> Task:
-    """`auto` by the format of the data: `classification`, else `causal-lm`."""
-    if task != "auto":
-        if form is not None and task == "encoder":
-            raise SettingsError(
-                "model.task='encoder' has no loss of its own: use rankloom.fit with a loss, or task=auto"
-            )
-        if form is not None and (task == "classification") != (form == "classification"):
-            raise SettingsError(f"model.task={task!r} does not fit data in the form {form!r}; use task=auto")
+def known_head(settings: ModelSettings) -> Head | None:
+    """The classifier that the model's files have and that is to be kept, if there is one."""
+    if settings.head == "new":
+        return None
+    return head_of(_read_config(settings, find_model(settings.path)), settings.path)
+
+
+def task_of(settings: ModelSettings, form: str | None) -> Task:
+    """What the model is loaded for, given data of a format."""
+    return resolve_task(settings.task, form, _read_config(settings, find_model(settings.path)))
+
+
+def resolve_task(task: Task, form: str | None, config: Any) -> Task:
+    """`auto` by the format of the data and the model's configuration: `classification`, `masked-lm`, else
+    `causal-lm`.
+    """
+    if task == "auto":
+        if form == "classification":
+            return "classification"
+        return "masked-lm" if form == "text" and _masked(config) else "causal-lm"
+    if form is None:
         return task
-    return "classification" if form == "classification" else "causal-lm"
+    if task == "encoder":
+        raise SettingsError("model.task='encoder' has no loss of its own: use rankloom.fit with a loss, or task=auto")
+    fits = {"classification": form == "classification", "masked-lm": form == "text"}
+    if not fits.get(task, form != "classification"):
+        raise SettingsError(f"model.task={task!r} does not fit data in the form {form!r}; use task=auto")
+    return task
+
+
+def _masked(config: Any) -> bool:
+    """Whether a configuration is that of an encoder that predicts hidden tokens, not the next one."""
+    names = config.architectures or ()
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    known = config.model_type in _transformers().models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return known and not causal and not config.is_encoder_decoder and not getattr(config, "is_decoder", False)
+
+
+def _read_config(settings: ModelSettings, source: str) -> Any:
+    """The model's configuration, with the `label2id` that its file says: transformers 5 reads `id2label` alone."""
+    library = _transformers()
+    with _explained(source, "a model"):
+        config = library.AutoConfig.from_pretrained(source, **_remote(settings))
+        said, _ = library.PretrainedConfig.get_config_dict(source, **_remote(settings))
+    if isinstance(said.get("label2id"), dict):
+        config.label2id = said["label2id"]
+    return config
 
 
 def _config(settings: ModelSettings, form: str | None, labels: Sequence[str]) -> tuple[str, Any, Task]:
-    source, task = find_model(settings.path), resolve_task(settings.task, form)
-    with _explained(source, "a model"):
-        config = _transformers().AutoConfig.from_pretrained(source, **_remote(settings))
+    source = find_model(settings.path)
+    config = _read_config(settings, source)
+    task = resolve_task(settings.task, form, config)
     if task == "causal-lm" and getattr(config, "is_encoder_decoder", False):
         raise SettingsError(
             f"{source} is an encoder-decoder ({config.model_type}); text data trains decoder-only models here: "
             "use rankloom.fit with batches of your own, or model.task=encoder to look at it"
         )
+    if task == "causal-lm" and form is not None and form != "text" and _masked(config):
+        raise SettingsError(
+            f"{source} predicts hidden tokens ({config.model_type}), so it cannot answer in a conversation: give it "
+            "running text (a column 'text') or texts with a label, or use a causal model"
+        )
+    head = head_of(config, settings.path) if settings.head == "keep" else None
+    if labels and head is not None:
+        head.check(labels)
     if labels:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: i for i, name in enumerate(labels)}
         config.problem_type = "single_label_classification"
     return source, config, task
+
+
+def _begin_anew(model: Any, heads: Sequence[str]) -> None:
+    """Fresh values for every tensor of the heads."""
+    for module in (m for head in heads for m in model.get_submodule(head).modules()):
+        if callable(getattr(module, "reset_parameters", None)):
+            module.reset_parameters()
+            continue
+        for parameter in module.parameters(recurse=False):
+            torch.nn.init.normal_(parameter, std=0.02)
 
 
 def _heads(model: Any, task: str) -> tuple[str, ...]:

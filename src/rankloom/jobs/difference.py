@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankloom.hf.models import known_head
 from rankloom.jobs.rundata import judged_records, prepared
 from rankloom.train.config import RunConfig
 from rankloom.train.data import Batches
@@ -27,7 +28,8 @@ class Difference:
 def sample_batch(config: RunConfig, tokenizer: Any) -> tuple[dict[str, Tensor], str]:
     """Rows of the data where there is some, else random tokens; and what they are, in words."""
     if config.data is not None:
-        records = judged_records(replace(config.data, eval_examples=ROWS), config.seed)
+        few = replace(config.data, eval_examples=ROWS)
+        records, _ = judged_records(few, config.seed, known_head(config.need_model()))
         rows = Batches(prepared(records, tokenizer, config.data), ROWS, shuffle=False).batch_at(0)
         del rows["labels"]
         return rows, f"{len(rows['input_ids'])} rows of {records.source}"

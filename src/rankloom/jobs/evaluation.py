@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from rankloom.hf.generate import Decoding, continue_texts
-from rankloom.train.data import Batches, Chat, Prepared, choose, prompt
+from rankloom.train.causal import check_causal
+from rankloom.train.data import Batches, Chat, Masking, Prepared, choose, prompt
 from rankloom.train.evaluate import mean_loss
-from rankloom.train.loss import Loss, default_loss, move
+from rankloom.train.loss import Loss, Terms, default_loss, move
 from rankloom.train.processes import Processes
 from rankloom.train.run import TrainRun, mode
 
@@ -36,7 +37,8 @@ class Answer:
 
 @dataclass
 class Evaluator:
-    """`evaluator(model)` → `loss` with `perplexity` or `accuracy`, and `exact_match` (0 to 1) over conversations.
+    """`evaluator(model)` → `loss` with `perplexity` or `accuracy`, and `exact_match` (0 to 1) over conversations, with
+    the numbers of `examples` and of `answers` that they are taken over.
 
     `answers`: of the last call; `history`: of every call. Labels count, not batches, so the loss is that of one batch.
     """
@@ -44,10 +46,11 @@ class Evaluator:
     prepared: Prepared
     tokenizer: Any
     batch_size: int = 8
-    most_answers: int = 50
+    most_answers: int | None = 50
     answer_tokens: int = 128
     template: str = "auto"
     loss: Loss = default_loss
+    masking: Masking | None = None
     processes: Processes = field(default_factory=Processes)
     history: list[tuple[Answer, ...]] = field(default_factory=list)
 
@@ -59,8 +62,9 @@ class Evaluator:
     def __call__(self, model: Any) -> dict[str, float]:
         with mode(model, False), torch.no_grad():
             run = TrainRun(model, 1, device=next(model.parameters()).device)
-            batches = Batches(self.prepared, self.batch_size, shuffle=False)
-            found = {"loss": mean_loss(batches, run, self.loss, True, self.processes)}
+            batches = Batches(self.prepared, self.batch_size, shuffle=False, masking=self.masking)
+            check_causal(model, batches)
+            found = {"loss": mean_loss(batches, run, self.loss, Terms(model), self.processes)}
             if self.prepared.labels:
                 found["accuracy"] = self._accuracy(model, batches, run.device)
             else:
@@ -69,7 +73,8 @@ class Evaluator:
         self.history.append(answers)
         if answers:
             found["exact_match"] = sum(a.right for a in answers) / len(answers)
-        return found
+        found["examples"] = len(self.prepared)
+        return {**found, "answers": len(answers)} if answers else found
 
     def _accuracy(self, model: Any, batches: Batches, device: torch.device) -> float:
         right = 0

@@ -26,7 +26,7 @@ from rankloom.core.site import LAYER
 from rankloom.core.targets import base_modules
 from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
-from rankloom.hf.models import load_tokenizer, skeleton, with_heads
+from rankloom.hf.models import known_head, load_tokenizer, skeleton, task_of, with_heads
 from rankloom.jobs.rundata import LENGTH, prepared, read_records
 from rankloom.ops.kept import kept_bytes
 from rankloom.registry import name_of
@@ -152,9 +152,9 @@ def plan_run(config: RunConfig) -> Planned:
     """The dry run of `config`, with its data looked at where there is some. Raises as `plan_job`, and `DataError`."""
     if config.data is None:
         return Planned(plan_job(config), ())
-    records = read_records(config.data, config.seed)
+    records = read_records(config.data, config.seed, known_head(config.need_model()))
     tokenizer = load_tokenizer(config.need_model())
-    train = prepared(records.train, tokenizer, config.data)
+    train = prepared(records.train, tokenizer, config.data, task_of(config.need_model(), records.form))
     summary = train.summary()
     stages = (
         ("data", f"{summary}\nevaluation: {records.note}"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rankloom.errors import DataError
+from rankloom.hf.classes import NEW, Head, given
 from rankloom.train.config import DataSettings
 from rankloom.train.data import Prepared, Records, load, prepare
-from rankloom.train.data.order import sample
+from rankloom.train.data.convert import UnknownClassError
 from rankloom.train.data.source import MICROWORLD, folder
+from rankloom.train.data.table import available, default_cache
 
 SHARE, MOST = 10, 200
+MANY = 10_000
+"""Records from which on a table on disk is used by itself."""
 LENGTH = 1024
 
 
@@ -38,57 +43,88 @@ class RunRecords:
         return self.train.labels
 
 
-def read_records(settings: DataSettings, seed: int) -> RunRecords:
-    """Both sets of records. Raises `DataError` naming file, line and field."""
-    train = load(
-        settings.source,
-        settings.split,
-        format=settings.format,
-        columns=settings.columns,
-        labels=settings.labels,
-        seed=seed,
-    )
+def read_records(settings: DataSettings, seed: int, head: Head | None = None) -> RunRecords:
+    """Both sets of records; labels have the ids of `head`, the model's own classifier, where there is one.
+
+    Raises:
+        DataError: names file, line and field, or the classes that the model does not have.
+    """
+    train = _load(settings, settings.source, settings.split, seed, head)
     if settings.hold_out is None and _own_evaluation(settings):
         source = settings.eval_source or settings.source
         split = settings.eval_split or ("train" if settings.eval_source is not None else "validation")
-        found = evaluation_records(settings, source, split, train.labels, seed)
-        return RunRecords(train, found, f"{len(found)} records of {found.source}, split {split!r}")
+        found, note = _evaluation(replace(settings, labels=train.labels or None), source, split, seed, head)
+        return RunRecords(train, found, note)
     count = settings.hold_out or max(1, min(len(train) // SHARE, MOST))
     if len(train) < 2:
         raise DataError(
-            f"{settings.source}: one record cannot be trained on and judged by; give more, or eval_source=FILE"
+            f"{train.source}: one record cannot be trained on and judged by; give more, or eval_source=FILE"
         )
     rest, held = train.divide(count, seed)
-    return RunRecords(
-        rest, _some(held, settings.eval_examples, seed), f"{count} of {len(train)} records held out", count
-    )
+    kept, note = _some(held, settings.eval_examples, seed, f"{count} of {len(train)} records held out")
+    return RunRecords(rest, kept, note, count)
 
 
-def judged_records(settings: DataSettings, seed: int) -> Records:
-    """What a training by these settings is judged by; the whole source where they hold nothing out."""
+def judged_records(settings: DataSettings, seed: int, head: Head | None = None) -> tuple[Records, str]:
+    """What a training by these settings is judged by, and what that is in words; the whole source where they hold
+    nothing out.
+    """
     if settings.hold_out is not None or _own_evaluation(settings):
-        return read_records(settings, seed).evaluation
-    return evaluation_records(settings, settings.source, settings.split, settings.labels, seed)
+        found = read_records(settings, seed, head)
+        return found.evaluation, found.note
+    return _evaluation(settings, settings.source, settings.split, seed, head)
 
 
 def _own_evaluation(settings: DataSettings) -> bool:
-    return settings.eval_source is not None or settings.eval_split is not None or _has_validation(settings.source)
+    own = settings.eval_source is not None or settings.eval_split is not None
+    return own or (isinstance(settings.source, str) and _has_validation(settings.source))
 
 
-def evaluation_records(
-    settings: DataSettings, source: str, split: str, labels: tuple[str, ...] | None, seed: int
+def _evaluation(
+    settings: DataSettings, source: str | Mapping[str, float], split: str, seed: int, head: Head | None
+) -> tuple[Records, str]:
+    """At most `eval_examples` records of one split of `source`, and what they are in words."""
+    if isinstance(source, str) and source.startswith(MICROWORLD):
+        task, _, number = source.partition("#")
+        found = _drawn(task, split, settings.eval_examples or int(number or MOST), seed)
+        return found, f"{len(found)} records of {found.source}, split {split!r}"
+    found = _load(settings, source, split, seed, head)
+    return _some(found, settings.eval_examples, seed, f"{len(found)} records of {found.source}, split {split!r}")
+
+
+def _load(
+    settings: DataSettings, source: str | Mapping[str, float], split: str, seed: int, head: Head | None
 ) -> Records:
-    """At most `eval_examples` records of one split of `source`."""
-    if source.startswith(MICROWORLD):
-        return _drawn(source.partition("#")[0], split, settings.eval_examples, seed)
-    found = load(
-        source, split, format=settings.format, columns=settings.columns, labels=labels or settings.labels, seed=seed
-    )
-    return _some(found, settings.eval_examples, seed)
+    own = head.names if head is not None and head.named else None
+    try:
+        found = load(
+            source,
+            split,
+            format=settings.format,
+            columns=settings.columns,
+            labels=settings.labels,
+            classes=own,
+            seed=seed,
+        )
+    except UnknownClassError as error:
+        raise DataError(f"{error}; {head}: {NEW}" if own and settings.labels is None else str(error)) from error
+    if found.labels and settings.labels is None and head is not None and not head.named:
+        _check_numbers(found.labels, head)
+    return found
 
 
-def prepared(records: Records, tokenizer: Any, settings: DataSettings) -> Prepared:
-    """Tokenised as the settings say."""
+def _check_numbers(labels: tuple[str, ...], head: Head) -> None:
+    """Refuse numbers that are not the ids of a classifier without names."""
+    numbers = [int(name) for name in labels if name.removeprefix("-").isdecimal()]
+    if len(numbers) == len(labels) and numbers != list(range(len(head.names))):
+        raise DataError(
+            f"the labels are the numbers {', '.join(labels)}; {head}, which counts from 0 to {len(head.names) - 1}: "
+            f"{given(head.names)} reads them as its ids, {given(labels)} as names in this order; {NEW}"
+        )
+
+
+def prepared(records: Records, tokenizer: Any, settings: DataSettings, task: str = "causal-lm") -> Prepared:
+    """Tokenised as the settings and the model's task say."""
     return prepare(
         records,
         tokenizer,
@@ -96,7 +132,16 @@ def prepared(records: Records, tokenizer: Any, settings: DataSettings) -> Prepar
         train_on=settings.train_on,
         template=settings.template,
         unusable=settings.unusable,
+        masked=task == "masked-lm",
+        cache=_cache(settings.cache, len(records)),
     )
+
+
+def _cache(said: str, count: int) -> Path | None:
+    """The folder for tables of tokenised data; None: in memory."""
+    if said == "off" or (said == "auto" and (count < MANY or not available())):
+        return None
+    return default_cache() if said == "auto" else Path(said).expanduser()
 
 
 def _has_validation(source: str) -> bool:
@@ -123,8 +168,10 @@ def _drawn(source: str, split: str, count: int, seed: int) -> Records:
             count //= 2
 
 
-def _some(records: Records, most: int, seed: int) -> Records:
-    if len(records) <= most:
-        return records
-    kept = set(sample(len(records), most, seed))
-    return replace(records, items=tuple(x for i, x in enumerate(records.items) if i in kept))
+def _some(records: Records, most: int | None, seed: int, note: str) -> tuple[Records, str]:
+    """At most `most` records, and a note that says so where it leaves some out."""
+    if most is None or len(records) <= most:
+        return records, note
+    return records.sample(
+        most, seed
+    ), f"{note}; {most} of {len(records)} judged (data.eval_examples={most}; null judges all)"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any
 
 from rankloom import formats
 from rankloom.core.attach import attach
-from rankloom.errors import FileError, SettingsError, StateError
+from rankloom.errors import FileError, StateError
 from rankloom.files.folders import replace_file, writing
 from rankloom.files.lock import check_free, locked
 from rankloom.files.strict import as_json
 from rankloom.formats.saving import Parcel, parcel
 from rankloom.hf.folder import LAST as MODEL
 from rankloom.hf.folder import model_folder
-from rankloom.hf.models import Loaded, device_of, load_model, with_heads
+from rankloom.hf.models import Loaded, device_of, known_head, load_model, task_of, with_heads
 from rankloom.hf.packed import GLOB as PACKED
 from rankloom.hf.packed import save_packed
 from rankloom.jobs.evaluation import Answer, Evaluator
@@ -29,7 +29,7 @@ from rankloom.store.base import Store
 from rankloom.train.checkpoint import PLACE
 from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
-from rankloom.train.data import Batches, Prepared, preview
+from rankloom.train.data import Batches, Masking, Prepared, masking, preview
 from rankloom.train.engine import join
 from rankloom.train.fit import Result, fit
 from rankloom.train.longvocab import loss_of_batches
@@ -108,12 +108,11 @@ def train_job(
     config, loaded = ready.config, ready.loaded
     with ExitStack() as stack:
         processes.agree(lambda: stack.enter_context(locked(out)) if processes.main else None)
-        with _settled(loaded, packing=config.need_data().packing):
-            processes.agree(lambda: _begin(ready, out, resume) if processes.main else None)
-            batches, chosen = ready.batches, config.train
-            result = fit(
-                loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
-            )
+        processes.agree(lambda: _begin(ready, out, resume) if processes.main else None)
+        batches, chosen = ready.batches, config.train
+        result = fit(
+            loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
+        )
         found = _result(loaded, result, ready.evaluator, out)
         together = processes.agree if chosen.sharding == "none" else processes.meet
         made = together(lambda: parcel(loaded.model, config.name))
@@ -145,17 +144,23 @@ def _ready(config: RunConfig, out: Path, resume: bool | str, processes: Processe
     check_out(out, resume)
     if processes.main:
         check_free(out)
-    records = read_records(data, config.seed)
+    records = read_records(data, config.seed, known_head(settings))
     seed_all(config.seed)
     base = out / BASE if resume and (out / BASE).is_dir() else None
     used = settings if base is None else dataclasses.replace(settings, path=str(base))
     loaded = load_model(used, records.form, records.labels)
-    train = prepared(records.train, loaded.tokenizer, data)
-    held = prepared(records.evaluation, loaded.tokenizer, data)
+    train = prepared(records.train, loaded.tokenizer, data, loaded.task)
+    held = prepared(records.evaluation, loaded.tokenizer, data, loaded.task)
     say("data", f"{train.summary()}\nevaluation: {records.note}")
     say("preview", preview(train[0], loaded.tokenizer, labels=train.labels))
     batches = Batches(
-        train, data.batch_size, config.seed, packing=data.packing, rank=processes.rank, world=processes.world
+        train,
+        data.batch_size,
+        config.seed,
+        packing=data.packing,
+        rank=processes.rank,
+        world=processes.world,
+        masking=_masking(loaded),
     )
     _adapt(loaded, config, batches, made=base is not None)
     config = dataclasses.replace(
@@ -208,7 +213,9 @@ def calibration(config: RunConfig, tokenizer: Any) -> list[dict[str, Any]] | Non
     """Batches of the training data for a start that looks at data; None where there is no data."""
     if config.data is None:
         return None
-    train = prepared(read_records(config.data, config.seed).train, tokenizer, config.data)
+    settings = config.need_model()
+    records = read_records(config.data, config.seed, known_head(settings))
+    train = prepared(records.train, tokenizer, config.data, task_of(settings, records.form))
     return _calibration(Batches(train, config.data.batch_size, config.seed), config.data.batch_size)
 
 
@@ -216,15 +223,16 @@ def _calibration(batches: Batches, rows: int) -> list[dict[str, Any]]:
     return [batches.batch_at(i) for i in range(min(len(batches), math.ceil(CALIBRATION / rows)))]
 
 
-def eval_job(config: RunConfig, adapter: Path | None = None) -> dict[str, dict[str, float]]:
+def eval_job(config: RunConfig, adapter: Path | None = None, tell: Tell | None = None) -> dict[str, dict[str, float]]:
     """Metrics of the base, and with `adapter` of the adapted model, on `config.data`: what a training judges by, or the
-    whole source where nothing is held out. `{"base": {…}, "adapter": {…}}`.
+    whole source where nothing is held out. `{"base": {…}, "adapter": {…}}`; `tell` is told what is judged.
     """
     config, data = on_its_base(config, adapter), config.need_data()
-    records = judged_records(data, config.seed)
+    records, note = judged_records(data, config.seed, known_head(config.need_model()))
+    (tell or _silent)("evaluation", note)
     seed_all(config.seed)
     loaded = load_model(config.need_model(), records.format, records.labels)
-    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data), config, Processes())
+    evaluator = _evaluator(loaded, prepared(records, loaded.tokenizer, data, loaded.task), config, Processes())
     if adapter is None:
         return {"base": evaluator(loaded.model)}
     bank = formats.load(loaded.model, adapter, config.name)
@@ -313,6 +321,7 @@ def _evaluator(loaded: Loaded, held: Prepared, config: RunConfig, processes: Pro
         answer_tokens=data.answer_tokens,
         template=data.template,
         loss=loss_of_batches(config.train),
+        masking=_masking(loaded),
         processes=processes,
     )
 
@@ -324,20 +333,8 @@ def _length(settings: TrainSettings, data: DataSettings, batches: int) -> TrainS
     return dataclasses.replace(settings, steps=max(1, math.ceil(data.epochs * batches / settings.accumulate)))
 
 
-@contextmanager
-def _settled(loaded: Loaded, *, packing: bool) -> Iterator[None]:
-    """No cache of keys and values while packed rows train: with one, transformers ignores where examples begin."""
-    config = loaded.model.config
-    before = getattr(config, "use_cache", None)
-    if packing and loaded.task != "causal-lm":
-        raise SettingsError(f"packing=True needs a causal model; the task here is {loaded.task}")
-    if packing:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if packing:
-            config.use_cache = before
+def _masking(loaded: Loaded) -> Masking | None:
+    return masking(loaded.tokenizer) if loaded.task == "masked-lm" else None
 
 
 def _probe(batches: Batches, loaded: Loaded) -> dict[str, Any]:

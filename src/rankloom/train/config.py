@@ -16,7 +16,7 @@ from rankloom.settings.engine import UnknownSetting
 from rankloom.settings.reference import Field, describe, find, reference
 from rankloom.train.settings import TrainSettings
 
-Task = Literal["auto", "causal-lm", "classification", "encoder"]
+Task = Literal["auto", "causal-lm", "masked-lm", "classification", "encoder"]
 ELSEWHERE = {
     "cutoff_len": "max_length",
     "gradient_accumulation_steps": "accumulate",
@@ -47,7 +47,10 @@ class ModelSettings(Settings):
     """Which model, and how it is loaded.
 
     - `path`: a folder, a Hugging Face id, or `microworld` (the embedded base model).
-    - `task`: `causal-lm`, `classification`, `encoder` (hidden states, no head); `auto` follows the data.
+    - `task`: `causal-lm`, `masked-lm` (BERT and its kin on running text), `classification`, `encoder` (hidden states,
+      no head); `auto` follows the data and what the model's configuration says.
+    - `head`: `keep` the classifier that the model's files have, with its class names and ids, or begin a `new` one for
+      the classes of the data.
     - `dtype`: of the base weights; `auto` keeps what the file has, half precision on the CPU becomes float32.
     - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `revision`: branch, tag or commit of a hub model.
     - `trust_remote_code`: run Python code that comes with the model.
@@ -57,6 +60,7 @@ class ModelSettings(Settings):
 
     path: str
     task: Task = "auto"
+    head: Literal["keep", "new"] = "keep"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     revision: str | None = None
@@ -67,39 +71,41 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Which data, and how it becomes batches.
 
-    - `source`: file, folder, `microworld:task#N`, or `owner/name` of a data set; `split`: of such a set; `format`,
-      `columns`, `labels`: of the records, where they are not found, as `rankloom.train.data.load` takes them.
-    - `max_length`: tokens kept of an example (None: 1024, or what the tokenizer's model takes); `train_on`: the answers
-      of the assistant, or all tokens; `template`: of a chat, `auto` being the tokenizer's; `unusable`: whether an
-      example without a token to train stops the run or is dropped.
+    - `source`: file, folder, `microworld:task#N`, or `owner/name` of a data set, or several of them with the ratios in
+      which they are mixed, `{a.jsonl: 3, b.parquet: 1}`; `split`, `format`, `columns`, `labels`: as
+      `rankloom.train.data.load` takes them.
+    - `max_length` (None: 1024, or what the tokenizer's model takes), `train_on`, `template`, `unusable`: as
+      `rankloom.train.data.prepare` takes them.
+    - `cache`: the folder for tables of tokenised data, `off`, or `auto`: the user's cache folder for many records,
+      where `rankloom[data]` is installed, else memory.
     - `batch_size`: rows per step and process; `packing`: several examples per row.
     - `epochs`: passes over the data, instead of `train.steps`.
     - `eval_source`, `eval_split`: what is evaluated; by default the `validation` split of a source that has one, else
-      records held out.
-    - `hold_out`: records taken from the training data to be evaluated (None: a tenth of them, at most 200).
-    - `eval_examples`: records evaluated; `eval_answers`: conversations answered greedily for the exact match;
-      `answer_tokens`: most tokens of an answer.
+      `hold_out` records taken from the training data (None: a tenth of them, at most 200).
+    - `eval_examples`: most records evaluated; `eval_answers`: most conversations answered greedily for the exact match
+      (None: all); `answer_tokens`: most tokens of such an answer.
     """
 
     short: ClassVar[str] = "source"
 
-    source: str
+    source: str | Mapping[str, float]
     split: str = "train"
     format: str | None = None
     columns: Mapping[str, str] | None = None
     labels: tuple[str, ...] | None = None
     max_length: Count | None = None
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: Literal["assistant", "turns", "last", "all"] = "assistant"
     template: str = "auto"
     unusable: Literal["error", "drop"] = "error"
+    cache: str = "auto"
     batch_size: Count = 8
     packing: bool = False
     epochs: Positive | None = None
     eval_source: str | None = None
     eval_split: str | None = None
     hold_out: Count | None = None
-    eval_examples: Count = 200
-    eval_answers: Steps = 50
+    eval_examples: Count | None = 200
+    eval_answers: Steps | None = 50
     answer_tokens: Count = 128
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankloom.errors import DataError, SettingsError
 from rankloom.train.data.batches import Batches
-from rankloom.train.loss import Loss, count, move
+from rankloom.train.loss import Loss, Weigh, move
 from rankloom.train.processes import Processes
 from rankloom.train.rng import untouched_rng
 from rankloom.train.run import TrainRun, mode
@@ -22,17 +22,17 @@ Evaluate = Iterable[Any] | Callable[[nn.Module], float | Mapping[str, float]]
 
 
 def evaluate_run(
-    evaluate: Evaluate, run: TrainRun, loss: Loss, counted: bool, engine: Any, processes: Processes
+    evaluate: Evaluate, run: TrainRun, loss: Loss, weigh: Weigh, engine: Any, processes: Processes
 ) -> dict[str, float]:
     """Metrics of the model as it is: `{"loss": …}` over batches, or what the function `evaluate(model)` returns."""
     with untouched_rng(), mode(run.model, False), torch.no_grad():
         if isinstance(evaluate, Iterable):
             with engine.autocast():
-                return {"loss": mean_loss(evaluate, run, loss, counted, processes)}
+                return {"loss": mean_loss(evaluate, run, loss, weigh, processes)}
         return _as_metrics(evaluate(run.model))
 
 
-def mean_loss(batches: Iterable[Any], run: TrainRun, loss: Loss, counted: bool, processes: Processes) -> float:
+def mean_loss(batches: Iterable[Any], run: TrainRun, loss: Loss, weigh: Weigh, processes: Processes) -> float:
     """Mean loss over batches, each weighed by what it counts; several processes take turns, unless dealt out already.
 
     All of them call the model equally often, which a sharded base needs: one without a turn goes along for nothing.
@@ -41,7 +41,7 @@ def mean_loss(batches: Iterable[Any], run: TrainRun, loss: Loss, counted: bool, 
     turns = Processes() if dealt(batches, processes) else processes
     while turn := list(islice(each, turns.world)):
         mine = turn[min(turns.rank, len(turn) - 1)]
-        n = (count(mine) if counted else 1) if turns.rank < len(turn) else 0
+        n = weigh(mine) if turns.rank < len(turn) else 0
         if n or processes.world > 1:
             found = float(loss(run.model, move(mine, run.device)))
             total += n * found if n else 0.0

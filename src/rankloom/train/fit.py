@@ -20,6 +20,7 @@ from rankloom.errors import SettingsError, StateError
 from rankloom.files.disk import rename
 from rankloom.files.folders import sweep, writing
 from rankloom.files.lock import locked
+from rankloom.train.causal import checked_batches
 from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, model_tensors, steps_in
 from rankloom.train.columns import Columns
 from rankloom.train.drive import Rules
@@ -28,7 +29,7 @@ from rankloom.train.evaluate import Evaluate
 from rankloom.train.identity import identity
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
-from rankloom.train.loss import Loss
+from rankloom.train.loss import Loss, Terms, one
 from rankloom.train.named import only_stream, streams_of
 from rankloom.train.optim import build_groups, build_optimizer, factor, set_rates
 from rankloom.train.processes import Processes
@@ -112,7 +113,8 @@ def fit(
         report: is told every row of metrics.jsonl.
 
     Raises:
-        SettingsError, StateError: before anything is trained.
+        SettingsError, StateError: before anything is trained; also where `Batches` and the model do not fit: texts for
+            a model that sees the token it is to predict, packed examples that it does not keep apart.
         UnreachedError: a trainable tensor has no gradient in the first step.
         DivergedError: a loss, gradient or weight is not finite.
         FileError: the checkpoint asked for cannot be read, or the disk refuses a new one; the ones before stay.
@@ -141,6 +143,7 @@ def fit(
         processes.check_same({**about, "the checkpoint to resume from": checkpoint and checkpoint.step})
         processes.spread(model_tensors(model).values())
         shard(model, settings, processes)
+        enter(checked_batches(model, (batches, evaluate), loss is not None))
         enter(checkpointed(model, settings.gradient_checkpointing))
         enter(mode(model, True))
         bank = bank_or_none(model)
@@ -156,7 +159,7 @@ def fit(
             stream=streams_of(batches, processes, kept=out is not None),
             told=_told(run, settings, stack),
             loss=loss or loss_of_batches(settings),
-            counted=loss is None,
+            weigh=Terms(model) if loss is None else one,
             evaluate=evaluate,
             settings=settings,
             engine=engine,

@@ -36,7 +36,7 @@ from rankloom.train.drive import Rules
 from rankloom.train.engine import restore_scaler, scaler_state
 from rankloom.train.evaluate import Evaluate, evaluate_run, loss_of
 from rankloom.train.identity import check_identity
-from rankloom.train.loss import Loss, move, shares, tokens
+from rankloom.train.loss import Loss, Weigh, labelled, move, shares, tokens
 from rankloom.train.optim import factor, set_rates
 from rankloom.train.processes import Processes
 from rankloom.train.report import Report, memory_mb
@@ -72,8 +72,7 @@ class Standing:
 class Loop:
     """A run with everything that it needs; `train` goes from where it stands to the end.
 
-    `told`: hands columns of batches to gates; `counted`: whether batches weigh by their labels; `processes`: those
-    that share the run.
+    `told`: hands columns of batches to gates; `weigh`: what a batch counts; `processes`: those that share the run.
     """
 
     run: TrainRun
@@ -81,7 +80,7 @@ class Loop:
     stream: Stream
     told: Columns | None
     loss: Loss
-    counted: bool
+    weigh: Weigh
     evaluate: Evaluate | None
     settings: TrainSettings
     engine: Any
@@ -216,7 +215,7 @@ class Loop:
 
     def _backward(self, batches: list[Any]) -> tuple[float, float]:
         """Gradients of the mean loss over the batches of all processes; the loss without and with penalties."""
-        parts = shares(batches, self.counted, self.processes)
+        parts = shares(batches, self.weigh, self.processes)
         with self.processes.own_random():
             data, total = self._together(lambda: self._backward_here(batches, parts))
         self.processes.add_gradients(self.run.parameters.values())
@@ -224,9 +223,12 @@ class Loop:
         return data, total
 
     def _backward_here(self, batches: list[Any], parts: list[float]) -> tuple[float, float]:
+        """Batches with nothing to predict are passed over; a sharded base needs its turn all the same."""
         data, total = 0.0, 0.0
         for batch, share in zip(batches, parts):
-            batch = move(batch, self.run.device)
+            if not share and self.settings.sharding == "none":
+                continue
+            batch = move(batch if share else labelled(batch), self.run.device)
             with self.run.watched(batch, self.rules.uses("loss")):
                 with self.engine.autocast():
                     plain = self.loss(self.run.model, batch)
@@ -308,7 +310,7 @@ class Loop:
 
     def _evaluated(self) -> dict[str, float]:
         assert self.evaluate is not None
-        return evaluate_run(self.evaluate, self.run, self.loss, self.counted, self.engine, self.processes)
+        return evaluate_run(self.evaluate, self.run, self.loss, self.weigh, self.engine, self.processes)
 
     def _judge(self) -> bool:
         """Evaluate and compare; True if this is the lowest loss so far. A checkpoint made before does not know it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloom.errors import SettingsError
+from rankloom.errors import DataError, SettingsError
 from rankloom.train.processes import Processes
+from rankloom.train.rng import untouched_rng
+from rankloom.train.run import mode
 
 Loss = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100
@@ -47,26 +50,94 @@ def _of_output(model: nn.Module, out: Any) -> Tensor:
     return loss
 
 
-def count(batch: Any) -> int:
-    """How many terms the default loss averages over, so that unequal batches weigh as one big batch would.
+Weigh = Callable[[Any], int]
+"""How many terms the loss of a batch averages over; 0: there is nothing to predict in it."""
 
-    Labels other than −100 where the batch has them; beside `input_ids` of the same shape the first column does not
-    count, since a causal model predicts from the token before. Without labels every batch counts 1.
+
+def one(batch: Any) -> int:
+    """Every batch counts the same: all that is known of a loss that was given."""
+    return 1
+
+
+def count(batch: Any, first: bool = True) -> int:
+    """How many labels (a mapping's `labels`, a tuple's last) are not −100, those of floats all; 1 where there are none.
+
+    `first`: whether the first column of `labels` (batch, time) counts too; it does not where a model predicts each
+    token from the ones before.
     """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
+    labels = _labels(batch)
+    if labels is None:
         return 1
-    ids = batch.get("input_ids")
-    if isinstance(ids, Tensor) and ids.shape == labels.shape and labels.ndim > 1:
-        labels = labels[..., 1:]
-    return int((labels != IGNORED).sum())
+    if labels.is_floating_point():
+        return labels.numel()
+    return int(((labels if first or labels.ndim < 2 else labels[:, 1:]) != IGNORED).sum())
 
 
-def shares(batches: Sequence[Any], counted: bool, processes: Processes) -> list[float]:
-    """What each of the batches of one step contributes to its loss; over all processes they add up to 1."""
-    counts = [count(b) for b in batches] if counted else [1] * len(batches)
+def _labels(batch: Any) -> Tensor | None:
+    found = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[-1]
+    return found if isinstance(found, Tensor) else None
+
+
+class Terms:
+    """How many terms `default_loss` averages over, so that unequal batches weigh as one big batch would.
+
+    Whether the model passes over the first column of labels (a causal one does; an encoder-decoder, a masked language
+    model or a tagger does not) is asked of the model itself, once: its loss where the first column alone has labels.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._first: bool | None = None
+
+    def __call__(self, batch: Any) -> int:
+        labels = _labels(batch)
+        if self._first is None and isinstance(batch, Mapping) and labels is not None and _by_time(labels):
+            self._first = self._counts_first(batch, labels)
+        return count(batch, self._first is not False)
+
+    def _counts_first(self, batch: Mapping[str, Any], labels: Tensor) -> bool:
+        none = torch.full_like(labels, IGNORED)
+        only = none.clone()
+        valid = labels[labels != IGNORED]
+        only[:, 0] = valid[0] if valid.numel() else 0
+        device = next(self.model.parameters()).device
+        with untouched_rng(), mode(self.model, False), torch.no_grad():
+            found = float(default_loss(self.model, move({**batch, "labels": only}, device)))
+            if not math.isfinite(found):
+                return False
+            return found != float(default_loss(self.model, move({**batch, "labels": none}, device)))
+
+
+def _by_time(labels: Tensor) -> bool:
+    return labels.ndim > 1 and not labels.is_floating_point()
+
+
+def shares(batches: Sequence[Any], weigh: Weigh, processes: Processes) -> list[float]:
+    """What each of the batches of one step contributes to its loss; over all processes they add up to 1.
+
+    Raises:
+        DataError: no batch of the step has anything to predict.
+    """
+    counts = [weigh(batch) for batch in batches]
     total, number = processes.sum(sum(counts), len(batches))
-    return [c / total for c in counts] if total else [1 / number] * len(batches)
+    if not total:
+        raise DataError(
+            f"there is no label to train on in a whole step ({int(number)} batches, every label is {IGNORED}): "
+            "leave such batches out, raise accumulate or batch_size, or look at how the labels are made"
+        )
+    return [c / total for c in counts]
+
+
+def labelled(batch: Any) -> Any:
+    """The batch with a class in the place of every −100, so that its loss is finite where there was nothing to say."""
+    labels = _labels(batch)
+    if labels is None:
+        return batch
+    if isinstance(batch, Mapping):
+        return {**batch, "labels": labels.clamp(min=0)}
+    return type(batch)([*batch[:-1], labels.clamp(min=0)])
 
 
 def tokens(batch: Any) -> int:

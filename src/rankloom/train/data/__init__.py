@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from rankloom.train.data.batches import Batch, Batches
 from rankloom.train.data.convert import convert
 from rankloom.train.data.detect import FORMATS, detect
-from rankloom.train.data.prepare import Example, Prepared, Summary, prepare
+from rankloom.train.data.examples import Example, Examples
+from rankloom.train.data.masking import Masking, masking
+from rankloom.train.data.mix import mixed
+from rankloom.train.data.prepare import Prepared, Summary, prepare
 from rankloom.train.data.records import Chat, Labelled, Record, Records, Row, Text, Turn, Where
 from rankloom.train.data.show import preview
 from rankloom.train.data.source import Source, rows_of
@@ -27,7 +30,9 @@ __all__ = [
     "Batches",
     "Chat",
     "Example",
+    "Examples",
     "Labelled",
+    "Masking",
     "Prepared",
     "Record",
     "Records",
@@ -39,6 +44,7 @@ __all__ = [
     "choose",
     "detect",
     "load",
+    "masking",
     "prepare",
     "preview",
     "prompt",
@@ -46,12 +52,13 @@ __all__ = [
 
 
 def load(
-    source: Source,
+    source: Source | Mapping[str, float],
     split: str = "train",
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Records:
     """Read a data set and bring it into canonical form.
@@ -59,12 +66,15 @@ def load(
     Args:
         source: a JSONL, JSON, CSV, TSV, Parquet or text file; a folder with files `train*`, `valid*`, `test*`;
             `microworld:task`; a Hugging Face data set `owner/name` or `owner/name:subset`; or a list of dicts. `#N`
-            behind a name draws N records without repetition, the same for the same `seed`.
+            behind a name draws N records without repetition, the same for the same `seed`. Several such names with
+            the ratios in which they are mixed: `{"chats.jsonl": 3, "web.parquet#50000": 1}`.
         split: `train`, `validation`, `test`, or a split the source knows. A single file is `train`, unless its name
             says otherwise.
         format: one of `FORMATS`; by default it is recognised from the fields, which must agree in all records.
         columns: field → the column that holds it, e.g. `{"prompt": "q", "completion": "a"}`.
-        labels: class names by id, to give a validation set the ids of its training set.
+        labels: class names by id, to give a validation set the ids of its training set; numbers among the labels
+            are ids then, where the names are words.
+        classes: the same, but of a model: without meaning for data that is no classification.
         seed: of the draw.
 
     Raises:
@@ -72,5 +82,12 @@ def load(
         SettingsError: an argument has no meaning.
         MissingExtra: Parquet or the hub without `pip install 'rankloom[data]'`.
     """
+    if isinstance(source, Mapping):
+        return mixed(
+            source,
+            lambda one, names: load(
+                one, split, format=format, columns=columns, labels=names or labels, classes=classes, seed=seed
+            ),
+        )
     rows, name, known = rows_of(source, split, seed)
-    return convert(rows, name, format, columns, labels if labels is not None else known)
+    return convert(rows, name, format, columns, labels, classes or known, known)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rankloom.errors import DataError, SettingsError, suggest
-from rankloom.train.data.detect import KNOWN_FIELDS, Shape, shape_of
-from rankloom.train.data.read import kind
-from rankloom.train.data.records import Chat, Labelled, Record, Records, Row, Text, Turn, Where, fault
+from rankloom.train.data.detect import KNOWN_FIELDS, Shape, agree, check_wanted, first_shape
+from rankloom.train.data.lazy import Mapped
+from rankloom.train.data.read import kind, leaves
+from rankloom.train.data.records import (
+    Chat,
+    Labelled,
+    Record,
+    Records,
+    Row,
+    Rows,
+    Text,
+    Turn,
+    Where,
+    fault,
+    fingerprint,
+)
 
+KNOWN = ("role", "content")
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -26,23 +41,44 @@ SHAREGPT_ROLES = {
 
 
 def convert(
-    rows: Sequence[Row],
+    rows: Rows,
     source: str,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    declared: Sequence[str] | None = None,
 ) -> Records:
-    """The canonical records of `rows`; see `load` for the arguments."""
-    rows = rename(rows, columns or {})
-    shape = shape_of(rows, format)
+    """The canonical records of `rows`, each checked once; see `load` for the arguments. `declared`: the source's own
+    class names by id.
+    """
+    named = rename(rows, columns or {})
+    shape = first_shape(named, format)
     if labels is not None and shape.format != "classification":
         raise SettingsError(f"labels= is for classification; {source} is {shape}")
-    unused = {name for row in rows for name in row.fields} - set(shape.used())
-    if shape.format == "classification":
-        labelled, names = classify(rows, shape, labels)
-        return Records(labelled, shape.format, source, names, tuple(sorted(unused)))
-    build = BUILDERS[shape.format]
-    return Records(tuple(build(row, shape.fields) for row in rows), shape.format, source, (), tuple(sorted(unused)))
+    build = BUILDERS.get(shape.format)
+    judged = shape.format not in ("classification", "text")
+    first, met, seen = named[0].where, Met(shape, declared), set(shape.used())
+    unused: set[str] = set()
+    for row in named:
+        agree(row, first, shape, format)
+        if not row.fields.keys() <= seen:
+            unused |= row.fields.keys() - seen
+            seen |= unused
+        if judged:
+            check_wanted(row, shape)
+        if build is None:
+            met.add(row)
+        else:
+            build(row, shape.fields)
+    if build is not None:
+        items: Sequence[Record] = Mapped(named, lambda row: build(row, shape.fields))
+        names: tuple[str, ...] = ()
+    else:
+        ids, names = met.ids(labels or classes)
+        items = Mapped(named, lambda row: Labelled(met.text(row), ids[met.value(row)], row.where))
+    said = (rows.digest(), repr(shape), repr(columns), repr(names), repr(declared))
+    return Records(items, shape.format, source, names, tuple(sorted(unused)), fingerprint(*said))
 
 
 def rename(rows: Sequence[Row], columns: Mapping[str, str]) -> Sequence[Row]:
@@ -50,7 +86,7 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str]) -> Sequence[Row]:
     for name in columns:
         if name not in KNOWN_FIELDS:
             raise SettingsError(f"columns: {name!r} is not a field of any format{suggest(name, KNOWN_FIELDS)}")
-    return [Row(_renamed(row, columns), row.where) for row in rows] if columns else rows
+    return Mapped(rows, lambda row: Row(_renamed(row, columns), row.where)) if columns else rows
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -67,6 +103,29 @@ def string(value: object, where: Where, field: str) -> str:
     """`value` if it is a string, else the error that names the field."""
     if not isinstance(value, str):
         raise fault(where, f"field {field!r} must be a string, is {kind(value)}", "mend or delete this record")
+    return _encodable(value, where, field)
+
+
+def _encodable(text: str, where: Where, field: str) -> str:
+    """`text` if UTF-8 can hold it: half of a surrogate pair (`\\ud800`) is no character."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise fault(
+                where,
+                f"field {field!r} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+                f"{error.start + 1}, which is no text",
+                "mend or delete this record",
+            ) from error
+    return text
+
+
+def _clean(value: Any, where: Where, path: str) -> Any:
+    """`value` if every text in it can be encoded."""
+    for place, part in leaves(value, path):
+        if isinstance(part, str):
+            _encodable(part, where, place)
     return value
 
 
@@ -89,7 +148,7 @@ def _system(row: Row) -> tuple[Turn, ...]:
 
 def _tools(row: Row) -> tuple[Any, ...]:
     value = row.fields.get("tools")
-    return () if value is None else tuple(_listed(value, row.where, "tools"))
+    return () if value is None else tuple(_clean(_listed(value, row.where, "tools"), row.where, "tools"))
 
 
 def _messages(row: Row, fields: tuple[str, ...]) -> Chat:
@@ -111,7 +170,7 @@ def _message(turn: object, where: Where, path: str) -> Turn:
     role = _member(fields, "role", where, path)
     if role not in ROLES:
         raise fault(where, f"{path}.role = {role!r} is unknown{suggest(role, ROLES)}", "mend the role")
-    extra = {name: value for name, value in fields.items() if name not in ("role", "content")}
+    extra = {name: _clean(value, where, f"{path}.{name}") for name, value in fields.items() if name not in KNOWN}
     if "content" not in fields and extra.get("tool_calls"):
         return Turn(role, "", extra)
     content = fields.get("content")
@@ -185,25 +244,47 @@ BUILDERS: dict[str, Callable[[Row, tuple[str, ...]], Record]] = {
 }
 
 
-def classify(
-    rows: Sequence[Row], shape: Shape, labels: Sequence[str] | None
-) -> tuple[tuple[Labelled, ...], tuple[str, ...]]:
-    """The labelled texts and the class names by id: `labels`, or the names met, in numeric or alphabetic order."""
-    text, label = shape.fields
-    texts = [string(row.fields[text], row.where, text) for row in rows]
-    values = [_label(row, label) for row in rows]
-    first = type(values[0])
-    for row, value in zip(rows, values):
-        if type(value) is not first:
+class UnknownClassError(DataError):
+    """A label that is none of the classes given."""
+
+
+class Met:
+    """The classes that the rows of a classification have: each value once, with the first row that has it."""
+
+    def __init__(self, shape: Shape, declared: Sequence[str] | None) -> None:
+        self.fields, self.declared = shape.fields, declared
+        self.where: dict[str | int, Where] = {}
+
+    def text(self, row: Row) -> str:
+        """The row's text."""
+        return string(row.fields[self.fields[0]], row.where, self.fields[0])
+
+    def value(self, row: Row) -> str | int:
+        """The row's class: a name, or a number that is no id of the names declared."""
+        return _declared(_label(row, self.fields[1]), row.where, self.fields[1], self.declared)
+
+    def add(self, row: Row) -> None:
+        """Check a row and take in its class."""
+        self.text(row)
+        value = self.value(row)
+        if value not in self.where and any(type(value) is not type(other) for other in self.where):
+            other = next(iter(self.where))
             raise fault(
-                row.where, f"field {label!r} is {kind(value)}, in the first record {kind(values[0])}", "use one kind"
+                row.where,
+                f"field {self.fields[1]!r} is {kind(value)}, in the first record {kind(other)}",
+                "use one kind",
             )
-    names = tuple(labels) if labels is not None else _names(values)
-    if len(names) < 2:
-        raise DataError(f"{rows[0].where.file}: every label is {names[0]!r}; a classifier needs two classes or more")
-    ids = {name: i for i, name in enumerate(names)}
-    found = [_id(value, ids, row.where, label) for row, value in zip(rows, values)]
-    return tuple(Labelled(t, i, row.where) for t, i, row in zip(texts, found, rows)), names
+        self.where.setdefault(value, row.where)
+
+    def ids(self, labels: Sequence[str] | None) -> tuple[dict[str | int, int], tuple[str, ...]]:
+        """(the id of each value, the names by id): `labels`, or the names met, in numeric or alphabetic order."""
+        file = next(iter(self.where.values())).file
+        names = tuple(labels or _names(tuple(self.where), file, self.fields[1]))
+        if len(names) < 2:
+            raise DataError(f"{file}: every label is {names[0]!r}; a classifier needs two classes or more")
+        known = {name: i for i, name in enumerate(names)}
+        every = tuple(self.where)
+        return {v: _id(v, known, where, self.fields[1], every) for v, where in self.where.items()}, names
 
 
 def _label(row: Row, field: str) -> str | int:
@@ -214,23 +295,51 @@ def _label(row: Row, field: str) -> str | int:
         )
     if isinstance(value, str) and not value.strip():
         raise fault(row.where, f"field {field!r} is empty", "give the class, or delete this record")
-    return value.strip() if isinstance(value, str) else value
+    return string(value, row.where, field).strip() if isinstance(value, str) else value
+
+
+def _declared(value: str | int, where: Where, field: str, names: Sequence[str] | None) -> str | int:
+    if names is None or isinstance(value, str):
+        return value
+    if not 0 <= value < len(names):
+        raise fault(where, f"field {field!r} = {value} is no id of the {len(names)} classes declared", "leave it out")
+    return names[value]
 
 
 def _number(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _names(values: Sequence[str | int]) -> tuple[str, ...]:
+def names_by_id(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names in numeric order, or else in alphabetic order."""
+    each = set(names)
+    return tuple(sorted(each, key=int) if all(map(_number, each)) else sorted(each))
+
+
+def _names(values: Sequence[str | int], source: str, field: str) -> tuple[str, ...]:
     names = {str(value) for value in values}
-    return tuple(sorted(names, key=int) if all(map(_number, names)) else sorted(names))
+    if all(map(DECIMAL.fullmatch, names)) and not all(map(_number, names)):
+        raise fault(
+            source,
+            f"field {field!r} holds numbers with decimals ({', '.join(sorted(names)[:3])} …), not classes",
+            "give classes by name, or train a regression by rankloom.fit with batches of your own",
+        )
+    return names_by_id(names)
 
 
-def _id(value: str | int, ids: Mapping[str, int], where: Where, field: str) -> int:
+DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+
+
+def _id(value: str | int, ids: Mapping[str, int], where: Where, field: str, every: Sequence[str | int]) -> int:
     """A class by its name; a number that is no name is an id, when the names themselves are words."""
     name = str(value)
     if name in ids:
         return ids[name]
     if _number(name) and 0 <= int(name) < len(ids) and not any(map(_number, ids)):
         return int(name)
-    raise fault(where, f"field {field!r} = {value!r} is not a class{suggest(name, ids)}", "mend the label or labels=")
+    met = sorted({str(v) for v in every})
+    raise UnknownClassError(
+        f"{where}: field {field!r} = {value!r} is not a class{suggest(name, ids)}: the data has {len(met)} "
+        f"({', '.join(met[:8])}{', …' * (len(met) > 8)}), known are {len(ids)} ({', '.join(list(ids)[:8])}"
+        f"{', …' * (len(ids) > 8)}); mend the label or labels="
+    )

@@ -74,23 +74,38 @@ def _row(fields: object, where: Where) -> Row:
 
 def shape_of(rows: Sequence[Row], format: str | None = None) -> Shape:
     """`detect`, together with the names of the fields."""
-    formats = tuple(FORMATS) if format is None else (choice("format", format, tuple(FORMATS)),)
+    shape = first_shape(rows, format)
+    for row in rows:
+        agree(row, rows[0].where, shape, format)
+    return shape
+
+
+def first_shape(rows: Sequence[Row], format: str | None = None) -> Shape:
+    """The shape of the first row."""
+    formats = _formats(format)
     if not rows:
         raise DataError("there are no records; give at least one")
-    first = _guess(rows[0], formats)
-    if first is None:
+    found = _guess(rows[0], formats)
+    if found is None:
         raise fault(rows[0].where, *_unfit(rows[0], formats))
-    for row in rows[1:]:
-        found = _guess(row, formats)
-        if found is None:
-            raise fault(row.where, *_unfit(row, (first.format,)))
-        if found != first:
-            raise fault(
-                row.where,
-                f"this record is {found} but the first ({rows[0].where}) is {first}",
-                f"split the file, or force one with format={first.format!r}",
-            )
-    return first
+    return found
+
+
+def agree(row: Row, first: Where, shape: Shape, format: str | None = None) -> None:
+    """Refuse a row that is of another shape than the first."""
+    found = _guess(row, _formats(format))
+    if found is None:
+        raise fault(row.where, *_unfit(row, (shape.format,)))
+    if found != shape:
+        raise fault(
+            row.where,
+            f"this record is {found} but the first ({first}) is {shape}",
+            f"split the file, or force one with format={shape.format!r}",
+        )
+
+
+def _formats(format: str | None) -> tuple[str, ...]:
+    return tuple(FORMATS) if format is None else (choice("format", format, tuple(FORMATS)),)
 
 
 def _guess(row: Row, formats: Sequence[str]) -> Shape | None:
@@ -114,9 +129,28 @@ def _dialect(row: Row, name: str, fields: Sequence[str]) -> bool:
     return speaks == (name == "sharegpt")
 
 
+def check_wanted(row: Row, shape: Shape) -> None:
+    """Refuse answers that are marked as wanted or not: training on all of them would train the unwanted ones too."""
+    for name in VERDICTS:
+        if name in row.fields and _verdict(row.fields[name]):
+            raise fault(
+                row.where,
+                f"field {name!r} = {row.fields[name]!r} beside {' + '.join(shape.fields)} says whether the answer "
+                "is wanted (data for KTO); trained as it is, the model would learn unwanted answers too",
+                f"keep the records whose answer is wanted and delete the column {name!r}",
+            )
+
+
+def _verdict(value: object) -> bool:
+    """A boolean, or what CSV makes of one."""
+    return isinstance(value, bool) or str(value).strip().lower() in ("true", "false", "0", "1")
+
+
 def _unfit(row: Row, formats: Sequence[str]) -> tuple[str, str]:
     """(problem, next step) for a row that lacks fields."""
     there = [name for name, value in row.fields.items() if value is not None]
+    if {"chosen", "rejected"} <= set(there):
+        return "chosen + rejected are preferences between answers, not texts to train on", PREFERENCES
     if len(formats) > 1:
         wanted = "; ".join(f"{n}: {' + '.join(x.shapes[0])}" for n, x in FORMATS.items())
         near = "".join(suggest(name, KNOWN_FIELDS) for name in there if difflib.get_close_matches(name, KNOWN_FIELDS))
@@ -127,4 +161,7 @@ def _unfit(row: Row, formats: Sequence[str]) -> tuple[str, str]:
     return f"field {missing!r} {state} for format {formats[0]!r}{suggest(missing, there)}", RENAME
 
 
+VERDICTS = ("label", "labels", "desirable", "is_desirable", "kto_tag")
+"""Columns in which data for KTO say whether an answer is wanted."""
+PREFERENCES = "rename the column of the answer to train on with columns={'completion': 'chosen'}, beside a 'prompt'"
 RENAME = "rename a column with columns={'field': 'your column'}"

@@ -6,6 +6,9 @@ Nothing is drawn from a generator, so any position can be reached without replay
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,10 +42,9 @@ def keys(n: int, seed: int, epoch: int = 0) -> Tensor:
     return mix(stream + (torch.arange(n) + 1) * signed(GOLDEN))
 
 
-def permutation(n: int, seed: int, epoch: int = 0) -> list[int]:
-    """The indices 0…n−1 in the order of `(seed, epoch)`."""
-    order: list[int] = keys(n, seed, epoch).argsort(stable=True).tolist()
-    return order
+def permutation(n: int, seed: int, epoch: int = 0) -> Tensor:
+    """The indices 0…n−1 in the order of `(seed, epoch)` (int64, shape [n])."""
+    return keys(n, seed, epoch).argsort(stable=True)
 
 
 def generator(seed: int, epoch: int, index: int) -> torch.Generator:
@@ -51,6 +53,7 @@ def generator(seed: int, epoch: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mix(key + signed((index + 1) * GOLDEN))))
 
 
-def sample(n: int, k: int, seed: int) -> list[int]:
+def draw(n: int, k: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """`k` of the indices 0…n−1 without repetition, ascending."""
-    return sorted(permutation(n, seed)[:k])
+    found: np.ndarray[Any, np.dtype[np.int64]] = permutation(n, seed)[:k].sort().values.numpy()
+    return found

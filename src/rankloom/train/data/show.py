@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from rankloom.train.data.prepare import Example
+from rankloom.errors import printable
+from rankloom.train.data.examples import Example
 from rankloom.train.data.tokenizer import Tokenizer
 
 
 def preview(example: Example, tokenizer: Tokenizer, *, markup: bool = False, labels: tuple[str, ...] = ()) -> str:
     """The example as the model sees it, under a line with its place, its tokens and how many of them are trained.
 
-    `[-…-]` is context, `{+…+}` is trained. With `markup=True` Rich's tags take their place (dim and bold green), and
-    brackets in the text are escaped. `labels`: the class names, to show the class by name.
+    `[-…-]` is context, `{+…+}` is trained; control characters are written out. With `markup=True` Rich's tags take
+    their place (dim and bold green), and brackets in the text are escaped. `labels`: the class names, to show the class
+    by name.
     """
     text = _decode(tokenizer, list(example.ids))
     if example.label is not None:
@@ -25,7 +27,7 @@ def preview(example: Example, tokenizer: Tokenizer, *, markup: bool = False, lab
             for _, group in groupby(range(len(example)), example.trained.__getitem__)
         )
     place = f"{example.where}: {head}"
-    return f"{_escape(place) if markup else place}\n{body}"
+    return printable(f"{_escape(place) if markup else place}\n{body}")
 
 
 def _run(tokenizer: Tokenizer, example: Example, run: list[int], markup: bool) -> str:

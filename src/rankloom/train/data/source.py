@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rankloom.errors import DataError, SettingsError, suggest
 from rankloom.train.data.detect import as_rows
-from rankloom.train.data.order import sample
+from rankloom.train.data.lazy import Chained, Picked
+from rankloom.train.data.order import draw
 from rankloom.train.data.read import READERS, read_file
-from rankloom.train.data.records import Row, Where, fault
+from rankloom.train.data.records import Listed, Row, Rows, Where, fault, fingerprint
 
 SPLITS = {"train": ("train",), "validation": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
 MICROWORLD = "microworld:"
@@ -22,10 +25,33 @@ HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.+-]+))?")
 Source = str | Path | Iterable[Mapping[str, Any]]
 
 
-def rows_of(source: Source, split: str, seed: int) -> tuple[list[Row], str, tuple[str, ...] | None]:
+class Chosen(Rows):
+    """Some of the rows of several files."""
+
+    def __init__(self, files: Sequence[Rows], indices: Sequence[int] | np.ndarray[Any, Any] | None = None) -> None:
+        self.files, self.indices = files, indices
+        rows: Sequence[Row] = files[0] if len(files) == 1 else Chained(files)
+        self.rows = rows if indices is None else Picked(rows, indices)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, index: int) -> Row:
+        found: Row = self.rows[index]
+        return found
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def digest(self) -> str:
+        chosen = b"" if self.indices is None else np.asarray(self.indices, dtype=np.int64).tobytes()
+        return fingerprint(*(file.digest() for file in self.files), chosen)
+
+
+def rows_of(source: Source, split: str, seed: int) -> tuple[Rows, str, tuple[str, ...] | None]:
     """(rows, the name of the source, class names if the source knows them)."""
     if not isinstance(source, (str, Path)):
-        return as_rows(source, "records"), "records", None
+        return Listed(as_rows(source, "records")), "records", None
     name = str(source)
     path = Path(name).expanduser()
     if path.exists():
@@ -41,8 +67,7 @@ def rows_of(source: Source, split: str, seed: int) -> tuple[list[Row], str, tupl
         there = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
         raise fault(name, f"no such file or folder{suggest(path.name, there)}", "check the path")
     rows, names = import_module("rankloom.hf.datasets").read(match["id"], match["subset"], split, count, seed)
-    where = f"{base}[{split}]"
-    return [Row(fields, Where(where, n, "row")) for n, fields in rows], name, names
+    return rows, name, names
 
 
 def _counted(name: str) -> tuple[str, int | None]:
@@ -54,17 +79,18 @@ def _counted(name: str) -> tuple[str, int | None]:
     return base, int(tail)
 
 
-def _some(rows: list[Row], count: int | None, seed: int, name: str) -> list[Row]:
+def _some(rows: Rows, count: int | None, seed: int, name: str) -> Rows:
     if count is None:
         return rows
     if count > len(rows):
         raise fault(name, f"{count} records are asked for, there are {len(rows)}", f"ask for at most #{len(rows)}")
-    return [rows[i] for i in sample(len(rows), count, seed)]
+    return Chosen([rows], draw(len(rows), count, seed))
 
 
-def _path(path: Path, split: str) -> list[Row]:
+def _path(path: Path, split: str) -> Rows:
     if path.is_dir():
-        return [row for file in folder(path, split) for row in read_file(file)]
+        files = [read_file(file) for file in folder(path, split)]
+        return files[0] if len(files) == 1 else Chosen(files)
     if split != "train" and not _belongs(path, split):
         raise fault(
             str(path),
@@ -95,7 +121,7 @@ def _belongs(path: Path, split: str) -> bool:
     return word is not None and word[0] in SPLITS.get(split, (split,))
 
 
-def _microworld(base: str, split: str, count: int | None, seed: int) -> list[Row]:
+def _microworld(base: str, split: str, count: int | None, seed: int) -> Rows:
     task = base.removeprefix(MICROWORLD)
     if not task:
         raise DataError(f"{base!r} names no task; write microworld:task, or microworld:task#500")
@@ -104,4 +130,4 @@ def _microworld(base: str, split: str, count: int | None, seed: int) -> list[Row
         found = import_module("rankloom.microworld").examples(task, split, n, seed)
     except DataError as error:
         raise DataError(f"{base}#{n}: {error}; write that number behind '#', as in {base}#{min(n, 50)}") from error
-    return [Row(fields, Where(f"{base}[{split}]", n, "example")) for n, fields in enumerate(found, 1)]
+    return Listed([Row(fields, Where(f"{base}[{split}]", n, "example")) for n, fields in enumerate(found, 1)])

@@ -17,6 +17,9 @@ class Tokenizer(Protocol):
     bos_token: Any
     bos_token_id: Any
     pad_token_id: Any
+    mask_token_id: Any
+    vocab_size: int
+    all_special_ids: list[int]
     is_fast: bool
     model_max_length: int
     all_special_tokens: list[str]

@@ -29,7 +29,7 @@ from rankloom.errors import RankloomError
 from rankloom.store.model import keep
 from rankloom.store.normalfloat import NormalFloat
 from rankloom.train.checkpoint import PLACE, newest_checkpoint
-from rankloom.train.data import Batches, Example, Prepared, Records, Where
+from rankloom.train.data import Batches, Example, Examples, Prepared, Records, Where
 from rankloom.train.fit import Result, fit
 from rankloom.train.settings import TrainSettings
 from reliability_board.training.process import together
@@ -171,7 +171,7 @@ def words(packing: bool = False) -> Batches:
         Example(array("i", one), bytes([0] + [1] * (len(one) - 1)), None, Where("made", i + 1))
         for i, one in enumerate(ids)
     )
-    prepared = Prepared(made, Records((), "text", "made", ()), 16, 0, None, 0, 0, ())
+    prepared = Prepared(Examples.of(made), Records((), "text", "made", ()), 16, 0, None, 0, 0, ())
     return Batches(prepared, 2, seed=3, packing=packing, augment=_masked)
 
 
