@@ -162,7 +162,7 @@ def _tried(method: Any) -> Mapping[str, bool]:
         site.widest, site.dtype, site.device = (site.out, site.in_), weight.dtype, weight.device
         try:
             adapter = method.build(site)
-        except TargetError:
+        except (TargetError, SettingsError):  # SettingsError: it needs to be told more than its defaults
             continue
         if adapter is None:
             continue
