@@ -306,6 +306,7 @@ def _add(bank: Bank, name: str, plan: Plan, sites: list[Site], shared: Shared, u
             with present(site.layer):
                 add_adapter(site.layer, site.slot, name, site.adapter, bank.selector, site.path, site.kind)
             bank._sites[name].append(site)
+        shared.train(bank.model.training)
         if len(shared._parameters) or len(shared._modules):
             add_shared(sites[0].layer, name, shared)
     except BaseException:

@@ -7,6 +7,7 @@ second cache that the first one carries with it, and every operation on the firs
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -34,21 +35,27 @@ def beside(held: Any) -> Any:
 
 def pair(held: Any, base: Any) -> Any:
     """Let `held` carry `base` with it."""
+    if _BESIDE not in held.__dict__:
+        cls: Any = type(held)
+        held.__class__ = _pairs(cls)
     held.__dict__[_BESIDE] = base
-    cls: Any = type(held)
-    held.__class__ = _pairs(cls)
     return base
+
+
+def caches(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The caches among arguments or outputs, by name: whatever tells how many tokens it holds."""
+    return {name: value for name, value in values.items() if hasattr(value, "get_seq_length")}
 
 
 @cache
 def _pairs(cls: type) -> type:
-    body = {name: _both(name) for name in _BOTH if hasattr(cls, name)}
+    body = {name: _both(getattr(cls, name)) for name in _BOTH if hasattr(cls, name)}
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, **body})
 
 
-def _both(name: str) -> Any:
+def _both(own: Callable[..., Any]) -> Callable[..., Any]:
     def both(self: Any, *args: Any, **kwargs: Any) -> Any:
-        getattr(self.__dict__[_BESIDE], name)(*args, **kwargs)
-        return getattr(super(type(self), self), name)(*args, **kwargs)
+        getattr(self.__dict__[_BESIDE], own.__name__)(*args, **kwargs)
+        return own(self, *args, **kwargs)
 
     return both

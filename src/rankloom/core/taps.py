@@ -7,6 +7,7 @@ model, calls may nest, and a recomputed block taps again.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -28,8 +29,6 @@ class Tap:
         self.value = value
         self.beside = beside
         self.known: dict[int, Tensor] = {}
-        self.pending = 1
-        self.recomputed = False
 
     def once(self, key: int, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What `make` gives for the value, made by the first who asks."""
@@ -55,8 +54,13 @@ def open_tap(tap: Tap, lasting: bool = False) -> None:
     """Let those below know; `lasting`: a backward pass may run parts of this forward again, when it is over."""
     if lasting:
         last = _last(tap.key)
-        tap.pending = 1 if last is None or last.recomputed else last.pending + 1
-        torch._C._stash_obj_in_tls(_name(tap.key), tap)
+        pending: weakref.WeakSet[_Graph] = weakref.WeakSet() if last is None else last[1]
+        graph = _Graph()
+        for made in tap.known.values():
+            if made.requires_grad:
+                made.register_hook(graph.walked)  # type: ignore[no-untyped-call]
+                pending.add(graph)
+        torch._C._stash_obj_in_tls(_name(tap.key), (tap, pending))
     _open.taps.append(tap)
 
 
@@ -71,29 +75,41 @@ def close_tap(key: str) -> Tap | None:
 def lasting_tap(key: str) -> Tap | None:
     """In a recomputation (gradient checkpointing): the last forward of this key that a backward pass may follow.
 
-    Raises `StateError` where there were several of them: which one is recomputed cannot be told.
+    Raises `StateError` where several wait for theirs: which of them is recomputed cannot be told.
     """
-    if torch._C._current_graph_task_id() == -1:
+    last = None if torch._C._current_graph_task_id() == -1 else _last(key)
+    if last is None:
         return None
-    tap = _last(key)
-    if tap is not None and tap.pending > 1:
+    tap, pending = last
+    waiting = sum(not graph.over for graph in pending)
+    if waiting > 1:
         raise StateError(
-            f"{tap.pending} forward passes went before this backward pass, and gradient checkpointing cannot tell "
-            "whose first pass it needs: call backward after each, or switch checkpointing off"
+            f"{waiting} forward passes wait for a backward pass, and gradient checkpointing cannot tell whose first "
+            "pass it needs: call backward after each, or switch checkpointing off"
         )
-    if tap is not None:
-        tap.recomputed = True
     return tap
+
+
+class _Graph:
+    """Lives as long as what was computed from a tap is in some graph; `over`: a backward pass came through."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def walked(self, gradient: Tensor) -> None:
+        """A gradient has arrived."""
+        self.over = True
 
 
 def _name(key: str) -> str:
     return f"rankloom_tap_{key}"
 
 
-def _last(key: str) -> Tap | None:
+def _last(key: str) -> tuple[Tap, weakref.WeakSet[_Graph]] | None:
     """Autograd hands such objects on to the threads of a backward pass."""
-    found: Tap | None = torch._C._get_obj_in_tls(_name(key)) if torch._C._is_key_in_tls(_name(key)) else None
-    return found
+    name = _name(key)
+    found: Any = torch._C._get_obj_in_tls(name) if torch._C._is_key_in_tls(name) else None
+    return found  # type: ignore[no-any-return]
 
 
 def tap(model: nn.Module, paths: Iterable[str]) -> Callable[[], None]:

@@ -7,7 +7,7 @@ the base keeps a cache of its own beside the model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rankloom.core.base import Base
 from rankloom.core.gate import Gate, Router, Source
 from rankloom.core.method import together
-from rankloom.core.pairing import beside, pair
+from rankloom.core.pairing import beside, caches, pair
 from rankloom.core.selection import BASE_ONLY, Selector
 from rankloom.core.shared import Shared
 from rankloom.core.site import Site
@@ -142,12 +142,11 @@ class Passes:
         classifiers = self._wanted()
         if not classifiers:
             return
-        given = kwargs.get("past_key_values")
-        held = {} if given is None else {"past_key_values": beside(given)}
+        held = {name: beside(cache) for name, cache in caches(kwargs).items()}
         with torch.no_grad(), self.selector.local(BASE_ONLY):
             output = module(*args, **{**kwargs, **held})
         hidden = _hidden(output)
-        tap = Tap(KEY, hidden, beside=getattr(output, "past_key_values", None) if given is None else None)
+        tap = Tap(KEY, hidden, beside=None if held else _cache_in(output))
         for classifier in classifiers:
             width = classifier.layers[0].in_features
             if hidden.shape[-1] != width:
@@ -163,7 +162,7 @@ class Passes:
         if not self._wanted():
             return
         tap = close_tap(KEY)
-        made = getattr(output, "past_key_values", None)
+        made = _cache_in(output)
         if tap is not None and tap.beside is not None and made is not None:
             pair(made, tap.beside)
 
@@ -171,6 +170,12 @@ class Passes:
         """The classifiers of the adapters that are active."""
         own = (self.shared[a.name]._modules.get(KEY) for a in self.selector.current().active if a.name in self.shared)
         return [module for module in own if isinstance(module, Classifier)]
+
+
+def _cache_in(output: Any) -> Any:
+    """The cache that a pass made, None if it made none."""
+    found = caches(output) if isinstance(output, Mapping) else {}
+    return next(iter(found.values()), None)
 
 
 def _hidden(output: Any) -> Tensor:
