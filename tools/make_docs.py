@@ -23,6 +23,7 @@ from rankloom.core.plan import as_plan, default_plan
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.formats.limits import table
 from rankloom.registry import METHODS, RULES, STARTS, STORES, kinds_with, load
+from rankloom.settings import settings_of
 from rankloom.settings.reference import Field, describe, reference
 from rankloom.systems import found_facts
 from rankloom.train.config import RunConfig
@@ -56,10 +57,12 @@ def places() -> dict[str, tuple[nn.Module, dict[str, object]]]:
 
 def small(name: str, **settings: object) -> rl.Plan:
     """The method's plan at rank 2, where it has a rank."""
-    found = load(METHODS[name])
-    known = {f.name for f in dataclasses.fields(found)} if isinstance(found, type) else {"r"}
+    known = {setting.name for setting in settings_of(load(METHODS[name]), Method)}
     ranks = {k: v for k, v in {"r": 2, "init_r": 2, "target_r": 1, "group_size": 2}.items() if k in known}
-    return default_plan(name, **{**ranks, **settings})
+    try:
+        return default_plan(name, **{**ranks, **settings})
+    except RankloomError:  # ranks that do not go with its other settings
+        return default_plan(name, **settings)
 
 
 def accepted(name: str) -> tuple[list[str], bool | None]:
