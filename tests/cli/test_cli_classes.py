@@ -255,3 +255,25 @@ def test_training_says_how_many_it_is_judged_by(run, model, tmp_path):
     )  # fmt: skip
     assert "9 of 30 judged (data.eval_examples=9; null judges all)" in found.out
     assert json.loads((tmp_path / "o" / "run.json").read_text())["after"]["examples"] == 9
+
+
+def test_several_sources_are_mixed_and_all_held_out_records_judged(run, model, tmp_path):
+    files = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for file in files:
+        file.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "x"}) + "\n" for i in range(12)))
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(f"model: {model}\ndata:\n  source:\n    {files[0]}: 3\n    {files[1]}: 1\n  batch_size: 2\n")
+    found = run("train", recipe, f"out={tmp_path / 'o'}", "steps=2", "r=2", "hold_out=5", "eval_answers=0", "--json")
+    assert found.code == 0, found.err
+    assert found.json["after"]["examples"] == 5
+    assert run("eval", tmp_path / "o", "--json").json["adapter"]["examples"] == 5
+
+
+def test_the_screen_shows_no_raw_control_characters(run, model, tmp_path):
+    file = tmp_path / "x.jsonl"
+    rows = [{"prompt": "\x1b]0;X\x07", "completion": "\u202ey"}] * 4
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run("plan", f"model={model}", f"data={file}", "r=2")
+    assert r"\x1b]0;X\x07" in found.out
+    assert "\x1b" not in found.out + found.err
+    assert "\u202e" not in found.out + found.err

@@ -169,7 +169,10 @@ def _drawn(source: str, split: str, count: int, seed: int) -> Records:
 
 
 def _some(records: Records, most: int | None, seed: int, note: str) -> tuple[Records, str]:
-    """At most `most` records, and a note that says so where it leaves some out."""
+    """At most `most` records, each to be judged once whatever the ratios of their sources, and a note that says so
+    where some are left out.
+    """
+    records = replace(records, parts=(), ratios=())
     if most is None or len(records) <= most:
         return records, note
     return records.sample(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from rankloom.errors import DataError, suggest
@@ -108,16 +109,20 @@ def _formats(format: str | None) -> tuple[str, ...]:
     return tuple(FORMATS) if format is None else (choice("format", format, tuple(FORMATS)),)
 
 
-def _guess(row: Row, formats: Sequence[str]) -> Shape | None:
-    for name in formats:
-        for fields in FORMATS[name].shapes:
-            if _has(row, fields) and (len(formats) == 1 or _dialect(row, name, fields)):
-                return Shape(name, fields)
+def _guess(row: Row, formats: tuple[str, ...]) -> Shape | None:
+    there = tuple(name for name, value in row.fields.items() if value is not None)
+    for shape in _fitting(there, formats):
+        if len(formats) == 1 or _dialect(row, shape.format, shape.fields):
+            return shape
     return None
 
 
-def _has(row: Row, fields: Sequence[str]) -> bool:
-    return all(row.fields.get(name) is not None for name in fields)
+@lru_cache(maxsize=1024)
+def _fitting(there: tuple[str, ...], formats: tuple[str, ...]) -> tuple[Shape, ...]:
+    """The shapes that a row with these fields may have."""
+    return tuple(
+        Shape(name, fields) for name in formats for fields in FORMATS[name].shapes if set(fields) <= set(there)
+    )
 
 
 def _dialect(row: Row, name: str, fields: Sequence[str]) -> bool:
