@@ -19,6 +19,10 @@ from rankloom.core.thin import Thin
 from rankloom.ops.segments import Segments, Stack, added, stack, trained
 
 
+NARROW = 32
+"""Rank up to which a product with few rows in 16 bits is faster with Bᵀ laid out by rows (on a CPU)."""
+
+
 class Change(NamedTuple):
     """Δy = s·B A x + column∘(W x) + shift: a thin change that depends on no token and drops nothing."""
 
@@ -198,9 +202,11 @@ def _summed(changes: Sequence[Change], weights: Sequence[float], dtype: torch.dt
     for change, weight in zip(changes, weights):
         column += [] if change.column is None else [weight * change.column]
         shift += [] if change.shift is None else [weight * change.shift]
+    down, up = joined.A.to(dtype), (joined.B * joined.scale).to(dtype)
+    rows = up.T if dtype.itemsize == 2 and up.shape[1] > NARROW else up.T.contiguous()
     return Change(
-        joined.A.to(dtype).T,
-        (joined.B * joined.scale).to(dtype).T.contiguous(),
+        down.T,
+        rows,
         1.0,
         torch.stack(column).sum(0).to(dtype) if column else None,
         torch.stack(shift).sum(0).to(dtype) if shift else None,
