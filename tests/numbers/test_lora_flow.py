@@ -191,7 +191,7 @@ def test_missing_and_leaving_members_are_refused_by_name():
         rl.detach(model, "a")
     with pytest.raises(SettingsError, match="each member once"):
         rl.lora_flow(("a", "a"))
-    with pytest.raises(SettingsError, match="a blend needs adapters"):
+    with pytest.raises(TargetError, match="nothing to blend at 'layers.0.q_proj'"):
         rl.attach(tower(), rl.lora_flow(), target_modules=SEVEN)
     bank.use("flow")
     with pytest.raises(NotMergeable, match="depends on the input of 'layers.0'"):
@@ -223,10 +223,11 @@ def test_copies_pickles_rows_and_checkpointing():
     bank.use("flow")
     said = model(X)
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(X), said)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(X), said)
+    assert torch.allclose(twin(X), said, atol=1e-12)
+    assert torch.allclose(pickle.loads(pickle.dumps(model))(X), said, atol=1e-12)
     shake(twin.rankloom, "a", 9)
-    assert torch.equal(model(X), said)
+    assert torch.allclose(model(X), said, atol=1e-12)
+    assert not torch.allclose(twin(X), said, atol=1e-3)
     with bank.using(rows=["flow", "a"]):
         mixed = model(X)
     with bank.using("a"):

@@ -23,7 +23,7 @@ from rankloom.core.method import Method, together
 from rankloom.core.site import Site
 from rankloom.core.slots import slot_table
 from rankloom.core.thin import Thin
-from rankloom.errors import SettingsError
+from rankloom.errors import SettingsError, TargetError
 from rankloom.gates.block import Block
 
 
@@ -51,7 +51,10 @@ class Blend(Method):
     def build(self, site: Site) -> Adapter:
         """The router of one site."""
         if not self.adapters:
-            raise SettingsError("a blend needs adapters: Blend(adapters=('a', 'b')), names of adapters in the bank")
+            raise TargetError(
+                f"blend: nothing to blend at {site.name!r} ({site.kind.name}): Blend(adapters=('a', 'b')) names "
+                "adapters of the bank"
+            )
         if not self.gate.constant:
             site.needs_input("blend")
             site.needs_linear("blend", f"its gate {type(self.gate).__name__} routes the tokens of linear layers only")
