@@ -80,7 +80,7 @@ COMBINATIONS: dict[str, Any] = {
 }
 CONVOLUTIONAL = {"unrolled_lora"}
 COMPILER = ("compile", "recompiles")
-TRAINING = ("frozen", "gradients", "penalty", "resume", "settings_matter")
+TRAINING = ("frozen", "gradients", "penalty", "resume", "fold_resume", "settings_matter")
 """Checks that train for many steps: on two layers."""
 APART = (*COMPILER, "settings_matter")
 ON_LLAMA = (

@@ -436,6 +436,40 @@ class DropsContextAdapter(HonestAdapter):
         return super().delta(base) + self.inner.delta(base)
 
 
+@fake("RemembersItsFirstBase", fold_resume="the losses of steps 4 to 6")
+class RemembersItsFirstBaseAdapter(HonestAdapter):
+    """Scales by the norm that the base had when it was last reset, and keeps that where no checkpoint sees it."""
+
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        self.size = float(base.matrix().norm())
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) * self.size
+
+    def delta(self, base: Base) -> Tensor:
+        return super().delta(base) * self.size
+
+
+@fake("HidesFromState", state="another model after load_state")
+class HidesFromStateAdapter(HonestAdapter):
+    """What was loaded counts only once the file's loader has come by."""
+
+    def __init__(self, site: Site, method: Any) -> None:
+        super().__init__(site, method)
+        self.sign = 1.0
+
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        self.sign = 1.0 if torch.rand(()) < 0.5 else -1.0
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) * self.sign
+
+    def delta(self, base: Base) -> Tensor:
+        return super().delta(base) * self.sign
+
+
 # — several adapters ————————————————————————————————————————————————————————————————————————————————————————————————
 
 

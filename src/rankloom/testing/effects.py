@@ -144,8 +144,9 @@ class _Effects:
             torch.manual_seed(run.step)
             rules.before_step(run)
             batch, wanted = batches[run.step % len(batches)]
-            loss = rules.loss(run, F.mse_loss(self.subject.run(model, batch), wanted))
-            loss.backward()  # type: ignore[no-untyped-call]
+            with run.watched(batch, rules.uses("loss")):
+                loss = rules.loss(run, F.mse_loss(self.subject.run(model, batch), wanted))
+                loss.backward()  # type: ignore[no-untyped-call]
             rules.after_backward(run)
             run.optimizer.step()
             rules.after_step(run)
