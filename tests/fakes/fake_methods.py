@@ -453,7 +453,7 @@ class RemembersItsFirstBaseAdapter(HonestAdapter):
 
 @fake("HidesFromState", state="another model after load_state")
 class HidesFromStateAdapter(HonestAdapter):
-    """What was loaded counts only once the file's loader has come by."""
+    """A random sign that no tensor holds."""
 
     def __init__(self, site: Site, method: Any) -> None:
         super().__init__(site, method)
