@@ -272,7 +272,7 @@ class TrainsAnotherAdapter(HonestAdapter):
         return Thin(self.A.detach(), self.B, self.scale)
 
 
-@fake("MixesTheStack", stacked="`delta` of matrix 0 of the stack")
+@fake("MixesTheStack", stacked="`delta` of matrix 0 of the stack", inside_mixture="against their sum")
 class MixesTheStackAdapter(HonestAdapter):
     """Every matrix of a stack gets the mean change."""
 
@@ -453,21 +453,17 @@ class RemembersItsFirstBaseAdapter(HonestAdapter):
 
 @fake("HidesFromState", state="another model after load_state")
 class HidesFromStateAdapter(HonestAdapter):
-    """A random sign that no tensor holds."""
-
-    def __init__(self, site: Site, method: Any) -> None:
-        super().__init__(site, method)
-        self.sign = 1.0
+    """A random scale that no tensor holds."""
 
     def reset(self, base: Base) -> None:
         super().reset(base)
-        self.sign = 1.0 if torch.rand(()) < 0.5 else -1.0
+        self.secret = 1 + float(torch.rand(()))
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
-        return super().forward(x, y, base) * self.sign
+        return super().forward(x, y, base) * self.secret
 
     def delta(self, base: Base) -> Tensor:
-        return super().delta(base) * self.sign
+        return super().delta(base) * self.secret
 
 
 # — several adapters ————————————————————————————————————————————————————————————————————————————————————————————————

@@ -61,6 +61,7 @@ PROMISES: dict[str, Promise] = {
     "rows_tensor": several_adapters.rows_tensor,
     "threads": several_adapters.threads,
     "inside_dora": inside.inside_dora,
+    "inside_mixture": inside.inside_mixture,
     "context": inside.context,
 }
 NAMES = (*PROMISES, *(f"kind_{name}" for name in kinds.CASES))
