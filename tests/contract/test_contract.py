@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from contract_models import (
     IMAGES,
     POINTS,
@@ -30,6 +32,7 @@ from rankloom.gates.linear import Linear
 from rankloom.gates.task import Task
 from rankloom.gates.topk import TopK
 from rankloom.testing import NAMES, Check, checks
+from rankloom.testing.learning import Penalty
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
 SMALL: dict[str, dict[str, Any]] = {
@@ -91,7 +94,7 @@ IN_BLOCKS = {"llava_mole"}
 ALONE = ("adds", "delta", "weights")
 """Checks that call a layer by itself."""
 COMPILER = ("compile", "recompiles")
-TRAINING = ("frozen", "gradients", "penalty", "resume", "settings_matter")
+TRAINING = ("frozen", "gradients", "penalty", "resume", "fold_resume", "settings_matter")
 """Checks that train for many steps: on two layers."""
 APART = (*COMPILER, "settings_matter")
 ON_LLAMA = (
@@ -195,6 +198,32 @@ def test_contract_on_llama(method: str, name: str) -> None:
 @pytest.mark.parametrize("name", COMPILER)
 def test_contract_on_llama_compiled(name: str) -> None:
     contract_on_llama("lora")[name]()
+
+
+@pytest.mark.parametrize("method", FAMILIES)
+def test_a_penalty_works_in_a_trainer(method: str, tmp_path: Path) -> None:
+    """The check `penalty` with transformers' Trainer in the place of `fit`."""
+    from transformers import Trainer, TrainingArguments
+
+    from rankloom.hf.trainer import RankloomCallback, optimizer_for
+
+    rows = [{"input_ids": row, "labels": row.flip(0)} for row in WORDS[0]]
+    settings = TrainingArguments(str(tmp_path), max_steps=8, use_cpu=True, report_to="none", save_strategy="no")
+    moved = []
+    for weight in (0.0, 1e3):
+        model = llama().eval()
+        torch.manual_seed(0)
+        bank = rl.attach(model, replace(as_plan(EVERY[method]), start=None, target_modules=tuple(TARGETS)))
+        with torch.no_grad(), bank.using():
+            base = logits(model, TEXTS[0])
+        optimizer = optimizer_for(model, lr=2e-2, rules=[Penalty(weight)])
+        Trainer(
+            model, settings, train_dataset=rows, optimizers=(optimizer, None), callbacks=[RankloomCallback()]
+        ).train()
+        with torch.no_grad():
+            moved.append(float((logits(model.eval(), TEXTS[0]) - base).square().mean()))
+    free, penalised = moved
+    assert 0 < penalised < 0.9 * free
 
 
 def test_families_tell_methods_apart() -> None:

@@ -272,7 +272,7 @@ class TrainsAnotherAdapter(HonestAdapter):
         return Thin(self.A.detach(), self.B, self.scale)
 
 
-@fake("MixesTheStack", stacked="`delta` of matrix 0 of the stack")
+@fake("MixesTheStack", stacked="`delta` of matrix 0 of the stack", inside_mixture="against their sum")
 class MixesTheStackAdapter(HonestAdapter):
     """Every matrix of a stack gets the mean change."""
 
@@ -434,6 +434,36 @@ class DropsContextAdapter(HonestAdapter):
 
     def delta(self, base: Base) -> Tensor:
         return super().delta(base) + self.inner.delta(base)
+
+
+@fake("RemembersItsFirstBase", fold_resume="the losses of steps 4 to 6")
+class RemembersItsFirstBaseAdapter(HonestAdapter):
+    """Scales by the norm that the base had when it was last reset, and keeps that where no checkpoint sees it."""
+
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        self.size = float(base.matrix().norm())
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) * self.size
+
+    def delta(self, base: Base) -> Tensor:
+        return super().delta(base) * self.size
+
+
+@fake("HidesFromState", state="another model after load_state")
+class HidesFromStateAdapter(HonestAdapter):
+    """A random scale that no tensor holds."""
+
+    def reset(self, base: Base) -> None:
+        super().reset(base)
+        self.secret = 1 + float(torch.rand(()))
+
+    def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
+        return super().forward(x, y, base) * self.secret
+
+    def delta(self, base: Base) -> Tensor:
+        return super().delta(base) * self.secret
 
 
 # — several adapters ————————————————————————————————————————————————————————————————————————————————————————————————

@@ -42,9 +42,11 @@ PROMISES: dict[str, Promise] = {
     "checkpointing": learning.checkpointing,
     "penalty": learning.penalty,
     "resume": learning.resume,
+    "fold_resume": learning.fold_resume,
     "settings": portability.settings,
     "settings_matter": effects.settings_matter,
     "save_load": portability.save_load,
+    "state": portability.state,
     "copies": portability.copies,
     "pickles": portability.pickles,
     "moves": portability.moves,
@@ -59,6 +61,7 @@ PROMISES: dict[str, Promise] = {
     "rows_tensor": several_adapters.rows_tensor,
     "threads": several_adapters.threads,
     "inside_dora": inside.inside_dora,
+    "inside_mixture": inside.inside_mixture,
     "context": inside.context,
 }
 NAMES = (*PROMISES, *(f"kind_{name}" for name in kinds.CASES))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloom.core.method import Method
+from rankloom.core.notes import Notes
 from rankloom.errors import SettingsError, TargetError
 from rankloom.methods.lora import LoRA
 from rankloom.testing.learning import planted_batches
@@ -134,7 +135,8 @@ class _Effects:
 
         model, bank = self.subject.adapted()
         parameters = {key: p for key, p, _ in bank.trainable("default")}
-        run, rules = TrainRun(model, STEPS, parameters), Rules(bank)
+        rules = Rules(bank)
+        run = TrainRun(model, STEPS, parameters, notes=Notes(rules.reads))
         groups = rules.groups(run, [{"params": list(parameters.values()), "lr": self.subject.lr}])
         run.optimizer = torch.optim.Adam(groups)
         batches, losses = planted_batches(self.subject), []
@@ -144,8 +146,9 @@ class _Effects:
             torch.manual_seed(run.step)
             rules.before_step(run)
             batch, wanted = batches[run.step % len(batches)]
-            loss = rules.loss(run, F.mse_loss(self.subject.run(model, batch), wanted))
-            loss.backward()  # type: ignore[no-untyped-call]
+            with run.watched(batch, rules.uses("loss")):
+                loss = rules.loss(run, F.mse_loss(self.subject.run(model, batch), wanted))
+                loss.backward()  # type: ignore[no-untyped-call]
             rules.after_backward(run)
             run.optimizer.step()
             rules.after_step(run)

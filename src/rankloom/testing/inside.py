@@ -7,14 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
 from rankloom.core.method import Method
 from rankloom.core.notes import Notes
-from rankloom.errors import RankloomError
+from rankloom.errors import NotMergeable, RankloomError
+from rankloom.gates.constant import Constant
 from rankloom.methods.dora import DoRA, DoRAAdapter
+from rankloom.methods.mixture import Mixture, MixtureAdapter
 from rankloom.testing import matrix, start
+from rankloom.testing.kinds import take_slice
 from rankloom.testing.subject import Subject, reached_sites
 from rankloom.testing.trace import assert_unchanged, snapshot
 
@@ -31,6 +34,35 @@ def inside_dora(subject: Subject) -> None:
             turned = site.base.matrix().to(wanted.dtype) + site.adapter.delta(site.base).detach()
             lengths = torch.linalg.vector_norm(turned, dim=-1)
             dora.near(lengths, wanted, f"site {site.name!r} inside DoRA: ‖W + ΔW‖ by rows (is `row_norms` right?)")
+
+
+def inside_mixture(subject: Subject) -> None:
+    """in a mixture its experts are n adapters of its own, each with its weight, or it is refused by name"""
+    if _inside(subject, lambda inner: Mixture(inner, 2)) is None:
+        return
+    weights = (1.0, -0.5)
+    mixture = replace(subject, plan=replace(subject.plan, method=Mixture(subject.plan.method, 2, Constant(weights))))
+    (_, many), (_, single) = mixture.nudged(), subject.adapted()
+    sites = {s.name: s for s in many.sites("default") if isinstance(s.adapter, MixtureAdapter)}
+    sums: dict[str, Tensor] = {}
+    for number, weight in enumerate(weights):
+        take_slice(many.shared_of("default").state_dict(), _held(single.shared_of("default")), number)
+        for site in single.sites("default"):
+            if site.name in sites:
+                take_slice(sites[site.name].adapter.experts.state_dict(), _held(site.adapter), number)
+        try:
+            found = single.delta("default")
+        except NotMergeable:
+            return
+        sums = {name: weight * found[name] + sums.get(name, 0.0) for name in sites}
+    for name, site in sites.items():
+        with torch.no_grad():
+            change = site.adapter.delta(site.base)
+        subject.near(change, sums[name], f"site {name!r}: a mixture of two with weights {weights}, against their sum")
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    return module.state_dict(keep_vars=True)
 
 
 def _inside(subject: Subject, around: Callable[[Method], Method]) -> Subject | None:

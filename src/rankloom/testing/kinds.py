@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -114,7 +114,7 @@ def stacked(subject: Subject) -> None:
         part = partial(Owner, weight[number])
         _, single = _on_one_layer(subject, part, torch.randn(2, IN), bare=True).adapted()
         (one,) = single.sites("default")
-        _take_slice(_tensors(bank), _tensors(single), number)
+        take_slice(_tensors(bank), _tensors(single), number)
         with torch.no_grad():
             what = f"matrix {number} of the stack, against an adapter of that matrix alone"
             subject.near(whole[number], one.adapter.delta(one.base), f"`delta` of {what}")
@@ -127,14 +127,14 @@ def _tensors(bank: Bank) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _take_slice(stack: dict[str, Tensor], one: dict[str, Tensor], number: int) -> None:
+def take_slice(stack: Mapping[str, Tensor], one: Mapping[str, Tensor], number: int) -> None:
     """Give the tensors of one matrix's adapter the values that matrix `number` of the stack has."""
     assert stack.keys() == one.keys(), f"a stack has other tensors than a matrix: {sorted(stack.keys() ^ one.keys())}"
     for key, tensor in one.items():
         value = stack[key] if stack[key].shape == tensor.shape else stack[key][number]
         assert value.shape == tensor.shape, (
-            f"{key!r} is {tuple(stack[key].shape)} on a stack of 3 and {tuple(tensor.shape)} on one matrix: leading "
-            "dims come first (`site.empty`, `site.vector`)"
+            f"{key!r} is {tuple(stack[key].shape)} on a stack and {tuple(tensor.shape)} on one matrix: leading dims "
+            "come first (`site.empty`, `site.vector`)"
         )
         tensor.copy_(value)
 

@@ -22,7 +22,7 @@ from rankloom.core.method import Method
 from rankloom.core.plan import Plan
 from rankloom.core.rule import Rule, Run
 from rankloom.core.site import Site
-from rankloom.errors import NotMergeable
+from rankloom.errors import NotMergeable, StateError
 from rankloom.testing.subject import (
     Subject,
     assert_base_values,
@@ -246,8 +246,7 @@ class Folding(Rule):
         """Fold after steps 2, 4 …"""
         if run.step % 2:
             for name in run.bank.trained:
-                run.bank.fold(name)
-                run.bank.reset(name)
+                run.bank.restart(name, run.optimizer)
 
 
 def fold_resume(subject: Subject) -> None:
@@ -257,7 +256,7 @@ def fold_resume(subject: Subject) -> None:
     model, bank = steps.nudged()
     try:
         bank.fold("default")
-    except NotMergeable:
+    except (NotMergeable, StateError):
         return
     with tempfile.TemporaryDirectory() as folder:
         straight, bank = steps.adapted()

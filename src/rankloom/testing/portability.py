@@ -66,6 +66,23 @@ def save_load(subject: Subject) -> None:
         assert found[key].requires_grad == parameter.requires_grad, f"{key!r}: requires_grad is lost by save and load"
 
 
+def state(subject: Subject) -> None:
+    """its tensors in memory make another model answer bitwise the same, and are copies"""
+    model, bank = subject.nudged()
+    said, tensors = subject.output(model), bank.state("default")
+    twin, other = subject.adapted(seed=5)
+    nudge(trained(other, "default"), seed=5)
+    other.load_state("default", tensors)
+    same(subject.output(twin), said, "another model after load_state, against the one of the state")
+    again = other.state("default")
+    assert again.keys() == tensors.keys(), f"state gives other keys after load_state: {again.keys() ^ tensors.keys()}"
+    for key, value in tensors.items():
+        same(again[key], value, f"{key!r} after load_state")
+    for value in tensors.values():
+        value.zero_()
+    same(subject.output(model), said, "the first model after its state's tensors were written to")
+
+
 def copies(subject: Subject) -> None:
     """a deep copy answers the same and is independent"""
     model, _ = subject.nudged()
