@@ -12,8 +12,8 @@ from rankloom.errors import SettingsError
 from rankloom.train.data.records import Chat, Turn, Where
 from rankloom.train.data.template import choose, prompt
 from rankloom.train.data.tokenizer import Tokenizer, pad_id
+from rankloom.train.modes import mode
 from rankloom.train.rng import untouched_rng
-from rankloom.train.run import mode
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from rankloom.hf.losses import Losses
 from rankloom.train import guard
 from rankloom.train.columns import Columns
 from rankloom.train.drive import Rules
-from rankloom.train.run import TrainRun, bank_or_none, base_statistics, trainable
+from rankloom.train.modes import bank_or_none, base_statistics
+from rankloom.train.run import TrainRun, trainable
 from rankloom.train.tree import pack, unpack
 
 PLACE = "rankloom"

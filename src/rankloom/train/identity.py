@@ -13,7 +13,7 @@ from torch import nn
 from rankloom.core.fingerprint import short
 from rankloom.core.plan import plan_data
 from rankloom.errors import StateError
-from rankloom.train.run import bank_or_none
+from rankloom.train.modes import bank_or_none
 from rankloom.train.settings import TrainSettings
 
 STEERING = (

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from rankloom.errors import SettingsError
 from rankloom.ops.chunked import chunked_cross_entropy
 from rankloom.train.loss import IGNORED, Loss, default_loss
-from rankloom.train.run import bank_or_none
+from rankloom.train.modes import bank_or_none
 from rankloom.train.settings import TrainSettings
 
 PLAIN = "ForCausalLMLoss"

@@ -37,11 +37,12 @@ from rankloom.train.engine import restore_scaler, scaler_state
 from rankloom.train.evaluate import Evaluate, evaluate_run, loss_of
 from rankloom.train.identity import check_identity
 from rankloom.train.loss import Loss, Weigh, labelled, move, shares, tokens
+from rankloom.train.modes import bank_or_none
 from rankloom.train.optim import factor, set_rates
 from rankloom.train.processes import Processes
 from rankloom.train.report import Report, memory_mb
 from rankloom.train.rng import rng_state, set_rng_state
-from rankloom.train.run import TrainRun, bank_or_none
+from rankloom.train.run import TrainRun
 from rankloom.train.settings import TrainSettings
 from rankloom.train.signals import Asked, Leave
 from rankloom.train.stream import Stream

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.errors import DataError, SettingsError
+from rankloom.train.modes import mode
 from rankloom.train.processes import Processes
 from rankloom.train.rng import untouched_rng
-from rankloom.train.run import mode
 
 Loss = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map
 
 from rankloom.errors import SettingsError
 from rankloom.train.loss import Loss, default_loss
-from rankloom.train.run import bank_or_none, trainable
+from rankloom.train.modes import bank_or_none
+from rankloom.train.run import trainable
 
 
 def per_example_gradients(model: nn.Module, batch: Any, loss: Loss = default_loss) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from rankloom.core.bank import Bank
 from rankloom.core.notes import Notes
-from rankloom.core.slots import slot_table
 from rankloom.errors import SettingsError, StateError
 from rankloom.optim.state import exchange
 from rankloom.train.loss import move
+from rankloom.train.modes import bank_or_none
 
 
 @dataclass
@@ -168,12 +168,6 @@ def _called(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def bank_or_none(model: nn.Module) -> Bank | None:
-    """The model's bank, if it has one."""
-    found = getattr(model, "rankloom", None)
-    return found if isinstance(found, Bank) else None
-
-
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The tensors that a run trains: those of the active adapters, or without a bank all that require gradients."""
     bank = bank_or_none(model)
@@ -222,31 +216,6 @@ def only_these_train(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
             parameter.grad = None
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-
-
-@contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Training or evaluation mode inside the block; each module's own mode is put back after.
-
-    With adapters, normalisations whose running statistics belong to the frozen base stay in evaluation mode: in
-    training mode they would change the base.
-    """
-    before = [(m, m.training) for m in model.modules()]
-    try:
-        model.train(training)
-        if training and bank_or_none(model) is not None:
-            for module in model.modules():
-                if base_statistics(module):
-                    module.training = False
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
-
-
-def base_statistics(module: nn.Module) -> bool:
-    """True for a normalisation with running statistics that no adapter owns."""
-    return module._buffers.get("running_mean") is not None and not slot_table(module, "running_mean")
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from torch import nn
 from rankloom.core.targets import base_tensors
 from rankloom.errors import SettingsError
 from rankloom.store.base import Packed
+from rankloom.train.modes import bank_or_none
 from rankloom.train.processes import Processes
-from rankloom.train.run import bank_or_none
 from rankloom.train.settings import TrainSettings
 
 
