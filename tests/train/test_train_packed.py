@@ -96,6 +96,13 @@ def test_evaluation_on_packed_rows_is_looked_at_too() -> None:
         fit(model, Batches(prepared(), 2), steps=1, lr=1e-3, evaluate=packed)
 
 
+def test_every_stream_is_looked_at() -> None:
+    model = MIXED["ALiBi"][0]()
+    streams = {"new": Batches(prepared(), 2), "old": Batches(prepared(), 2, packing=True)}
+    with pytest.raises(SettingsError, match="BloomForCausalLM does not keep"):
+        fit(model, streams, steps=1, lr=1e-3, loss=lambda m, b: m(**b["new"]).loss + m(**b["old"]).loss)
+
+
 def test_rows_of_one_example_each_need_no_look() -> None:
     model = MIXED["state space"][0]()
     single = Batches(prepared((30, 31)), 1, packing=True)

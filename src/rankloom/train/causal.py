@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,8 @@ EXACT, CLOSE, ROUNDED = 1e-5, 2e-3, 5e-2
 
 @contextmanager
 def checked_batches(model: nn.Module, each: Sequence[Any], own_loss: bool) -> Iterator[None]:
-    """`model` fits the `Batches` among `each`; inside the block it keeps their packed examples apart.
+    """`model` fits the `Batches` among `each`, and among the streams of a mapping; inside the block it keeps their
+    packed examples apart.
 
     transformers lets attention see where examples begin only without a cache of keys and values, so the cache is off
     inside the block. `own_loss`: the loss is not the model's own, so what it predicts is not known.
@@ -29,7 +30,8 @@ def checked_batches(model: nn.Module, each: Sequence[Any], own_loss: bool) -> It
         SettingsError: texts to continue are to train a model that sees the token it is to predict, or packed examples
             change one another.
     """
-    found = [batches for batches in each if isinstance(batches, Batches)]
+    sources = [s for one in each for s in (one.values() if isinstance(one, Mapping) else (one,))]
+    found = [batches for batches in sources if isinstance(batches, Batches)]
     for batches in found:
         if not own_loss:
             check_causal(model, batches)
