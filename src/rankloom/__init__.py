@@ -26,6 +26,7 @@ _PUBLIC = {
     "Method": "rankloom.core.method",
     "MixedBits": "rankloom.store.mixed",
     "Mixture": "rankloom.methods.mixture",
+    "MoV": "rankloom.methods.mov",
     "NOLA": "rankloom.methods.nola",
     "NormalFloat": "rankloom.store.normalfloat",
     "Plan": "rankloom.core.plan",

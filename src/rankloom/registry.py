@@ -29,6 +29,7 @@ _METHODS: dict[str, str] = {
     "mixture": "rankloom.methods.mixture:Mixture",
     "moelora_task": "rankloom.presets:moelora_task",
     "molora": "rankloom.presets:molora",
+    "mov": "rankloom.methods.mov:MoV",
     "nola": "rankloom.methods.nola:NOLA",
     "qa_lora": "rankloom.methods.qalora:QALoRA",
     "qdylora": "rankloom.presets:qdylora",
