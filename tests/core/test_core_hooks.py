@@ -97,7 +97,7 @@ def test_a_router_runs_once_in_training():
     model, bank = adapted("a", method=rl.hydralora(r=2), target_modules=["q_proj"])
     calls = []
     for _, adapter in bank.adapters("a"):
-        adapter.weights = lambda x, of=adapter.weights: (calls.append(1), of(x))[1]
+        adapter.weights = lambda x, base, of=adapter.weights: (calls.append(1), of(x, base))[1]
     model.train()(IDS)
     assert len(calls) == 2
 
