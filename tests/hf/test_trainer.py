@@ -335,7 +335,8 @@ def test_resume_is_exact(tmp_path):
     stopped = _adapted()
     _run(tmp_path / "b", stopped, 8, stop_at=4)
     folder = tmp_path / "b" / "checkpoint-4" / "rankloom"
-    assert {p.name for p in (folder / "rules").iterdir()} == {"manifest.json", "rules.json", "rules.safetensors"}
+    files = {"groups.json", "manifest.json", "rules.json", "rules.safetensors"}
+    assert {p.name for p in (folder / "rules").iterdir()} == files
     assert [r["rule"] for r in json.loads((folder / "rules" / "rules.json").read_text())] == ["Budget", "Orthogonal"]
     resumed = _adapted()
     _run(tmp_path / "b", resumed, 8, resume=True)
@@ -347,6 +348,22 @@ def test_resume_is_exact(tmp_path):
     again = _adapted()
     _run(tmp_path / "d", again, 8, str(tmp_path / "moved"), callback=RankloomCallback(resume_from=tmp_path / "moved"))
     assert all(torch.equal(a, b) for a, b in zip(_vectors(straight), _vectors(again)))
+
+
+def test_resume_is_exact_without_rules(tmp_path):
+    """Plain LoRA: what layers learnt of groups is in the checkpoint, so sums round alike after a resume."""
+
+    def plain():
+        model = _llama()
+        torch.manual_seed(3)
+        rl.attach(model, rl.LoRA(r=2), target_modules=TARGETS)
+        return model
+
+    straight, stopped, resumed = plain(), plain(), plain()
+    _run(tmp_path / "a", straight, 6)
+    _run(tmp_path / "b", stopped, 6, stop_at=4)
+    _run(tmp_path / "b", resumed, 6, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(_vectors(straight), _vectors(resumed)))
 
 
 def test_checkpoint_holds_the_adapter(tmp_path):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankloom.core.bank import Bank
+from rankloom.core.fuse import known_groups, recall_groups
 from rankloom.core.notes import Notes
 from rankloom.core.rule import Rule
 from rankloom.core.undriven import DRIVEN
@@ -143,9 +144,12 @@ class RuleDriver:
         run.optimizer = optimizer
         rules.start(run)
         run.adopt()
-        if state.global_step and rules.each:
-            folder = self.resume_from or _checkpoint(args, state)
-            rules.restore(_read_rules(folder / PLACE / "rules", rules, device))
+        if state.global_step:
+            folder = (self.resume_from or _checkpoint(args, state)) / PLACE / "rules"
+            if rules.each or folder.is_dir():
+                memory, groups = _read_rules(folder, rules, device)
+                rules.restore(memory)
+                recall_groups(model, groups)
         self._rules, self._run, self._unchecked = rules, run, True
         self._still = [m.register_forward_pre_hook(_evaluating) for m in model.modules() if base_statistics(m)]
         self._losses = Losses(rules, run, args) if rules.uses("loss") else None
@@ -213,8 +217,7 @@ class RuleDriver:
         folder = _checkpoint(args, state)
         if not folder.is_dir():
             raise StateError(f"{folder}: no checkpoint of the Trainer there to write the rules' memory into")
-        if rules.each:
-            _write_rules(folder / PLACE / "rules", rules)
+        _write_rules(folder / PLACE / "rules", rules, known_groups(run.model))
         for name in run.bank.active:
             formats.save(run.model, folder / PLACE / "adapters" / name, name)
 
@@ -304,14 +307,15 @@ def _evaluating(module: nn.Module, args: Any) -> None:
     module.training = False
 
 
-def _write_rules(folder: Path, rules: Rules) -> None:
+def _write_rules(folder: Path, rules: Rules, groups: dict[str, Any]) -> None:
+    """The rules' memory, and what layers have learnt of groups, without which a resumed run rounds otherwise."""
     tensors: dict[str, Tensor] = {}
     data = pack(rules.state(), tensors)
-    files = {"rules.json": as_json(data), "rules.safetensors": to_bytes(tensors)}
+    files = {"rules.json": as_json(data), "rules.safetensors": to_bytes(tensors), "groups.json": as_json(groups)}
     write_folder(folder, sealed(files, {"kind": KIND}))
 
 
-def _read_rules(folder: Path, rules: Rules, device: torch.device) -> list[dict[str, Any]]:
+def _read_rules(folder: Path, rules: Rules, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     if not folder.is_dir():
         raise FileError(
             f"{folder}: the run is resumed, but there is no memory of the rules "
@@ -322,4 +326,4 @@ def _read_rules(folder: Path, rules: Rules, device: torch.device) -> list[dict[s
     data, tensors = json.loads(files["rules.json"]), from_bytes(files["rules.safetensors"])
     state: list[dict[str, Any]] = unpack(data, tensors, device, keep_cpu=False)
     rules.check(state)
-    return state
+    return state, json.loads(files["groups.json"])
