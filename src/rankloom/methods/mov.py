@@ -27,8 +27,8 @@ from rankloom.gates.linear import Linear
 @dataclass(frozen=True)
 class MoV(Method):
     """`n` vectors a site, weighed by `gate`, which is given the activation; `inputs`: name suffixes of layers whose
-    input is scaled, the others' output is; `head_dim`: each head of an output is routed by itself, by one router (None: the
-    activation as a whole).
+    input is scaled, the others' output is; `head_dim`: each head of an output is routed by itself, by one router (None:
+    the activation as a whole).
     """
 
     n: int = 10
