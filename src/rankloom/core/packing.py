@@ -18,7 +18,6 @@ from rankloom.core.selection import Active, Selection
 from rankloom.core.thin import Thin
 from rankloom.ops.segments import Segments, Stack, added, stack, trained
 
-
 NARROW = 32
 """Rank up to which a product with few rows in 16 bits is faster with Bᵀ laid out by rows (on a CPU)."""
 
