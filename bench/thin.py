@@ -70,7 +70,7 @@ def pairs(model: nn.Module) -> dict[str, Pair]:
         "VeRA r=256": (ours(model, rl.VeRA(r=256)), theirs(VeraConfig, r=256)),
         "AdaLoRA": (ours(model, rl.AdaLoRA(**adaptive)), theirs(AdaLoraConfig, total_step=1000, **adaptive)),
         "DyLoRA": (ours(model, rl.DyLoRA(r=RANK)), peft(model)),
-        "HydraLoRA 4 × 4": (ours(model, rl.HydraLoRA(r=4, n_b=4)), peft(model)),
+        "HydraLoRA 4 × 4": (ours(model, rl.hydralora(r=4, n_b=4)), peft(model)),
         "DoRA": (ours(model, rl.DoRA(lora())), peft(model, use_dora=True)),
         "DoRA dropout": (ours(model, rl.DoRA(dropped)), peft(model, use_dora=True, lora_dropout=0.05)),
     }

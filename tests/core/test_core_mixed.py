@@ -181,7 +181,7 @@ def test_every_thin_form_in_one_batch(length, monkeypatch):
         monkeypatch.setattr(Adapter, "add", lambda self, *a: (one_by_one.append(type(self).__name__), add(self, *a))[1])
         with bank.using(rows=rows):
             assert difference(model(ids), expected) < 1e-12
-    assert set(one_by_one) == {"HydraLoRAAdapter"}
+    assert set(one_by_one) == {"MixtureAdapter"}
 
 
 add = Adapter.add
