@@ -40,7 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "bilora": {"r": 4, "hypergrad": "none", "gamma1": 1e-4},
     "dylora": {"r": 4},
     "loftq": {"r": 4},
-    "llava_mole": {"r": 2, "lora_dropout": 0.0},
+    "llava_mole": {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.0},
     "loramoe": {"r": 2, "n": 2},
     "lq_lora": {"r": 4},
     "lqer": {"r": 4},
@@ -229,6 +229,6 @@ def test_a_penalty_works_in_a_trainer(method: str, tmp_path: Path) -> None:
 def test_families_tell_methods_apart() -> None:
     """Every method is of a family that has a member among those that meet a Llama; and unlike ones are kept apart."""
     assert {family(METHODS[name]) for name in FAMILIES} == set(_families())
-    assert {"lora", "dora", "vera", "hydralora", "slices", "qa_lora"} <= set(FAMILIES)
+    assert {"lora", "dora", "vera", "molora", "slices", "qa_lora"} <= set(FAMILIES)
     assert family(rl.LoRA()) == family(rl.MELoRA()) == family(rl.NOLA())
     assert family(rl.VeRA()) == family(rl.TiedLoRA()) != family(rl.LoRA())

@@ -229,14 +229,23 @@ def test_nothing_that_is_not_finite_is_kept(tmp_path: Path) -> None:
 def test_weights_of_another_shape_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     trained(tmp_path)
     found = newest_checkpoint(tmp_path / "checkpoints")
-    other = attached(mlp, {"default": Plan(rl.LoRA(r=4))}, 1)
+    other = attached(lambda: mlp(width=10), {"default": Plan(rl.LoRA(r=4))}, 1)
     before = [p.detach().clone() for _, p, _ in other.rankloom.tensors("default")]
-    with pytest.raises(StateError, match=r"is \(2, 6\) torch.float32 in the checkpoint, \(4, 6\)"):
+    with pytest.raises(StateError, match=r"is \(8, 2\) torch.float32 in the checkpoint, \(10, 4\)"):
         restore_weights(other, found.weights)
     missing = {k: v for k, v in found.weights.items() if not k.endswith("2:A")}
     with pytest.raises(StateError, match="the model has the tensor 'default/2:A'"):
         restore_weights(attached(mlp, {"default": PLAN}, 1), missing)
     assert all(torch.equal(a, p) for a, (_, p, _) in zip(before, other.rankloom.tensors("default"), strict=True))
+
+
+def test_adapters_take_the_ranks_of_a_checkpoint(tmp_path: Path) -> None:
+    trained(tmp_path)
+    found = newest_checkpoint(tmp_path / "checkpoints")
+    other = attached(mlp, {"default": Plan(rl.LoRA(r=4))}, 1)
+    restore_weights(other, found.weights)
+    mine = {f"default/{k}": p for k, p, _ in other.rankloom.tensors("default")}
+    assert all(torch.equal(mine[k], t) for k, t in found.weights.items())
 
 
 def test_a_state_that_is_no_data_is_refused_by_name(tmp_path: Path) -> None:

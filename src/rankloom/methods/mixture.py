@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from rankloom.core.site import Site
 from rankloom.core.stack import Stacked, mixed, mixes, stacked, stacked_base
 from rankloom.core.thin import Thin
 from rankloom.errors import SettingsError, TargetError, suggest
+from rankloom.gates.constant import Constant
 from rankloom.gates.linear import Linear
+from rankloom.gates.topk import TopK
 from rankloom.methods.lora import LoRA
 from rankloom.ops.dispatch import dispatched
 
@@ -37,6 +39,7 @@ class Mixture(Method):
     depends on the input.
     """
 
+    examples: ClassVar = {"gate": (TopK(1), Constant()), "share": (("A",), ("B",))}
     inner: Method = field(default_factory=LoRA)
     n: int | tuple[int, ...] = 4
     gate: Gate = field(default_factory=Linear)

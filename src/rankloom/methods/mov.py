@@ -9,7 +9,7 @@ z ∘ Σ_i g_i (v_i − 1), which is the same for weights that sum to 1 and none
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,18 @@ from rankloom.core.site import Site
 from rankloom.core.targets import matches
 from rankloom.errors import SettingsError, TargetError
 from rankloom.gates.linear import Linear
+from rankloom.gates.topk import TopK
 
 
 @dataclass(frozen=True)
 class MoV(Method):
-    """`n` vectors a site, weighed by `gate`, which is given the activation; `inputs`: name suffixes of layers whose
-    input is scaled, the others' output is; `head_dim`: each head of an output is routed by itself, by one router (None:
-    the activation as a whole).
+    """`n` vectors a site, weighed by `gate`, which is given the activation.
+
+    `inputs`: name suffixes of layers whose input is scaled; of all others it is the output. `head_dim`: each head of an
+    output is routed by itself, all by one router (None: the activation as a whole).
     """
 
+    examples: ClassVar = {"gate": (Linear(temperature=5.0), TopK(1)), "head_dim": (6, 4)}
     n: int = 10
     gate: Gate = field(default_factory=lambda: Linear(std=0.02))
     inputs: tuple[str, ...] = ("down_proj", "fc2", "wo", "fc_out", "dense_4h_to_h")

@@ -9,10 +9,11 @@ adapter_model.safetensors.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from rankloom.core.adapter import Adapter
 from rankloom.core.journal import Journal
 from rankloom.core.state import held
 from rankloom.errors import FileError, SettingsError, StateError, suggest
@@ -197,31 +199,41 @@ def restore_base(model: nn.Module, saved: Mapping[str, Any] | None) -> None:
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str = "the checkpoint") -> None:
-    """Write saved tensors into the model, whose adapters take their ranks first. Raises `StateError` before anything is
-    written if keys or shapes differ.
+    """Write saved tensors into the model, whose adapters take their ranks: rules may have changed those on the way.
+
+    Raises `StateError` before anything is changed if keys, dtypes or other sizes differ.
     """
-    _fit(model, weights)
-    mine = model_tensors(model)
+    mine, fitted = model_tensors(model), list(_fitted(model, weights))
     for key in weights.keys() ^ mine.keys():
         owner, other = ("the model", where) if key in mine else (where, "the model")
         pool = weights if key in mine else mine
         raise StateError(f"{owner} has the tensor {key!r}, {other} has not{suggest(key, pool)}; attach the same plan")
+    takes = {**mine, **{key: tensor for _, _, trial in fitted for key, tensor in trial.items()}}
     for key, tensor in mine.items():
-        if tensor.shape != weights[key].shape or tensor.dtype != weights[key].dtype:
+        if takes[key].shape != weights[key].shape or tensor.dtype != weights[key].dtype:
             raise StateError(
                 f"{key!r} is {tuple(weights[key].shape)} {weights[key].dtype} in {where}, "
                 f"{tuple(tensor.shape)} {tensor.dtype} in the model; attach the same plan first"
             )
-    for key, tensor in mine.items():
+    for adapter, shapes, _ in fitted:
+        adapter.fit_to(shapes)
+    for key, tensor in model_tensors(model).items():
         tensor.copy_(weights[key])
 
 
-def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give the active adapters the ranks that the saved tensors have: rules may have changed them on the way."""
+def _fitted(
+    model: nn.Module, weights: Mapping[str, Tensor]
+) -> Iterator[tuple[Adapter, dict[str, tuple[int, ...]], dict[str, Tensor]]]:
+    """Active adapters that have other shapes than the saved tensors: with these shapes, and the tensors of a copy that
+    has taken them as far as it can.
+    """
     bank = bank_or_none(model)
     for name in () if bank is None else bank.active:
         assert bank is not None
         for site in bank.sites(name):
             start = f"{name}/{site.name}:"
             said = {k.removeprefix(start): tuple(t.shape) for k, t in weights.items() if k.startswith(start)}
-            site.adapter.fit_to(said)
+            if any(said.get(k, t.shape) != tuple(t.shape) for k, t in site.adapter.state_dict().items()):
+                trial = copy.deepcopy(site.adapter)
+                trial.fit_to(said)
+                yield site.adapter, said, {start + k: t for k, t in trial.state_dict().items()}
