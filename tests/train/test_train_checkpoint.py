@@ -229,10 +229,11 @@ def test_nothing_that_is_not_finite_is_kept(tmp_path: Path) -> None:
 def test_weights_of_another_shape_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     trained(tmp_path)
     found = newest_checkpoint(tmp_path / "checkpoints")
-    other = attached(mlp, {"default": Plan(rl.LoRA(r=4))}, 1)
+    other = attached(mlp, {"default": PLAN}, 2)
     before = [p.detach().clone() for _, p, _ in other.rankloom.tensors("default")]
-    with pytest.raises(StateError, match=r"is \(2, 6\) torch.float32 in the checkpoint, \(4, 6\)"):
-        restore_weights(other, found.weights)
+    narrow = {k: v[:, :5].clone() if k.endswith("0:A") else v for k, v in found.weights.items()}
+    with pytest.raises(StateError, match=r"is \(2, 5\) torch.float32 in the checkpoint, \(2, 6\)"):
+        restore_weights(other, narrow)
     missing = {k: v for k, v in found.weights.items() if not k.endswith("2:A")}
     with pytest.raises(StateError, match="the model has the tensor 'default/2:A'"):
         restore_weights(attached(mlp, {"default": PLAN}, 1), missing)
