@@ -142,6 +142,22 @@ def test_the_same_data_go_on_exactly(name: str, at: int, tmp_path: Path, recwarn
     assert not [w for w in recwarn if "data" in str(w.message)]
 
 
+def test_of_several_streams_the_one_with_other_data_is_named(tmp_path: Path) -> None:
+    def run(other: Any, resume: Any) -> Any:
+        model = attached(mlp, {"default": PLAN}, 1)
+        batches = {"retain": loader(shuffle=True), "forget": other}
+
+        def loss(model: Any, batch: Any) -> Tensor:
+            return sum((model(x) - y).square().mean() for x, y in batch.values())  # type: ignore[return-value]
+
+        return fit(model, batches, settings=CHOSEN, out=tmp_path, loss=loss, resume=resume)
+
+    whole = run(lambda i: POINTS[i % 7], False)
+    assert run(lambda i: POINTS[i % 7], "auto").losses == whole.losses
+    with pytest.raises(StateError, match="the stream 'forget': other data than the checkpoint's"):
+        run(lambda i: OTHERS[i % 7], "auto")
+
+
 @pytest.mark.parametrize("kind", ["loader", "function"])
 def test_data_that_cannot_be_known_are_told_of(kind: str, tmp_path: Path) -> None:
     """A source of random numbers of their own, which no checkpoint holds."""

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from rankloom.core.fingerprint import short
-from rankloom.core.plan import plan_data
-from rankloom.errors import StateError
+from rankloom.core.plan import Plan, plan_data
+from rankloom.errors import SettingsError, StateError
 from rankloom.train.modes import bank_or_none
 from rankloom.train.settings import TrainSettings
 
@@ -29,13 +29,21 @@ def identity(model: nn.Module, settings: TrainSettings) -> dict[str, Any]:
     for name, weight in bank.active.items() if bank is not None else ():
         assert bank is not None
         shown = weight if isinstance(weight, (int, float)) else "tensor"
-        adapters[name] = {"weight": shown, "plan": plan_data(bank.plans[name])}
+        adapters[name] = {"weight": shown, "plan": _described(bank.plans[name])}
     data = {
         "base": None if bank is None else bank.original(),
         "adapters": adapters,
         "settings": dataclasses.asdict(settings),
     }
     return dict(json.loads(json.dumps(data)))
+
+
+def _described(plan: Plan) -> Any:
+    """The plan as data; as text where a part of it is registered nowhere, which files could not name."""
+    try:
+        return plan_data(plan)
+    except SettingsError:
+        return repr(plan)
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

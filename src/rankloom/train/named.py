@@ -38,7 +38,10 @@ class NamedStreams(Stream):
                 "same streams"
             )
         for name, stream in self.streams.items():
-            stream.restore(saved[name])
+            try:
+                stream.restore(saved[name])
+            except StateError as error:
+                raise StateError(f"the stream {name!r}: {error}") from error
 
 
 def streams_of(batches: Source | Mapping[str, Source], processes: Processes, kept: bool = True) -> Stream:
