@@ -185,7 +185,7 @@ def test_an_existing_model_is_never_overwritten(run, fine_tuned, model, tmp_path
     weights = (model / "model.safetensors").read_bytes()
     found = run("merge", fine_tuned, "-o", model)
     assert found.code == RUNTIME
-    assert "not empty" in found.err
+    assert "is a model's folder" in found.err
     assert (model / "model.safetensors").read_bytes() == weights
 
 

@@ -210,17 +210,19 @@ def test_a_masked_model_is_trained_to_find_hidden_tokens(run, masked, texts, tmp
 
 
 def test_what_a_masked_model_cannot_do_is_refused(run, masked, encoder, texts, chats, tmp_path):
-    out = f"out={tmp_path / 'o'}"
-    found = run("train", f"model={masked}", f"data={chats}", out)
+    outs = [tmp_path / name for name in "abcd"]
+    first, second, third, fourth = (f"out={out}" for out in outs)
+    found = run("train", f"model={masked}", f"data={chats}", first)
     assert "cannot answer in a conversation: give it running text" in found.err
-    found = run("train", f"model={masked}", f"data={texts}", out, "model.task=causal-lm")
+    found = run("train", f"model={masked}", f"data={texts}", second, "model.task=causal-lm")
     assert "BertLMHeadModel is no causal model" in found.err
     assert "model.task=masked-lm" in found.err
-    assert "no mask token" in run("train", f"model={encoder}", f"data={texts}", out).err
+    assert "no mask token" in run("train", f"model={encoder}", f"data={texts}", third).err
     assert (
-        "packing=True needs a causal model" in run("train", f"model={masked}", f"data={texts}", out, "packing=true").err
+        "packing=True needs a causal model"
+        in run("train", f"model={masked}", f"data={texts}", fourth, "packing=true").err
     )
-    assert not (tmp_path / "o" / "adapter").exists()
+    assert not any((out / "adapter").exists() for out in outs)
 
 
 # What `eval` judges.

@@ -96,9 +96,12 @@ def test_plan_tells_what_is_fused_and_what_is_not(model):
     assert fused + "none, for gradient checkpointing" in notes(
         "target_modules=all-linear", "gradient_checkpointing=true"
     )
-    found = notes("method=vera", "target_modules=[q_proj]")
+    found = notes("method=qa_lora", "group_size=4", "lora_dropout=0.1", "target_modules=[q_proj]")
     assert f"fused in training: 0 of {layers} layers" in found
-    assert f"not fused, so slower: {layers} × VeRAAdapter is not, or not now, a pair of thin factors" in found
+    assert (
+        f"not fused, so slower: {layers} × QALoRAAdapter: its dropout acts on pooled columns, not on the layer's input"
+        in found
+    )
 
 
 def test_plan_tells_of_conflicts_and_of_what_cannot_merge(run, model):
@@ -255,7 +258,7 @@ def test_export_is_a_lora_with_a_stated_error(run, model, chats, tmp_path):
     found = run("export", out, tmp_path / "e", "--r", "16", "--json").json
     assert 0 <= found["error"] < 1e-4
     config = json.loads((tmp_path / "e" / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"]) == ("LORA", 16)
+    assert (config["peft_type"], config["r"]) == ("LORA", 4)
     assert run("generate", tmp_path / "e", "-p", "x", "--json").code == 0
 
 

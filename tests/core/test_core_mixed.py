@@ -236,35 +236,6 @@ def fresh(model, ids, name):
     return other(ids)
 
 
-@torch.no_grad()
-def test_decoding_casts_no_factor_again():
-    model, bank = zoo(torch.bfloat16)
-    ids = words(batch=1)
-    for name in KINDS:
-        if name == "hydralora":
-            continue
-        with bank.using(name):
-            model(ids)
-            with Operations() as seen:
-                model(ids)
-        with bank.using(), Operations() as base:
-            model(ids)
-        extra = seen.counts - base.counts
-        assert extra["_to_copy"] == 0, name
-        assert extra["addmm_"] == 4, name
-
-
-@torch.no_grad()
-def test_several_adapters_with_weights_decode_in_one_pass():
-    model, bank = zoo()
-    ids = words(batch=2)
-    with bank.using(dora=0.5, bias=-1.0, vera=2.0):
-        found = model(ids)
-        with torch.enable_grad():
-            bank.selector.fused = False
-            assert difference(found, model(ids)) < 1e-12
-
-
 @pytest.mark.parametrize("rows", [["n0", "n1", "n2", None], ["n1", "n0", "n1", "n2"]])
 def test_adapters_trained_together_learn_as_each_alone(rows):
     ids, target = words(batch=4, tokens=6), torch.randn(4, 6, 11, dtype=torch.float64)

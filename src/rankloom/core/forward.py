@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankloom.core.base import Base
 from rankloom.core.fuse import answer
 from rankloom.core.kinds import Kind
-from rankloom.core.packing import for_all, in_segments
+from rankloom.core.packing import in_segments
 from rankloom.core.selection import Selection, Weight
 from rankloom.core.site import LAYER
 from rankloom.core.slots import Anchor, anchor_of, bring_home, computed_once, slot_table
@@ -60,14 +60,10 @@ def _changed(layer: nn.Module, anchor: Anchor, kind: Kind, x: Any, y: Tensor, se
     base = Base(kind, layer, selection.context, anchor.selector.notes)
     hooked = "_hf_hook" in layer.__dict__
     out, each = y, selection.active
-    if kind.linear and not hooked and base.notes is None and not base.context and _plain(y):
-        if selection.segments is not None:
-            _times(layer, y, selection.batch)
-            out, each = in_segments(table, x, y, base, selection, anchor.stacks)
-        elif not torch.is_grad_enabled() and y.is_contiguous() and type(x) is Tensor:
-            found = for_all(table, x, y, base, selection, anchor.alone)
-            if found is not None:
-                return found
+    stackable = kind.linear and not hooked and base.notes is None and not base.context and _plain(y)
+    if selection.segments is not None and stackable:
+        _times(layer, y, selection.batch)
+        out, each = in_segments(table, x, y, base, selection, anchor.stacks)
     for active in each:
         adapter = table.get(active.name)
         if adapter is None:

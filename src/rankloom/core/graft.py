@@ -83,7 +83,7 @@ def remove_adapter(layer: nn.Module, slot: str, name: str) -> None:
     """Take the adapter out; the last one gives the layer its own class back."""
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
     anchor: Anchor = layer.__dict__["_rankloom"]
-    anchor.stacks, anchor.alone = Stacks(), Stacks()
+    anchor.stacks = Stacks()
     _drop(slots, slot, name)
     if slot == LAYER and LAYER not in slots and anchor.kind is not None:
         anchor.kind.release(layer)

@@ -1,4 +1,4 @@
-"""Thin changes in passes over a layer's output: mixed batches, whose rows have adapters of their own, and decoding.
+"""Mixed batches: rows with adapters of their own, all thin changes of a layer in one pass over its output.
 
 Without gradients the factors lie side by side, cast and scaled, in a `Stack` that is made once.
 """
@@ -15,11 +15,7 @@ from rankloom.core import thin as forms
 from rankloom.core.adapter import Adapter, fixed_thin
 from rankloom.core.base import Base
 from rankloom.core.selection import Active, Selection
-from rankloom.core.thin import Thin
 from rankloom.ops.segments import Segments, Stack, added, stack, trained
-
-NARROW = 32
-"""Rank up to which a product with few rows in 16 bits is faster with Bᵀ laid out by rows (on a CPU)."""
 
 
 class Change(NamedTuple):
@@ -41,7 +37,7 @@ class Packed(NamedTuple):
 
 
 class Stacks:
-    """What a layer's last passes without gradients put side by side.
+    """What a layer's last mixed batch without gradients put side by side.
 
     Made again when an adapter, one of its tensors or settings, or under a magnitude the base, is another, or a tensor
     was written to. A write past autograd's version counter (through `.data`) is not seen: write to the parameter
@@ -89,14 +85,6 @@ class Stacks:
         found: Packed = self._held[dtype]
         return found
 
-    def summed(self, weights: tuple[float, ...], dtype: torch.dtype) -> Change:
-        """The weighted sum of the changes last asked for as one of scale 1, its factors Aᵀ (in, R) and Bᵀ (R, out)."""
-        key = (weights, dtype)
-        if key not in self._held:
-            self._held = {key: _summed(list(self._changes.values()), weights, dtype)}
-        found: Change = self._held[key]
-        return found
-
 
 def in_segments(
     table: Mapping[str, Adapter], x: Tensor, y: Tensor, base: Base, selection: Selection, stacks: Stacks
@@ -117,31 +105,6 @@ def in_segments(
         return trained(out, x, found, [(c.A, c.B, c.scale) for c in changes.values()]), rest
     packed = stacks.packed(y.dtype)
     return added(_moved(y, found, base, packed.columns, packed.shifts), x, found, packed.factors), rest
-
-
-def for_all(
-    table: Mapping[str, Adapter], x: Tensor, y: Tensor, base: Base, selection: Selection, stacks: Stacks
-) -> Tensor | None:
-    """Without gradients: `y`, fresh from its layer, with the changes of all adapters written into it; None where one is
-    more than a `Change`, or its weight is no number.
-    """
-    each, weights = list[Adapter | None](), list[float]()
-    for active in selection.active:
-        if active.name in table:
-            if active.rows is not None or not isinstance(active.weight, (int, float)):
-                return None
-            each.append(table[active.name])
-            weights.append(active.weight)
-    if not each or len(stacks.changes(each, base)) < len(each):
-        return None
-    change = stacks.summed(tuple(weights), y.dtype)
-    rows = y.view(-1, y.shape[-1])
-    if change.column is not None:
-        rows.addcmul_(base.unbiased(rows), change.column)
-    if change.shift is not None:
-        rows.add_(change.shift)
-    rows.addmm_(x.to(y.dtype).reshape(-1, x.shape[-1]) @ change.A, change.B)
-    return y
 
 
 def changes_of(each: Sequence[Adapter | None], base: Base) -> dict[int, Change]:
@@ -191,22 +154,3 @@ def _moved(y: Tensor, found: Segments, base: Base, columns: Tensor | None, shift
     if shifts is not None:
         rows = rows + shifts[which][:, None]
     return rows.reshape(y.shape)
-
-
-def _summed(changes: Sequence[Change], weights: Sequence[float], dtype: torch.dtype) -> Change:
-    parts = [(Thin(c.A, c.B, c.scale), weight) for c, weight in zip(changes, weights)]
-    joined = forms.joined(parts)
-    assert joined is not None
-    column, shift = list[Tensor](), list[Tensor]()
-    for change, weight in zip(changes, weights):
-        column += [] if change.column is None else [weight * change.column]
-        shift += [] if change.shift is None else [weight * change.shift]
-    down, up = joined.A.to(dtype), (joined.B * joined.scale).to(dtype)
-    rows = up.T if dtype.itemsize == 2 and up.shape[1] > NARROW else up.T.contiguous()
-    return Change(
-        down.T,
-        rows,
-        1.0,
-        torch.stack(column).sum(0).to(dtype) if column else None,
-        torch.stack(shift).sum(0).to(dtype) if shift else None,
-    )

@@ -33,7 +33,7 @@ class Anchor:
         self.selector = selector
         self.name = name
         self.kind: Kind | None = None
-        self.stacks, self.alone = Stacks(), Stacks()
+        self.stacks = Stacks()
         self.memo = Memo()
 
 

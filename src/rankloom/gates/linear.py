@@ -51,7 +51,7 @@ class LinearRouter(Router):
     def forward(self, x: Any, base: Base) -> Tensor:
         found = self.scores(x) if x is not None else self.scores.blind()
         if found is None:
-            raise self.no_matrix("depends on the input")
+            raise self.no_matrix("depends on its input")
         weights: Tensor = found[0]
         if x is not None:
             base.note("router", found[1])

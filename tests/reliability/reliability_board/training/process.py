@@ -50,7 +50,8 @@ def start(job: Callable[[], object]) -> Process:
     code = 1
     try:
         warnings.simplefilter("ignore")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         job()
