@@ -36,54 +36,63 @@ class Packed(NamedTuple):
     shifts: Tensor | None
 
 
-class Stacks:
-    """What a layer's last mixed batch without gradients put side by side.
+class Stacked:
+    """The changes of some adapters, by their place among them, and what was put side by side of them, by dtype.
 
-    Made again when an adapter, one of its tensors or settings, or under a magnitude the base, is another, or a tensor
-    was written to. A write past autograd's version counter (through `.data`) is not seen: write to the parameter
-    itself, under `torch.no_grad()`.
+    It `holds` as long as no adapter, none of its tensors or settings, and under a magnitude not the base, is another,
+    and none was written to. A write past autograd's version counter (through `.data`) is not seen: write to the
+    parameter itself, under `torch.no_grad()`.
     """
 
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
-        self._settings: list[tuple[Adapter, int]] = []
-        self._changes: dict[int, Change] = {}
-        self._held: dict[Any, Any] = {}
+    def __init__(self, each: Sequence[Adapter | None], base: Base) -> None:
+        self.key = tuple(each)
+        self.changes = changes_of(each, base)
+        self._packed: dict[torch.dtype, Packed] = {}
+        modules = [m for adapter in each if adapter is not None for m in _modules(adapter)]
+        tables = [table for m in modules for table in (m._parameters, m._buffers)]
+        found = [(table, key, t) for table in tables for key, t in table.items() if t is not None]
+        if any(change.column is not None for change in self.changes.values()):
+            found.append((base.layer._parameters, "weight", base.kind.tensor(base.layer)))
+        self._tensors = [(table, key, t, t._version, t.data_ptr()) for table, key, t in found]
+        self._settings = [(m, m.settings) for m in modules if isinstance(m, Adapter)]
 
-    def __reduce__(self) -> Any:
-        return Stacks, ()
-
-    def changes(self, each: Sequence[Adapter | None], base: Base) -> Mapping[int, Change]:
-        """Those of the adapters `each` that are nothing more than a `Change`, by their place."""
-        if self._key != tuple(each) or not self._holds():
-            self._key = tuple(each)
-            self._changes, self._held = changes_of(each, base), {}
-            adapters = [adapter for adapter in each if adapter is not None]
-            modules = [m for adapter in adapters for m in _modules(adapter)]
-            tables = [table for m in modules for table in (m._parameters, m._buffers)]
-            found = [(table, key, t) for table in tables for key, t in table.items() if t is not None]
-            if any(change.column is not None for change in self._changes.values()):
-                found.append((base.layer._parameters, "weight", base.kind.tensor(base.layer)))
-            self._tensors = [(table, key, t, t._version, t.data_ptr()) for table, key, t in found]
-            self._settings = [(m, m.settings) for m in modules if isinstance(m, Adapter)]
-        return self._changes
-
-    def _holds(self) -> bool:
+    def holds(self, each: Sequence[Adapter | None]) -> bool:
+        """Whether these are the adapters, as they were."""
+        if self.key != tuple(each):
+            return False
         for table, key, tensor, version, at in self._tensors:
             if table.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != at:
                 return False
         return all(adapter.settings == count for adapter, count in self._settings)
 
     def packed(self, dtype: torch.dtype) -> Packed:
-        """The changes last asked for, in `dtype`."""
-        if dtype not in self._held:
-            changes = self._changes
-            rows = stack([(c.A, c.B, c.scale) for c in changes.values()], dtype)
-            columns, shifts = _tables(list(changes.values()), dtype)
-            self._held = {dtype: Packed(rows, columns, shifts)}
-        found: Packed = self._held[dtype]
+        """The changes in `dtype`."""
+        found = self._packed.get(dtype)
+        if found is None:
+            rows = stack([(c.A, c.B, c.scale) for c in self.changes.values()], dtype)
+            found = Packed(rows, *_tables(list(self.changes.values()), dtype))
+            self._packed = {dtype: found}
         return found
+
+
+class Stacks:
+    """What a layer's last mixed batch without gradients put side by side.
+
+    `of` hands out one whole object: threads that mix other adapters at the same layer never see each other's.
+    """
+
+    def __init__(self) -> None:
+        self._last: Stacked | None = None
+
+    def __reduce__(self) -> Any:
+        return Stacks, ()
+
+    def of(self, each: Sequence[Adapter | None], base: Base) -> Stacked:
+        """The stack of these adapters."""
+        last = self._last
+        if last is None or not last.holds(each):
+            last = self._last = Stacked(each, base)
+        return last
 
 
 def in_segments(
@@ -94,16 +103,17 @@ def in_segments(
     Without gradients `y`, fresh from its layer, is written to; else the sum is a new tensor, differentiable by all.
     """
     assert selection.segments is not None
-    each, grad = [table.get(v.name) for v in selection.active], torch.is_grad_enabled()
-    changes = changes_of(each, base) if grad else stacks.changes(each, base)
+    each = [table.get(v.name) for v in selection.active]
+    made = None if torch.is_grad_enabled() else stacks.of(each, base)
+    changes = changes_of(each, base) if made is None else made.changes
     if not changes:
         return y, selection.active
     rest = tuple(v for i, v in enumerate(selection.active) if i not in changes)
     found, x = selection.segments.only(tuple(changes)), x.to(y.dtype)
-    if grad:
+    if made is None:
         out = _moved(y, found, base, *_tables(list(changes.values()), y.dtype))
         return trained(out, x, found, [(c.A, c.B, c.scale) for c in changes.values()]), rest
-    packed = stacks.packed(y.dtype)
+    packed = made.packed(y.dtype)
     return added(_moved(y, found, base, packed.columns, packed.shifts), x, found, packed.factors), rest
 
 

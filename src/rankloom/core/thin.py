@@ -89,7 +89,8 @@ def factors(thin: Thin) -> tuple[Tensor, Tensor]:
     """A (…, R, in) with `inner` in it and B (…, out, R) with `outer` in it; the scale is left out."""
     a = thin.A if thin.inner is None else thin.inner[..., None] * thin.A
     b = thin.B if thin.outer is None else thin.outer[..., None] * thin.B
-    return a, b
+    dtype = torch.promote_types(a.dtype, b.dtype)  # a gate's weights are float32, whatever the factors are
+    return a.to(dtype), b.to(dtype)
 
 
 def folded(thin: Thin) -> Thin:

@@ -7,8 +7,9 @@ Qiang et al. 2024, arXiv 2403.13037 (there is no official code; the binary form 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class BiLoRA(Method):
     Σe(1 − e) to the upper one where e is binary; `upper_lr`: rate of E.
     """
 
+    inert: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("unroll", "upper_lr"), "of two levels, which need two streams; without effect where hypergrad is 'none'"
+    )
     r: Rank = 8
     lora_alpha: float = 8.0
     lora_dropout: Probability = 0.0

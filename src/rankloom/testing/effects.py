@@ -47,7 +47,10 @@ def settings_matter(subject: Subject) -> None:
 def _has_effect(setting: str, now: _Effects, tried: Iterator[tuple[Any, _Effects]]) -> None:
     seen = []
     for other, effects in tried:
-        if now.differs(effects) is not None:
+        try:
+            if now.differs(effects) is not None:
+                return
+        except SettingsError:  # this training refuses the other value: it matters
             return
         seen.append(repr(other))
     assert seen, f"setting {setting}: no other value could be built: give some in `examples`"

@@ -131,10 +131,12 @@ def take_slice(stack: Mapping[str, Tensor], one: Mapping[str, Tensor], number: i
     """Give the tensors of one matrix's adapter the values that matrix `number` of the stack has."""
     assert stack.keys() == one.keys(), f"a stack has other tensors than a matrix: {sorted(stack.keys() ^ one.keys())}"
     for key, tensor in one.items():
-        value = stack[key] if stack[key].shape == tensor.shape else stack[key][number]
+        whole = stack[key]
+        dims = [d for d in range(whole.ndim) if (*whole.shape[:d], *whole.shape[d + 1 :]) == tuple(tensor.shape)]
+        value = whole if whole.shape == tensor.shape or not dims else whole.select(dims[0], number)
         assert value.shape == tensor.shape, (
             f"{key!r} is {tuple(stack[key].shape)} on a stack and {tuple(tensor.shape)} on one matrix: leading dims "
-            "come first (`site.empty`, `site.vector`)"
+            "come first (`site.empty`, `site.vector`), after that of a mixture's experts"
         )
         tensor.copy_(value)
 

@@ -160,7 +160,7 @@ def fold(subject: Subject) -> None:
     model, bank = subject.nudged()
     said, values = subject.output(model), base_values(model)
     try:
-        bank.fold("default")
+        bank.fold("default", into="dense")
     except NotMergeable:
         assert_base_values(model, values, "by a fold that was refused")
         same(subject.output(model), said, "the output after the refused fold")

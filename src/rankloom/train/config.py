@@ -72,16 +72,17 @@ class DataSettings(Settings):
     """Which data, and how it becomes batches.
 
     - `source`: file, folder, `microworld:task#N`, or `owner/name` of a data set, or several of them with the ratios in
-      which they are mixed, `{a.jsonl: 3, b.parquet: 1}`; `split`, `format`, `columns`, `labels`: as
-      `rankloom.train.data.load` takes them.
-    - `max_length` (None: 1024, or what the tokenizer's model takes), `train_on`, `template`, `unusable`: as
-      `rankloom.train.data.prepare` takes them.
+      which they are mixed, `{a.jsonl: 3, b.parquet: 1}`; `split`: of such a set; `format`, `columns`, `labels`: of the
+      records, where they are not found, as `rankloom.train.data.load` takes them.
+    - `max_length`: tokens kept of an example (None: 1024, or what the tokenizer's model takes); `train_on`: the answers
+      of the assistant, one example for each of them ("turns"), the last one, or all tokens; `template`: of a chat,
+      `auto` being the tokenizer's; `unusable`: whether an example without a token to train stops the run or is dropped.
     - `cache`: the folder for tables of tokenised data, `off`, or `auto`: the user's cache folder for many records,
       where `rankloom[data]` is installed, else memory.
     - `batch_size`: rows per step and process; `packing`: several examples per row.
     - `epochs`: passes over the data, instead of `train.steps`.
     - `eval_source`, `eval_split`: what is evaluated; by default the `validation` split of a source that has one, else
-      `hold_out` records taken from the training data (None: a tenth of them, at most 200).
+      records held out. `hold_out`: records taken from the training data (None: a tenth of them, at most 200).
     - `eval_examples`: most records evaluated; `eval_answers`: most conversations answered greedily for the exact match
       (None: all); `answer_tokens`: most tokens of such an answer.
     """
