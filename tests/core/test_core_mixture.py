@@ -341,7 +341,7 @@ def test_a_mixture_inside_dora_turns_rows_where_it_has_a_matrix():
     found = model(x)
     bank.merge()
     assert torch.allclose(model(x), found, atol=1e-10)
-    with pytest.raises(NotMergeable, match="depends on the input"):
+    with pytest.raises(NotMergeable, match="depends on its input"):
         rl.attach(net(), rl.DoRA(rl.Mixture()), target_modules=["fc"])
 
 

@@ -84,7 +84,7 @@ def test_a_router_of_zeros_merges():
     """Must hold (5): R = 0 gives ΔW = s/n Σ B_i A_i; any other router is refused by name, and nothing is touched."""
     model, bank, a = _moved()
     weight = model.fc.weight.detach().clone()
-    with pytest.raises(NotMergeable, match=r"LinearRouter at 'fc' depends on the input"):
+    with pytest.raises(NotMergeable, match=r"LinearRouter at 'fc' depends on its input"):
         bank.merge()
     assert torch.equal(model.fc.weight, weight)
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_it_merges_with_weights_that_do_not_look(settings):
     bank.merge()
     assert torch.allclose(model(X), said, atol=1e-6)
     other, bank, _ = moved()
-    with pytest.raises(NotMergeable, match="'fc' depends on the input"):
+    with pytest.raises(NotMergeable, match="'fc' depends on its input"):
         bank.merge()
 
 

@@ -421,9 +421,9 @@ def test_settings_are_said_once() -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"steps": 0}, "steps=0: 1 or more"), ({"lr": -1.0}, "lr=-1.0: a positive number"),
-        ({"lr": float("nan")}, "lr=nan"), ({"clip": 0.0}, "clip=0.0: a positive number, or None"),
-        ({"betas": (0.9, 1.0)}, "out of range"), ({"warmup_steps": 3, "warmup_ratio": 0.1}, "give one of them"),
+        ({"steps": 0}, "steps=0: expected a whole number from 1"), ({"lr": -1.0}, "lr=-1.0: expected a number above 0"),
+        ({"lr": float("nan")}, "lr=nan"), ({"clip": 0.0}, "clip=0.0: expected a number above 0 or null"),
+        ({"betas": (0.9, 1.0)}, "from 0 to below 1"), ({"warmup_steps": 3, "warmup_ratio": 0.1}, "give one of them"),
         ({"steps": 3, "warmup_steps": 3}, "does not fit into steps=3"), ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"precision": "bf32"}, "did you mean 'bf16'"), ({"report_to": "tensorbord"}, "did you mean 'tensorboard'"),
         ({"end_with": "first"}, "one of 'last', 'best'"), ({"keep": 0}, "keep=0"),

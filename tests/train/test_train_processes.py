@@ -180,7 +180,7 @@ def test_a_sampler_that_deals_is_left_to_it() -> None:
 
 
 def test_settings_name_the_ways_to_split() -> None:
-    with pytest.raises(SettingsError, match="sharding='fdsp': one of 'none', 'fsdp'; did you mean 'fsdp'"):
+    with pytest.raises(SettingsError, match="sharding='fdsp': expected one of 'none', 'fsdp'; did you mean 'fsdp'"):
         TrainSettings(sharding="fdsp")
 
 

@@ -82,6 +82,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "lora_dropout": 0.1},
     "bilora": {"r": 3, "hypergrad": "none"},
     "lora": {"r": 3, "lora_dropout": 0.2},
+    "moelora_task": {"r": 4, "n": 2, "task_embedding_dim": 4, "unknown": 1},
     "relora": {"every": 4, "r": 3, "restart_warmup": 2, "reset": "random", "prune": 0.5},
     "vera": {"r": 8, "vera_dropout": 0.1},
 }
