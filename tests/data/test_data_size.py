@@ -134,7 +134,7 @@ def test_memory_hardly_grows_with_the_records(tmp_path, make_tokenizer, write):
 
 
 def test_the_cache_of_a_run(tmp_path, make_tokenizer, monkeypatch):
-    from rankloom.hf import rundata
+    from rankloom.jobs import rundata
     from rankloom.train.config import DataSettings
 
     monkeypatch.setenv("RANKLOOM_CACHE", str(tmp_path / "own"))
