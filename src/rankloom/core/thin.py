@@ -87,10 +87,9 @@ def norms(thin: Thin, base: Base) -> Tensor:
 
 def factors(thin: Thin) -> tuple[Tensor, Tensor]:
     """A (…, R, in) with `inner` in it and B (…, out, R) with `outer` in it; the scale is left out."""
-    a = thin.A if thin.inner is None else thin.inner[..., None] * thin.A
-    b = thin.B if thin.outer is None else thin.outer[..., None] * thin.B
-    dtype = torch.promote_types(a.dtype, b.dtype)  # a gate's weights are float32, whatever the factors are
-    return a.to(dtype), b.to(dtype)
+    a = thin.A if thin.inner is None else thin.inner.to(thin.A)[..., None] * thin.A
+    b = thin.B if thin.outer is None else thin.outer.to(thin.B)[..., None] * thin.B
+    return a, b
 
 
 def folded(thin: Thin) -> Thin:

@@ -31,9 +31,11 @@ class BiLoRA(Method):
     Σe(1 − e) to the upper one where e is binary; `upper_lr`: rate of E.
     """
 
-    inert: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("unroll", "upper_lr"), "of two levels, which need two streams; without effect where hypergrad is 'none'"
-    )
+    inert: ClassVar[Mapping[str, str]] = {
+        "unroll": "of two levels, which need two streams; without effect where hypergrad is 'none'",
+        "upper_lr": "of two levels, as unroll",
+        "gamma2": "of a binary e; without effect where sv_param is 'softmax' or 'real'",
+    }
     r: Rank = 8
     lora_alpha: float = 8.0
     lora_dropout: Probability = 0.0

@@ -126,7 +126,6 @@ def worlds() -> Iterator[World]:
     yield World("two processes", {"default": lora}, processes=2)
     yield World("an NF4 base", {"default": lora}, base=packed)
     yield World("three adapters at once", {"a": lora, "b": plans["adalora"], "c": plans["vera"]})
-    yield World("packed rows", {"default": lora}, data=lambda: words(packing=True))
     yield World("a shuffling loader that draws", {"default": lora}, data=noise)
     yield World("no adapter", {})
     yield World("bfloat16", {"default": lora}, settings=dataclasses.replace(SETTINGS, precision="bf16"))
@@ -171,7 +170,7 @@ def packed() -> nn.Module:
     return model
 
 
-def words(packing: bool = False) -> Batches:
+def words() -> Batches:
     """Eleven texts, shuffled, each token replaced by another one in three."""
     draw = torch.Generator().manual_seed(5)
     lengths = [4 + i % 5 for i in range(11)]
@@ -181,7 +180,7 @@ def words(packing: bool = False) -> Batches:
         for i, one in enumerate(ids)
     )
     prepared = Prepared(Examples.of(made), Records((), "text", "made", ()), 16, 0, None, 0, 0, ())
-    return Batches(prepared, 2, seed=3, packing=packing, augment=_masked)
+    return Batches(prepared, 2, seed=3, augment=_masked)
 
 
 def _masked(example: Example, draw: torch.Generator) -> Example:
