@@ -67,6 +67,8 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
     why = _unfit(cls, type(weight), type(bias), weight.requires_grad)  # type: ignore[arg-type]
     if why or "_hf_hook" in layer.__dict__:
         return why or "an offload hook moves its weights"
+    if type(weight) in PLAIN and not weight.is_floating_point():
+        return "its weight holds codes that its library has yet to take up (it was unpickled)"
     if weight.is_inference() or (bias is not None and bias.is_inference()):
         return "its weight was made in inference mode"
     kind, x = anchor.kind, given.x
