@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
+import yaml
 
 import rankloom as rl
 from rankloom import registry
@@ -343,3 +344,10 @@ def test_listing_methods_costs_no_torch():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("said", ["\x85", "a\u2028b", "\u2029", "\ufeffa", "a\rb", "\r\n", "tab\t end ", "é", "\x07"])
+def test_a_text_of_any_letters_is_written_and_read_back(said):
+    written = yamltext.dump({"name": said, "list": [said]})
+    assert yamltext.parse(written, "text")[0] == {"name": said, "list": [said]}
+    assert yaml.safe_load(written) == {"name": said, "list": [said]}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankloom.errors import SettingsError, suggest
+from rankloom.settings import yamltext
 
 FIELDS = frozenset(
     {"data", "description", "intended_use", "language", "license", "metrics", "settings", "tags", "title"}
@@ -20,8 +21,6 @@ def render(card: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     the user adds: title, description, data, metrics (name → number, or {"before": …, "after": …}), settings, tags,
     language, license (default "unknown"), intended_use. Raises `SettingsError` for another key.
     """
-    import yaml
-
     for key in card:
         if key not in FIELDS:
             raise SettingsError(f"card has no field {key!r}{suggest(key, FIELDS)}")
@@ -33,7 +32,7 @@ def render(card: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         "tags": [*dict.fromkeys([*about["tags"], *card.get("tags", ())])],
     }
     kept = {k: v for k, v in front.items() if v}
-    head = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    head = yamltext.dump(kept)
     return f"---\n{head}---\n\n" + "\n".join(_body(card, about)).rstrip() + "\n"
 
 

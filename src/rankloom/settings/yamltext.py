@@ -23,6 +23,8 @@ SCALARS: dict[str, tuple[str, str, Any]] = {
     "null": (r"~|null|Null|NULL|", "~nN", lambda said: None),
 }
 """YAML 1.2's core schema: what a scalar of each type looks like, the letters it may begin with, its value."""
+BREAKS = re.compile("[\r\x85\u2028\u2029\ufeff]")
+"""What PyYAML reads as the end of a line, or drops, outside double quotes."""
 
 
 def parse(text: str, where: str) -> tuple[Any, dict[str, int]]:
@@ -123,6 +125,11 @@ def _dumper() -> Any:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
+        def written(self, text: str) -> Any:
+            """A text; within double quotes where it has breaks that the other styles fold or drop."""
+            return self.represent_scalar(f"{TAG}str", text, style='"' if BREAKS.search(text) else None)
+
+    Dumper.add_representer(str, Dumper.written)
     return _resolving(Dumper)
 
 
