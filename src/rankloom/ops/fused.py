@@ -10,7 +10,7 @@ origin is known. Where the tokens and ranks are so many that it is cheaper, W + 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -111,10 +111,22 @@ class _Call:
     make: Callable[[tuple[Tensor, ...]], Tensor] | None
     given: _Input | None
     order: Order = Order.THIN
+    told: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    """Outputs that backward reads, by layer, with their versions: what follows may change them in place."""
 
     def rebuilt(self, kept: Sequence[Tensor]) -> Tensor:
         x = kept[0] if self.make is None else self.make(tuple(kept))
         return x if x.dtype == self.dtype else x.to(self.dtype)
+
+    def matrix(self, layer: Layer, weight: Tensor) -> Tensor:
+        """The layer's frozen matrix in the dtype of the products."""
+        matrix = weight if layer.read is None else layer.read(weight)
+        return matrix if matrix.dtype == self.dtype else matrix.to(self.dtype)
+
+    def span(self, i: int) -> tuple[int, int]:
+        """The first and last of the changes of layer `i` among those of all."""
+        first = sum(len(before.changes) for before in self.layers[:i])
+        return first, first + len(self.layers[i].changes)
 
     def split(self, stacked: Tensor, dim: int = 0) -> Sequence[Tensor]:
         """The parts of what is stacked by the ranks of all changes."""
@@ -153,13 +165,18 @@ class _Fused(torch.autograd.Function):
         if (call.linked and True in needs) or train_a:
             kept = (tensors[0] if tensors[0].dtype == dtype else x,) if origins is None else origins
         rebuilds = lengths and len(kept) > 0 and not drops
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         ys, of_layers, of_changes, first = list[Tensor](), list[Tensor | None](), list[Tensor | None](), 0
         for layer in call.layers:
             last = first + len(layer.changes)
             y, kept_of_layer, kept_of_changes = _output(
                 call, layer, x, flat, own[first:last], None if hs is None else hs[first:last]
             )
-            ys.append(y)
+            if kept_of_layer[-1] is y and len(kept) > 0 and not hooked:
+                call.told[len(ys)] = y.detach(), y._version
+                kept_of_layer = (*kept_of_layer[:-1], None)
+            # torch allows nothing in place on an output that is a view
+            ys.append(torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y)
             of_layers += kept_of_layer
             of_changes += kept_of_changes
             first = last
@@ -388,9 +405,21 @@ class _Backward:
             assert trained is not None
             gain = gain if gain.dtype == dy.dtype else gain.to(dy.dtype)
             wide = torch.promote_types(dy.dtype, torch.float32) if inverse is None else inverse.dtype
-            gained, total = scaled_and_summed(dy, y.view(dy.shape), gain, wide)
+            y = self._told(i, layer, gain) if y is None else y.view(dy.shape)
+            gained, total = scaled_and_summed(dy, y, gain, wide)
             self.grads[place] = (total if inverse is None else total * inverse).to(trained.dtype)
         return gained, dy if layer.magnitude is None else gained
+
+    def _told(self, i: int, layer: Layer, gain: Tensor) -> Tensor:
+        """The output (T, out) of layer `i`; made anew where it was changed in place after forward."""
+        y, version = self.call.told[i]
+        if y._version == version:
+            return y.view(-1, y.shape[-1])
+        assert self.flat is not None
+        h, (at, _) = self.flat @ self.a.T, self.call.span(i)
+        b, weight = self.of_changes[KEPT_OF_CHANGE * at], self.of_layers[KEPT_OF_LAYER * i]
+        own = self.call.split(h, dim=1)[at]
+        return _unbiased(layer, self.flat, self.call.matrix(layer, weight)).addmm_(own, b.T).mul_(gain)
 
     def _by_whole(self, layer: Layer, number: int, at: int, dy: Tensor) -> None:
         """The gradients of the factors out of the whole matrix's."""
@@ -447,11 +476,9 @@ class _Backward:
         """dx with what comes through the matrix of layer `i`, and through its dropped inputs with their gradients."""
         layer, matrix, dtype = self.call.layers[i], self.of_layers[KEPT_OF_LAYER * i], through.dtype
         if self.needs_x:
-            matrix = matrix if layer.read is None else layer.read(matrix)
-            matrix = matrix if matrix.dtype == dtype else matrix.to(dtype)
+            matrix = self.call.matrix(layer, matrix)
             if self.call.order is not Order.THIN:
-                first = sum(len(before.changes) for before in self.call.layers[:i])
-                span = slice(first, first + len(layer.changes))
+                span = slice(*self.call.span(i))
                 matrix = _merged(matrix, self.of_changes[::KEPT_OF_CHANGE][span], self.own[span])
             dx = through @ matrix if dx is None else _add_product(dx, through, matrix)
         for number, at, change, dh in dropped:
