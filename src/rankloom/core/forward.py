@@ -14,7 +14,7 @@ from rankloom.core.kinds import Kind
 from rankloom.core.packing import in_segments
 from rankloom.core.selection import Selection, Weight
 from rankloom.core.site import LAYER
-from rankloom.core.slots import Anchor, anchor_of, bring_home, computed_once, slot_table
+from rankloom.core.slots import Anchor, anchor_of, bring_home, computed_once, run, slot_table
 from rankloom.errors import StateError
 from rankloom.ops.autocast import autocasts
 
@@ -37,9 +37,9 @@ def forward_of(plain: Callable[..., Any], parameters: tuple[str, ...]) -> Callab
                     return fused
         if parameters and not traced:
             with computed_once(self):
-                y = plain(self, *args, **kwargs)
+                y = run(self, plain, args, kwargs)
         else:
-            y = plain(self, *args, **kwargs)
+            y = run(self, plain, args, kwargs)
         kind = anchor.kind
         if kind is None:
             return y

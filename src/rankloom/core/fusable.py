@@ -18,7 +18,7 @@ from rankloom.core.base import Base
 from rankloom.core.kinds import Dense, product
 from rankloom.core.selection import Selection
 from rankloom.core.site import LAYER
-from rankloom.core.slots import Anchor, slot_table
+from rankloom.core.slots import Anchor, own_bias, run, slot_table
 from rankloom.core.thin import Thin
 from rankloom.ops.fused import Change, Layer
 from rankloom.store.base import Packed
@@ -82,7 +82,7 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
     if isinstance(found, str):
         return found
     if bias is not None and cls.rankloom_parameters:
-        bias = layer.bias  # type: ignore[assignment]
+        bias = own_bias(layer)  # type: ignore[assignment]
     return _whole(base, weight, bias, found, x)
 
 
@@ -189,7 +189,7 @@ class _Own:
         self.layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = type(self.layer).rankloom_forward(self.layer, x)  # type: ignore[attr-defined]
+        y: Tensor = run(self.layer, type(self.layer).rankloom_forward, (x,), {})  # type: ignore[attr-defined]
         return y
 
 

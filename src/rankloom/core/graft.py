@@ -14,7 +14,7 @@ from rankloom.core.kinds import Kind, repairs_of
 from rankloom.core.packing import Stacks
 from rankloom.core.selection import Selector
 from rankloom.core.site import LAYER, SHARED
-from rankloom.core.slots import Anchor, parameter_property, slot_table
+from rankloom.core.slots import Anchor, flat_weights, own_bias, parameter_property, slot_table
 from rankloom.errors import StateError, TargetError
 
 
@@ -25,7 +25,14 @@ class Grafted(nn.Module):
     rankloom_parameters: tuple[str, ...]
     rankloom_forward: Callable[..., Any]
     """The forward below the adapters."""
+    rankloom_bias = staticmethod(own_bias)
     _rankloom: Anchor
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise StateError(
+            f"nn.DataParallel copies layer {self._rankloom.name!r} to its devices without the adapters: train with one "
+            "process for each (torchrun and DistributedDataParallel), or on one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         callable_ = self._rankloom.kind is not None
@@ -48,8 +55,11 @@ def _generated(original: type[nn.Module], parameters: tuple[str, ...], has_layer
             "rankloom_original": original,
             "rankloom_parameters": parameters,
         }
-        for name in parameters:
-            body[name] = parameter_property(name)
+        layered = {"weight", "bias"} if has_layer else set()
+        for name in {*parameters, *layered}:
+            body[name] = parameter_property(name, name in parameters, name in layered)
+        if issubclass(original, nn.RNNBase):
+            body["_flat_weights"] = flat_weights()
         below = (*repairs_of(original), original)
         body["rankloom_forward"] = next(cls.forward for cls in below if hasattr(cls, "forward"))
         body["forward"] = forward_of(body["rankloom_forward"], parameters)
@@ -98,6 +108,8 @@ def remove_adapter(layer: nn.Module, slot: str, name: str) -> None:
     _rebind_instance_forward(layer, original)
     layer.__class__ = original
     del layer.__dict__["_rankloom"]
+    if isinstance(layer, nn.RNNBase):
+        layer._flat_weights = [layer._parameters[key] for key in layer._flat_weights_names]
 
 
 def add_shared(layer: nn.Module, name: str, shared: nn.Module) -> None:

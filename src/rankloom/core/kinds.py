@@ -63,8 +63,9 @@ class Kind(ABC):
         """A matrix (…, out, in) in the layout of the layer's own parameter."""
 
     def bias(self, layer: nn.Module) -> Tensor | None:
-        """The layer's bias (out,), if any."""
-        return getattr(layer, "bias", None)
+        """The bias (out,) that the layer's own forward reads, if any."""
+        own = getattr(type(layer), "rankloom_bias", None)
+        return getattr(layer, "bias", None) if own is None else own(layer)
 
     @abstractmethod
     def down(self, layer: nn.Module, x: Any, a: Tensor) -> Tensor:
@@ -99,6 +100,10 @@ class Kind(ABC):
     def groups(self, layer: nn.Module) -> int:
         """How many blocks of channels the layer keeps apart; the matrix's columns are those of one block."""
         return 1
+
+    def example(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A small input of the layer."""
+        return torch.linspace(-1, 1, 2 * self.shape(layer)[-1], dtype=dtype, device=device).view(2, -1)
 
 
 class Dense(Kind):
@@ -209,6 +214,9 @@ class Lookup(Dense):
     def by_row(self, x: Any, v: Tensor) -> Tensor:
         return v.reshape(v.shape[0], *(1,) * (x.ndim - 1), v.shape[1])
 
+    def example(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.arange(min(3, self.shape(layer)[-1]), device=device)[None]
+
     def looked_up(self, layer: nn.Module, rows: Tensor) -> Tensor:
         factor = getattr(layer, "embed_scale", None)  # scaled embeddings (Gemma-type) multiply what they look up
         return rows if factor is None else rows * torch.as_tensor(factor).to(rows)
@@ -249,6 +257,11 @@ class Convolution(Kind):
 
     def groups(self, layer: nn.Module) -> int:
         return int(layer.groups)  # type: ignore[arg-type]
+
+    def example(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+        reach = [(k - 1) * d + 2 for k, d in zip(layer.kernel_size, layer.dilation)]  # type: ignore[arg-type]
+        shape = (1, int(layer.in_channels), *reach)  # type: ignore[arg-type]
+        return torch.linspace(-1, 1, math.prod(shape), dtype=dtype, device=device).view(shape)
 
     def scale(self, y: Tensor, v: Tensor) -> Tensor:
         copies = y.shape[self._channel_axis(y)] // v.shape[-1]
@@ -364,6 +377,11 @@ def repairs_of(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     """The mixins that the layers of a class need once they are adapted."""
     kind = _first_kind(original)
     return () if kind is None else kind.repairs
+
+
+def is_kind(cls: type) -> bool:
+    """Whether a kind is known for this very class."""
+    return _kind(cls) is not None
 
 
 def product(original: type[nn.Module]) -> Dense | None:

@@ -12,7 +12,7 @@ from rankloom.core.start import Calibration, Evidence
 from rankloom.core.targets import base_modules, leaves, linear_layers, matches
 from rankloom.errors import SettingsError, StateError, TargetError, suggest
 from rankloom.store.base import Keeping, Packed, Store, is_plain
-from rankloom.store.model import keep
+from rankloom.store.model import frozen, keep
 
 
 def kept_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -30,7 +30,7 @@ def kept_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     skipped = (*plan.modules_to_save, *plan.store_skip_modules)
     found = {name: layer for name, layer in linear_layers(model).items() if not _below(skipped, name)}
     for name, layer in found.items():
-        _check(name, layer.get_parameter("weight"), plan.store)
+        _check(name, frozen(layer, "weight"), plan.store)
     return found
 
 
@@ -53,7 +53,7 @@ def prepare(bank: Bank, name: str, calibration: Calibration | None = None) -> li
     model, plan = bank.model, bank.plans[name]
     r = plan.start.check(bank, name) if plan.start is not None else 0
     layers = kept_layers(model, plan)
-    if plan.start is None or any(layer.get_parameter("weight").is_meta for layer in layers.values()):
+    if plan.start is None or any(frozen(layer, "weight").is_meta for layer in layers.values()):
         packed = keep_base(model, plan, r=r)
         bank.reset(name)
         return packed
@@ -68,7 +68,7 @@ def prepare(bank: Bank, name: str, calibration: Calibration | None = None) -> li
 
 def choose(model: nn.Module, plan: Plan, evidence: Evidence, r: int) -> dict[str, Store]:
     """The store of each layer that is still to be packed. Raises `SettingsError` for a weight that does not fit it."""
-    every = {name: layer.get_parameter("weight") for name, layer in kept_layers(model, plan).items()}
+    every = {name: frozen(layer, "weight") for name, layer in kept_layers(model, plan).items()}
     weights = {name: weight for name, weight in every.items() if not isinstance(weight, Packed)}
     if plan.store is None or not weights:
         return {}

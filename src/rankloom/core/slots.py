@@ -1,13 +1,14 @@
 """Slots: where the adapters of a layer are registered, and parameters that are read with their changes.
 
-A layer slot changes what the layer's `forward` returns; a parameter slot is a property on the generated class, so any
-code that reads the parameter gets the change, and the parameter itself stays where it was.
+A layer slot changes what the layer's `forward` returns, and what code reads that takes the layer's weight or bias
+without calling it; a parameter slot changes the parameter for everyone, its own layer too. Both are properties on the
+generated class: the parameter itself stays where it was.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +20,18 @@ from rankloom.core.base import Base
 from rankloom.core.kinds import Bare, Kind
 from rankloom.core.memo import Memo
 from rankloom.core.packing import Stacks
+from rankloom.core.read import Read
 from rankloom.core.selection import Active, Selector
 from rankloom.core.shared import Borrower, Shared
-from rankloom.errors import StateError
+from rankloom.core.site import LAYER
+from rankloom.errors import NotMergeable, StateError
+from rankloom.store.bridges import bridge_of
 
 
 class Anchor:
     """What a grafted layer knows of its bank: the selector, its own name, its kind (None: only parameter slots); and
-    what it has learnt while running.
+    what it has learnt while running, as whether its weight was `read` without calling it. `traced`: compiled code is in
+    its own forward.
     """
 
     def __init__(self, selector: Selector, name: str) -> None:
@@ -35,6 +40,8 @@ class Anchor:
         self.kind: Kind | None = None
         self.stacks = Stacks()
         self.memo = Memo()
+        self.traced = False
+        self.read = False
 
 
 def anchor_of(layer: nn.Module) -> Anchor:
@@ -45,19 +52,38 @@ def anchor_of(layer: nn.Module) -> Anchor:
 
 def slot_table(layer: nn.Module, slot: str) -> dict[str, Adapter]:
     """Adapters of `layer` at `slot`, by adapter name."""
-    slots = layer._modules.get("adapters")
+    slots = layer._modules["adapters"] if "adapters" in layer._modules else None
     table = None if slots is None else slots._modules.get(slot)
     return {} if table is None else table._modules  # type: ignore[return-value]
 
 
 class _Values(threading.local):
-    """Effective parameters already computed inside the running forward of their owner, by owner id."""
+    """Effective parameters already computed inside the running forward of their owner, by owner id; the layer whose
+    own forward runs.
+    """
 
     def __init__(self) -> None:
         self.scopes: dict[int, dict[tuple[str, bool], Tensor]] = {}
+        self.running: nn.Module | None = None
 
 
 _values = _Values()
+
+
+def run(layer: nn.Module, below: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What the layer returns below its adapters: in there it reads its own weight as it is."""
+    if torch.compiler.is_compiling():  # a thread's own values cannot be traced
+        anchor = anchor_of(layer)
+        anchor.traced = True
+        try:
+            return below(layer, *args, **kwargs)
+        finally:
+            anchor.traced = False
+    before, _values.running = _values.running, layer
+    try:
+        return below(layer, *args, **kwargs)
+    finally:
+        _values.running = before
 
 
 @contextmanager
@@ -74,13 +100,79 @@ def computed_once(owner: nn.Module) -> Iterator[None]:
             _values.scopes[id(owner)] = outer
 
 
-def parameter_property(name: str) -> property:
-    """Reads the parameter `name` with the change of every active adapter."""
+def parameter_property(key: str, slot: bool, layered: bool) -> property:
+    """Reads the parameter `key`: of a parameter slot with its changes; outside of the layer's own forward with those of
+    the layer slot too.
+    """
 
     def read(self: nn.Module) -> Tensor | None:
-        return _effective(self, name)
+        value = _effective(self, key) if slot else self._parameters.get(key)
+        anchor: Anchor | None = self.__dict__.get("_rankloom")
+        if not layered or value is None or anchor is None or _inside(self, anchor):
+            return value
+        return _read(self, anchor, key, value)
 
     return property(read)
+
+
+def flat_weights() -> property:
+    """The list of weights that a recurrent layer computes with, as they are read."""
+
+    def read(self: nn.RNNBase) -> list[Tensor]:
+        return [getattr(self, key) for key in self._flat_weights_names]
+
+    return property(read, lambda self, value: None)
+
+
+def own_bias(layer: nn.Module) -> Tensor | None:
+    """The bias that the layer's own forward reads."""
+    return _effective(layer, "bias") if "bias" in layer.rankloom_parameters else layer._parameters.get("bias")  # type: ignore[operator]
+
+
+def _inside(layer: nn.Module, anchor: Anchor) -> bool:
+    return anchor.traced if torch.compiler.is_compiling() else _values.running is layer
+
+
+def _read(layer: nn.Module, anchor: Anchor, key: str, value: Tensor) -> Tensor:
+    """`value` of the layer's weight or bias with the changes of its active adapters, computed when it is needed."""
+    selection, table, kind = anchor.selector.current(), slot_table(layer, LAYER), anchor.kind
+    found = [(active, table[active.name]) for active in selection.active if active.name in table]
+    if not found or kind is None or value.is_meta or "_hf_hook" in layer.__dict__:
+        return value
+    plain = type(value) in (Tensor, nn.Parameter)
+    if not plain and bridge_of(value) is not None:
+        return value  # codes, which nobody but their library can read
+    base = Base(kind, layer, selection.context)
+    if key == "bias":
+        shifts = [(active, shift) for active, adapter in found if (shift := adapter.delta_bias(base)) is not None]
+        return _sum(anchor, value, shifts)
+
+    def changed() -> Tensor:
+        matrices = [(active, _matrix(anchor, adapter, base)) for active, adapter in found]
+        dense = value if "weight" in layer.rankloom_parameters else kind.weight(layer)  # type: ignore[operator]
+        return _sum(anchor, dense, [(active, kind.to_weight(layer, matrix)) for active, matrix in matrices])
+
+    return Read(value, changed) if plain and not torch.compiler.is_compiling() else changed()
+
+
+def _sum(anchor: Anchor, value: Tensor, changes: Sequence[tuple[Active, Tensor]]) -> Tensor:
+    anchor.read = True
+    if anchor.selector.reached is not None:
+        anchor.selector.reached.add(anchor.name)
+    for active, change in changes:
+        _same_for_all_rows(f"{anchor.name!r} is read without being called, and", active)
+        value = value + (change if active.weight == 1 else active.weight * change).to(value.dtype)
+    return value
+
+
+def _matrix(anchor: Anchor, adapter: Adapter, base: Base) -> Tensor:
+    try:
+        return adapter.delta(base)
+    except NotMergeable as error:
+        raise StateError(
+            f"layer {anchor.name!r} is read without being called, and {error}: leave it out by "
+            f"exclude_modules=[{anchor.name!r}], or choose a method with a fixed matrix for it"
+        ) from error
 
 
 def _effective(owner: nn.Module, key: str) -> Tensor | None:
@@ -108,7 +200,7 @@ def _effective(owner: nn.Module, key: str) -> Tensor | None:
     for active in selection.active:
         adapter = table.get(active.name)
         if adapter is not None:
-            _same_for_all_rows(name, active)
+            _same_for_all_rows(f"{name!r}", active)
             if hooked:
                 bring_home(adapter)
             out = adapter.add(out, None, value, base, active.weight)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
+from rankloom.core.faithful import computed_weight, faithful, own_weight
 from rankloom.core.graft import Grafted
 from rankloom.core.kinds import Bare, kind_of
 from rankloom.core.plan import Plan
@@ -50,9 +54,26 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer by name, but for the output head."""
+    return {name: module for name, module in _linear_by_class(model).items() if not _left_out(module)}
+
+
+def _linear_by_class(model: nn.Module) -> dict[str, nn.Module]:
     head = _output_head(model)
     found = {name: (module, kind_of(module)) for name, module in base_modules(model) if module is not head}
     return {name: module for name, (module, kind) in found.items() if kind is not None and kind.linear}
+
+
+def _left_out(layer: nn.Module) -> str:
+    """Why "all-linear" leaves out a layer of a linear class; "" where it does not."""
+    kind = kind_of(layer)
+    assert kind is not None
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "scripted"
+    if not own_weight(layer):
+        return "its weight is computed anew in every call"
+    if isinstance(layer._parameters["weight"], UninitializedParameter):
+        return ""
+    return "" if faithful(layer, kind) else "its forward is more than a product: by name, its weight is adapted"
 
 
 def resolve(model: nn.Module, plan: Plan) -> Resolution:
@@ -132,8 +153,10 @@ def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, 
     under_saved = tuple(f"{s}." for s in saved)
     names = [n for n in modules if n not in saved and not n.startswith(under_saved)] if saved else list(modules)
     if plan.target_modules == "all-linear":
-        linear = linear_layers(model)
-        chosen = [n for n in names if n in linear]
+        linear = _linear_by_class(model)
+        left_out = {n: why for n in names if n in linear and (why := _left_out(linear[n]))}
+        chosen = [n for n in names if n in linear and n not in left_out]
+        _tell(left_out)
         if not chosen:
             raise TargetError(f"target_modules='all-linear' found no linear layer in {type(model).__name__}")
     else:
@@ -150,6 +173,13 @@ def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, 
     for name in chosen:
         _adaptable(name, modules)
     return chosen
+
+
+def _tell(left_out: Mapping[str, str]) -> None:
+    if left_out:
+        each = "; ".join(f"{name!r} ({why})" for name, why in list(left_out.items())[:3])
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        warnings.warn(f"target_modules='all-linear' leaves out {each}{more}", stacklevel=6)
 
 
 def _exact_sites(
@@ -194,10 +224,35 @@ def _adaptable(name: str, modules: dict[str, nn.Module]) -> None:
     module = modules[name]
     if getattr(module, "max_norm", None) is not None:
         raise TargetError(f"target_modules: {name!r} rescales its own rows (max_norm), which no adapter can follow")
-    if kind_of(module) is not None or isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TargetError(
+            f"target_modules: {name!r} is compiled by torch.jit, and its code cannot be changed any more: attach the "
+            "adapter before the layer is scripted or traced, or leave it out"
+        )
+    if isinstance(module._parameters.get("weight"), UninitializedParameter):
+        raise TargetError(
+            f"target_modules: {name!r} ({type(module).__name__}) has no shape before its first batch: call the model "
+            "once, then attach"
+        )
+    computed = computed_weight(module)
+    if computed:
+        raise TargetError(
+            f"target_modules: {name!r} computes its weight anew in every call, so there is nothing to merge into: make "
+            f"it a plain one by {computed}, train it whole by modules_to_save=[{name!r}], or leave it out by "
+            f"exclude_modules=[{name!r}]"
+        )
+    kind = kind_of(module)
+    if kind is not None:
+        if not faithful(module, kind) and kind.name.startswith("conv") and not kind.linear:
+            raise TargetError(
+                f"target_modules: {name!r} ({type(module).__name__}) does more in its forward than convolve with its "
+                f"weight: train it whole by modules_to_save=[{name!r}], or leave it out by exclude_modules=[{name!r}]"
+            )
+        return
+    if isinstance(module, nn.MultiheadAttention):
         return
     inside = [n for n in modules if n.startswith(f"{name}.") and kind_of(modules[n]) is not None]
-    parameters = [k for k, v in module._parameters.items() if v is not None]
+    parameters = [f"{name}.{k}" for k, v in module._parameters.items() if v is not None and v.ndim > 1]
     if inside:
         leaves = sorted({n.rsplit(".", 1)[-1] for n in inside})
         remedy = f"; name its layers instead: {', '.join(leaves)}"
@@ -220,11 +275,13 @@ def _sites_of(path: str, modules: dict[str, nn.Module]) -> list[Site]:
         return [Site.of(path, module, "weight", Bare("weight"))]
     kind = kind_of(module)
     assert kind is not None
+    if not faithful(module, kind):  # whatever its forward makes of the weight, it makes of the changed one
+        return [Site.of(path, module, "weight", Bare("weight"))]
     return [Site.of(path, module, LAYER, kind)]
 
 
 def _has(module: nn.Module, key: str) -> bool:
-    return module._parameters.get(key) is not None
+    return key in module._parameters and module._parameters[key] is not None
 
 
 def _biases(path: str, module: nn.Module) -> list[Site]:
@@ -232,11 +289,8 @@ def _biases(path: str, module: nn.Module) -> list[Site]:
 
 
 def _bare(path: str, module: nn.Module, key: str) -> Site:
-    if isinstance(module, nn.RNNBase):
-        raise TargetError(
-            f"{path!r} is an {type(module).__name__}, which keeps its own list of weights and would not get a change "
-            f"of {key!r}: leave it out, or train it beside the adapters by requires_grad_(True) after attach"
-        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TargetError(f"{path!r} is compiled by torch.jit, and its code cannot be changed any more: leave it out")
     bridge = bridge_of(module._parameters.get(key))  # type: ignore[arg-type]
     if bridge is not None:
         raise TargetError(
@@ -298,6 +352,11 @@ def _token_sites_of(
     kind = kind_of(module)
     if kind is None or kind.name != "embedding":
         raise TargetError(f"trainable_token_indices: {name!r} is a {type(module).__name__}, not an embedding")
+    if not faithful(module, kind):
+        raise TargetError(
+            f"trainable_token_indices: {name!r} ({type(module).__name__}) does more than look rows up: train it whole "
+            f"by modules_to_save=[{name!r}]"
+        )
     rows = int(module.num_embeddings)  # type: ignore[arg-type]
     bad = [i for i in indices if not 0 <= i < rows]
     if bad or len(set(indices)) != len(indices):

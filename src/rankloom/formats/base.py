@@ -38,11 +38,14 @@ def skeleton(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(t): _meta(t) for m in modules.values() for t in _tensors(m)}
     memo |= {id(hook): None for m in modules.values() if (hook := vars(m).get(HOOK)) is not None} | twins
     for key, module in modules.items():
-        vars(twins[key]).update(_hollow(module, memo))
+        if not isinstance(module, torch.jit.ScriptModule):
+            vars(twins[key]).update(_hollow(module, memo))
     return twins[id(model)]
 
 
 def _blank(module: nn.Module) -> nn.Module:
+    if isinstance(module, torch.jit.ScriptModule):
+        return nn.Module()  # no adapter can be in there
     cls = type(module).rankloom_original if isinstance(module, Grafted) else type(module)
     return cls.__new__(cls)
 

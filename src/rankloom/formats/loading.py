@@ -33,6 +33,7 @@ from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import View, arranged, view
 from rankloom.store.base import Packed, Store
+from rankloom.store.model import frozen
 
 Reader = Native | Translator
 
@@ -155,7 +156,7 @@ def _on_this_base(plan: Plan, model: nn.Module, source: Source, pack: bool) -> P
     """The plan without what made its base, which must be there: a start's factors are in the file."""
     if isinstance(plan.store, Store | None) and plan.start is None:
         return plan if pack else dataclasses.replace(plan, store=None, store_skip_modules=())
-    if not any(isinstance(layer.get_parameter("weight"), Packed) for layer in kept_layers(model, plan).values()):
+    if not any(isinstance(frozen(layer, "weight"), Packed) for layer in kept_layers(model, plan).values()):
         raise FileError(
             f"{source.config_file}: the adapter belongs on the base that {plan.start or plan.store} made: load "
             "that one (the folder base/ of its run, or what `rankloom quantize` wrote), not the dense one"

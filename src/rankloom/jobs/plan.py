@@ -32,6 +32,7 @@ from rankloom.ops.kept import kept_bytes
 from rankloom.registry import name_of
 from rankloom.store.base import Packed
 from rankloom.store.footprint import Kept, footprint
+from rankloom.store.model import frozen
 from rankloom.store.normalfloat import NormalFloat
 from rankloom.store.uniform import Uniform
 from rankloom.train.config import RunConfig
@@ -227,7 +228,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
 def by_store(model: nn.Module, plan: Plan) -> tuple[StoreCost, ...]:
     """The bytes of a model's weights in the usual stores, what the plan keeps dense kept dense."""
     wanted = replace(plan, store=NormalFloat(), start=None)
-    linear = [layer.get_parameter("weight") for layer in kept_layers(model, wanted).values()]
+    linear = [frozen(layer, "weight") for layer in kept_layers(model, wanted).values()]
     if any(isinstance(weight, Packed) for weight in linear):
         return ()
     numbers = sum(weight.numel() for weight in linear)

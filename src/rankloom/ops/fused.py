@@ -183,6 +183,7 @@ class _Fused(torch.autograd.Function):
         if not by_token and (rebuilds or not train_b):
             of_changes[KEPT_OF_CHANGE - 1 :: KEPT_OF_CHANGE] = [None] * len(each)
         ctx.call, ctx.count, ctx.needs = call, len(kept), needs
+        ctx.aside = [y for y, _ in call.told.values()]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, a, *of_layers, *of_changes)
         return tuple(ys)

@@ -33,6 +33,7 @@ def kept_bytes(outputs: Iterable[Tensor], aside: Iterable[Tensor] = ()) -> int:
 def _kept_by(node: Any) -> Iterator[Tensor]:
     values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
     values += getattr(node, "saved_tensors", ())
+    values += getattr(node, "aside", ())  # outputs that the fused function looks after itself
     for value in values:
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(tensor, Tensor):

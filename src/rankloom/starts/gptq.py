@@ -19,7 +19,7 @@ from rankloom.settings import Positive
 from rankloom.store.base import Packed, Store, dense
 from rankloom.store.calibrate import hessians
 from rankloom.store.gptq import DAMP, pack_gptq
-from rankloom.store.model import keep_with
+from rankloom.store.model import frozen, keep_with
 from rankloom.store.uniform import Uniform
 
 
@@ -51,7 +51,7 @@ class GPTQ(Start):
         found = {}
         for layer, store in stores.items():
             assert isinstance(store, Uniform)
-            weight = dense(bank.model.get_parameter(f"{layer}.weight"))
+            weight = dense(frozen(bank.model, f"{layer}.weight"))
             seen = evidence.hessians[layer]
             made = pack_gptq(weight, store, seen, self.damp)
             errors = (_error(weight - store.round_trip(weight), seen), _error(weight - dense(made), seen))

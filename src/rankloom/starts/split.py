@@ -23,6 +23,7 @@ from rankloom.settings import Count, Steps
 from rankloom.store.base import Packed, Store, dense
 from rankloom.store.bridges import bridge_of
 from rankloom.store.calibrate import activation_scales, fisher
+from rankloom.store.model import frozen
 
 
 class Splitter(Start):
@@ -71,7 +72,7 @@ class LQ(Splitter):
 
     def gather(self, model: nn.Module, layers: Mapping[str, nn.Module], batches: Calibration) -> Evidence:
         """Fisher information of every kept weight, from the model's own loss on single rows of the batches."""
-        weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+        weights = {name: frozen(layer, "weight") for name, layer in layers.items()}
         return Evidence(fisher=fisher(weights, _rows(batches), lambda row: model(**row).loss))
 
     def known(self, evidence: Evidence) -> Mapping[str, Tensor]:

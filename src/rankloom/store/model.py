@@ -41,16 +41,16 @@ def keep_with(model: nn.Module, packers: Mapping[str, Callable[[Tensor], Packed]
     for name in packers:
         if name not in owners:
             raise TargetError(f"no parameter {name!r}{suggest(name, owners)}")
-        if isinstance(model.get_parameter(name), Packed):
+        if isinstance(frozen(model, name), Packed):
             raise StateError(f"{name!r} is packed already: unpack(model) first, or leave it out")
-        bridge = bridge_of(model.get_parameter(name))
+        bridge = bridge_of(frozen(model, name))
         if bridge is not None:
             raise StateError(
                 f"{name!r} is kept in few bits by {bridge.library} already: load the model in 16 bits, or leave it out"
             )
     weights = before = after = 0
     for name, packer in packers.items():
-        old = model.get_parameter(name)
+        old = frozen(model, name)
         if isinstance(old, Packed):
             continue
         packed = packer(dense(old))
@@ -63,12 +63,20 @@ def keep_with(model: nn.Module, packers: Mapping[str, Callable[[Tensor], Packed]
 def unpack(model: nn.Module) -> list[str]:
     """Put dense parameters in place of all packed ones, one after the other; returns their names."""
     owners = _owners(model)
-    packed = [name for name in owners if isinstance(model.get_parameter(name), Packed)]
+    packed = [name for name in owners if isinstance(frozen(model, name), Packed)]
     for name in packed:
-        old = model.get_parameter(name)
+        old = frozen(model, name)
         if isinstance(old, Packed):
             _put(model, owners[name], nn.Parameter(dense(old), requires_grad=False))
     return packed
+
+
+def frozen(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of that name itself, whatever a property of its owner gives to those who read it."""
+    path, _, leaf = name.rpartition(".")
+    found = model.get_submodule(path)._parameters[leaf]
+    assert found is not None
+    return found
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[str, ...]]:

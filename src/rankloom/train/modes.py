@@ -39,4 +39,8 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def base_statistics(module: nn.Module) -> bool:
     """True for a normalisation with running statistics that no adapter owns."""
-    return module._buffers.get("running_mean") is not None and not slot_table(module, "running_mean")
+    return (
+        "running_mean" in module._buffers
+        and module._buffers["running_mean"] is not None
+        and not slot_table(module, "running_mean")
+    )
