@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from core_tiny import assert_lives, assert_untouched, difference, nudge, snapshot
+from core_tiny import assert_lives, difference, nudge
 from torch import nn
 
 import rankloom as rl
-from rankloom.errors import UnreachedError
 
 D = torch.float64
 X = torch.randn(2, 5, 8, dtype=D, generator=torch.Generator().manual_seed(0))

@@ -428,7 +428,7 @@ def test_lora_fa_keeps_a(tmp_path):
 
 
 def test_deaf_tensors_stop_the_run(tmp_path):
-    """A trainable tensor without gradient after the first step stops the run."""
+    """A trainable tensor without gradient in any of the first steps stops the run."""
     model = _llama()
     model.unused = nn.Linear(3, 3)
     rl.attach(model, rl.LoRA(r=2), target_modules=["q_proj", "unused"])

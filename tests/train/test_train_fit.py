@@ -289,15 +289,41 @@ class Half(nn.Module):
         return self.used(x)
 
 
-def test_a_dead_tensor_stops_the_run_before_its_first_step() -> None:
+def test_a_dead_tensor_stops_the_run() -> None:
     model = Half()
     rl.attach(model, rl.LoRA(r=2))
+    words = r"after 3 steps in 2 of 4 tensors: 'default/unused:A', 'default/unused:B'.*probe=batch"
+    with pytest.raises(UnreachedError, match=words):
+        fit(model, points(), steps=3)
+    with pytest.raises(UnreachedError, match="after 20 steps in 2 of 4 tensors"):
+        fit(model, points(), steps=30)
+    with pytest.warns(UserWarning, match="no gradient after 3 steps in 2 of 4"):
+        fit(model, points(), settings=settings(steps=3, dead_gradients="warn"))
+
+
+def test_where_nothing_is_reached_the_first_step_tells() -> None:
+    model = Half()
+    rl.attach(model, rl.LoRA(r=2), target_modules=["unused"])
     before = tensors_of(model)
-    with pytest.raises(UnreachedError, match=r"in 2 of 4 tensors: 'default/unused:A', 'default/unused:B'.*probe=batch"):
+    with pytest.raises(UnreachedError):
         fit(model, points(), steps=3)
     assert all(torch.equal(before[k], v) for k, v in tensors_of(model).items())
-    with pytest.warns(UserWarning, match="no gradient after the first step in 2 of 4"):
-        fit(model, points(), settings=settings(dead_gradients="warn"))
+
+
+class Dropped(Half):
+    """Leaves a layer out at random (LayerDrop), or for the first steps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.used(x)
+        return y + self.unused(x) if not self.training or torch.rand(()) < 0.5 else y
+
+
+def test_a_layer_that_is_dropped_at_random_is_no_dead_one() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = Dropped()
+        rl.attach(model, rl.LoRA(r=2))
+        assert fit(model, points(), settings=settings(steps=25, seed=seed)).steps == 25
 
 
 def test_zero_is_a_gradient() -> None:

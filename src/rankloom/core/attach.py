@@ -17,7 +17,7 @@ from rankloom.core.burst import burst
 from rankloom.core.fingerprint import fingerprint
 from rankloom.core.graft import add_adapter, add_shared, check_forward, remove_adapter
 from rankloom.core.method import Method
-from rankloom.core.own_saving import tell_no_more, tell_of_own_saving
+from rankloom.core.own_methods import tell_in_own_methods, tell_no_more
 from rankloom.core.plan import Plan, as_plan
 from rankloom.core.prepare import kept_layers, prepare
 from rankloom.core.replicate import replicate
@@ -81,7 +81,7 @@ def attach(
         bank = Bank(model)
         bank._requires_grad = flags
         vars(model)["rankloom"] = bank
-        tell_of_own_saving(bank)
+        tell_in_own_methods(bank)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
     _add(bank, name, plan, sites, shared, undo)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter, adapts, tensors_by_role
 from rankloom.core.burst import burst
-from rankloom.core.choosing import Rows, choose
+from rankloom.core.choosing import Rows, check_rows_first, choose
 from rankloom.core.fingerprint import Print, fingerprint
 from rankloom.core.journal import Edit, Fold, Into, Journal
 from rankloom.core.lock import Lock
@@ -28,6 +28,7 @@ from rankloom.core.site import Site
 from rankloom.core.slots import bring_home, present
 from rankloom.core.start import Started
 from rankloom.core.state import held, put
+from rankloom.core.targets import has_at
 from rankloom.errors import NotMergeable, SettingsError, StateError, UnreachedError, suggest
 from rankloom.ops.linalg import largest, largest_norm
 
@@ -167,8 +168,19 @@ class Bank:
                     yield from ((site.name, m) for m in site.adapter.modules() if isinstance(m, of))
 
     def sites(self, name: str) -> list[Site]:
-        """Every site of the adapter `name`, with the adapter there."""
+        """Every site of the adapter `name`, with the adapter there. Raises `StateError` where the model has another
+        module in the place of its layer by now.
+        """
         self._known(name)
+        gone = [site for site in self._sites[name] if not has_at(self.model, site.path, site.layer)]
+        if gone:
+            there = set(map(id, self.model.modules()))  # a wrapper may have changed its path
+            lost = next((site.name for site in gone if id(site.layer) not in there), None)
+            if lost is not None:
+                raise StateError(
+                    f"layer {lost!r} was replaced after adapter {name!r} was attached, which has no effect there any "
+                    "more: change the model first, then attach or load"
+                )
         for site in self._sites[name]:
             if "_hf_hook" in site.layer.__dict__:
                 bring_home(site.adapter)
@@ -369,8 +381,8 @@ class Bank:
         if missed:
             shown = ", ".join(map(repr, missed[:5])) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
             raise UnreachedError(
-                f"never reached by the probe batch: {shown}. The model reads these weights without calling the layer; "
-                "adapt the weight itself: target_parameters=['<layer>.weight']"
+                f"never reached by the probe batch: {shown}. Nothing calls these layers or reads their weights for such "
+                f"a batch: leave them out (exclude_modules={list(missed[:5])!r}), or give a probe that uses them"
             )
 
     def _selection(
@@ -380,6 +392,8 @@ class Bank:
         rows: Rows | None,
         context: Mapping[str, Any] | None = None,
     ) -> Selection:
+        if rows is not None or any(isinstance(w, Tensor) and w.ndim for w in weights.values()):
+            check_rows_first(self.model)
         return choose(self.names, self._known, names, weights, rows, dict(context or {}))
 
     def _numbers(self, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:

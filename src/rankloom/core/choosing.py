@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankloom.core.selection import Active, Selection, Weight
-from rankloom.errors import SettingsError
+from rankloom.errors import SettingsError, StateError
 from rankloom.ops.segments import segments
 
+TIME_FIRST = frozenset({"xlnet", "longformer", "led", "fsmt", "transfo-xl"})
+"""Model types of transformers whose layers see (time, batch, …)."""
 Rows = Sequence[str | None] | Tensor
 
 
@@ -38,6 +40,20 @@ def choose(
         if isinstance(weight, bool) or not isinstance(weight, (int, float, Tensor)):
             raise SettingsError(f"{name}={weight!r}: a weight is a number or a tensor, as in use({name}=0.5)")
     return Selection(tuple(Active(name, weight) for name, weight in chosen.items()), context=context)
+
+
+def check_rows_first(model: nn.Module) -> None:
+    """Refuse what is chosen by row in a model that computes time first: its layers see no rows in the first dim."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    layers = (name for name, m in model.named_modules() if getattr(m, "batch_first", True) is False)
+    found = (
+        f"a {kind} model" if kind in TIME_FIRST else next((f"{name!r} (batch_first=False)" for name in layers), None)
+    )
+    if found is not None:
+        raise StateError(
+            f"per-row adapters: {found} computes with time before the batch rows, so a row is no entry of the first dim "
+            "there: select one adapter for all rows"
+        )
 
 
 def _by_index(

@@ -97,6 +97,12 @@ def _by_row(layer: nn.Module, y: Tensor, weight: Weight) -> Weight:
 def _fold(layer: nn.Module, y: Tensor, batch: int) -> int:
     """How many leading entries of `y` belong to one batch row (beams; flattened tokens only where it is certain)."""
     times, left = divmod(y.shape[0], batch)
+    if y.ndim > 2 and not left and times > 1 and y.shape[1] == batch:
+        raise StateError(
+            f"per-row adapters: layer {anchor_of(layer).name!r} sees {tuple(y.shape)} for a selection of {batch} rows: "
+            "the rows may be its second dim (a model that computes time first), or these are as many tokens as rows; "
+            "select one adapter for all rows, or pad by one token where the model computes rows first"
+        )
     if left or y.ndim < 3:
         raise StateError(
             f"per-row adapters: layer {anchor_of(layer).name!r} sees {y.shape[0]} rows, the selection has {batch}; "

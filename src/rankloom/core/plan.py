@@ -32,9 +32,11 @@ class Plan(Settings):
 
     - `method`: what is put at each target, by name or as an object.
     - `target_modules`: name suffixes, or one regular expression for whole names, or ``"all-linear"`` (default: every
-      linear layer but the output head and `modules_to_save`).
-    - `exclude_modules`: suffixes or one regular expression, taken away from the targets.
-    - `target_parameters`: suffixes of bare parameters (stacked experts, attention without layers), or one expression.
+      linear layer but the output head and `modules_to_save`; not fused experts), or ``"language"``, ``"vision"``,
+      ``"audio"``: the same in that tower of a multimodal model.
+    - `exclude_modules`: suffixes or one regular expression, taken away from the targets with all that is in them.
+    - `target_parameters`: suffixes of bare parameters (attention without layers, stacked experts), one expression, or
+      ``"all-experts"``: every matrix of fused experts.
     - `sites`: exactly these layers and bare parameters, by their whole names, in the place of all the settings that
       choose by patterns (`attach(…, like="a")`: those of the adapter a).
     - `layers_to_transform`: block indices to keep; `layers_pattern`: name of the block list, if names have several.

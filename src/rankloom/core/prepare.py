@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rankloom.core.bank import Bank
 from rankloom.core.plan import Plan
 from rankloom.core.start import Calibration, Evidence
-from rankloom.core.targets import base_modules, leaves, linear_layers, matches
+from rankloom.core.targets import base_modules, below, leaves, linear_layers, matches
 from rankloom.errors import SettingsError, StateError, TargetError, suggest
 from rankloom.store.base import Keeping, Packed, Store, is_plain
 from rankloom.store.model import frozen, keep
@@ -28,7 +28,7 @@ def kept_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
                 f"store_skip_modules: {wanted!r} matches nothing in the model{suggest(wanted, leaves(names))}"
             )
     skipped = (*plan.modules_to_save, *plan.store_skip_modules)
-    found = {name: layer for name, layer in linear_layers(model).items() if not _below(skipped, name)}
+    found = {name: layer for name, layer in linear_layers(model).items() if not below(skipped, name)}
     for name, layer in found.items():
         _check(name, frozen(layer, "weight"), plan.store)
     return found
@@ -92,11 +92,6 @@ def _evidence(bank: Bank, plan: Plan, layers: Mapping[str, nn.Module], calibrati
         )
     with bank.using():
         return plan.start.gather(bank.model, layers, calibration)
-
-
-def _below(names: tuple[str, ...], path: str) -> bool:
-    parts = path.split(".")
-    return any(matches(names, ".".join(parts[: i + 1])) for i in range(len(parts)))
 
 
 def _check(name: str, weight: Tensor, store: Keeping) -> None:

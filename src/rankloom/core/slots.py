@@ -52,7 +52,7 @@ def anchor_of(layer: nn.Module) -> Anchor:
 
 def slot_table(layer: nn.Module, slot: str) -> dict[str, Adapter]:
     """Adapters of `layer` at `slot`, by adapter name."""
-    slots = layer._modules["adapters"] if "adapters" in layer._modules else None
+    slots = layer._modules["adapters"] if "adapters" in layer._modules else None  # noqa: SIM401  scripted: no get
     table = None if slots is None else slots._modules.get(slot)
     return {} if table is None else table._modules  # type: ignore[return-value]
 

@@ -16,6 +16,7 @@ from rankloom.core.graft import Grafted
 from rankloom.core.kinds import Bare, kind_of
 from rankloom.core.plan import Plan
 from rankloom.core.site import LAYER, Site
+from rankloom.core.towers import EXPERTS, TOWERS, fused_experts, said_of_experts, tower
 from rankloom.errors import SettingsError, TargetError, suggest
 from rankloom.store.bridges import bridge_of
 
@@ -42,6 +43,14 @@ def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
         for name, child in reversed(module._modules.items()):
             if child is not None and not (grafted and name == "adapters"):
                 waiting.append((stem + name, child))
+
+
+def has_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
+    """Whether `layer` is the module of that name."""
+    found: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        found = None if found is None else found._modules.get(part)
+    return found is layer
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -111,6 +120,12 @@ def matches(target: str | Sequence[str], name: str) -> bool:
     return any(name == t or name.endswith("." + t) for t in target)
 
 
+def below(target: str | Sequence[str], name: str) -> bool:
+    """Whether the target matches `name` or a module that it lies in."""
+    ends = [i for i, letter in enumerate(name) if letter == "."]
+    return any(matches(target, name[:end]) for end in (*ends, len(name)))
+
+
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:
     """The first key of a rank or alpha pattern that matches the end of `name`."""
     return next((key for key in patterns if re.fullmatch(rf"(?:.*\.)?(?:{key})", name)), None)
@@ -152,19 +167,14 @@ def hidden_width(model: nn.Module) -> int | None:
 def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, saved: list[str]) -> list[str]:
     under_saved = tuple(f"{s}." for s in saved)
     names = [n for n in modules if n not in saved and not n.startswith(under_saved)] if saved else list(modules)
-    if plan.target_modules == "all-linear":
-        linear = _linear_by_class(model)
-        left_out = {n: why for n in names if n in linear and (why := _left_out(linear[n]))}
-        chosen = [n for n in names if n in linear and n not in left_out]
-        _tell(left_out)
-        if not chosen:
-            raise TargetError(f"target_modules='all-linear' found no linear layer in {type(model).__name__}")
+    if plan.target_modules == "all-linear" or plan.target_modules in TOWERS:
+        chosen = _all_linear(model, modules, names, plan)
     else:
         _each_matches("target_modules", plan.target_modules, list(modules))
         chosen = [n for n in names if matches(plan.target_modules, n)]
     if plan.exclude_modules:
         _each_matches("exclude_modules", plan.exclude_modules, list(modules))
-        chosen = [n for n in chosen if not matches(plan.exclude_modules, n)]
+        chosen = [n for n in chosen if not below(plan.exclude_modules, n)]
     if not chosen and plan.target_modules:
         raise TargetError(
             f"target_modules={plan.target_modules!r}: nothing is left after exclude_modules={plan.exclude_modules!r} "
@@ -175,11 +185,32 @@ def _target_layers(model: nn.Module, modules: dict[str, nn.Module], plan: Plan, 
     return chosen
 
 
-def _tell(left_out: Mapping[str, str]) -> None:
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], names: list[str], plan: Plan) -> list[str]:
+    """Every linear layer of the model, or of one of its towers; says what is left out."""
+    word, linear = str(plan.target_modules), _linear_by_class(model)
+    if word in TOWERS:
+        top = tower(model, modules, word)
+        names = [n for n in names if n == top or n.startswith(f"{top}.")]
+    names = [n for n in names if not plan.exclude_modules or not below(plan.exclude_modules, n)]
+    left_out = {n: why for n in names if n in linear and (why := _left_out(linear[n]))}
+    chosen = [n for n in names if n in linear and n not in left_out]
+    if not chosen and not plan.exclude_modules:
+        found = (
+            f", but for {next(iter(left_out))!r}, which is left out: {next(iter(left_out.values()))}"
+            if left_out
+            else ""
+        )
+        raise TargetError(f"target_modules={word!r} found no linear layer in {type(model).__name__}{found}")
+    experts = () if plan.target_parameters else fused_experts({n: modules[n] for n in names})
+    _tell(word, {**left_out, **said_of_experts(experts)})
+    return chosen
+
+
+def _tell(word: str, left_out: Mapping[str, str]) -> None:
     if left_out:
         each = "; ".join(f"{name!r} ({why})" for name, why in list(left_out.items())[:3])
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        warnings.warn(f"target_modules='all-linear' leaves out {each}{more}", stacklevel=6)
+        warnings.warn(f"target_modules={word!r} leaves out {each}{more}", stacklevel=7)
 
 
 def _exact_sites(
@@ -309,6 +340,11 @@ def _target_parameters(modules: dict[str, nn.Module], plan: Plan) -> dict[str, S
         for key, value in module._parameters.items()
         if value is not None
     }
+    if plan.target_parameters == EXPERTS:
+        experts = list(fused_experts(modules))
+        if not experts:
+            raise TargetError(f"target_parameters={EXPERTS!r}: this model keeps no experts stacked in a parameter")
+        return {name: _bare(*sites[name]) for name in experts if not below(plan.exclude_modules, name)}
     _each_matches("target_parameters", plan.target_parameters, list(sites))
     return {name: _bare(*found) for name, found in sites.items() if matches(plan.target_parameters, name)}
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.graft import Grafted
+from rankloom.core.own_methods import TELLERS
 from rankloom.core.targets import base_modules
 
 HOOK = "_hf_hook"
 """Where accelerate keeps what moves offloaded weights (and often the weights); it comes with a forward of its own."""
-OURS = ("_rankloom", "rankloom", "save_pretrained")
+OURS = ("_rankloom", "rankloom", *TELLERS)
 """What grafting and attaching leave among the attributes of a module."""
 ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype})
 CONTAINERS = frozenset({dict, list, set, OrderedDict})

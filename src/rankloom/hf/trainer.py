@@ -124,7 +124,7 @@ class RuleDriver:
         self.context = tuple(context)
         self._rules: Rules | None = None
         self._run: TrainRun | None = None
-        self._unchecked = True
+        self._reached = guard.Reached("error")
         self._losses: Losses | None = None
         self._told: Columns | None = None
         self._rates: list[Any] = []
@@ -150,7 +150,7 @@ class RuleDriver:
                 memory, groups = _read_rules(folder, rules, device)
                 rules.restore(memory)
                 recall_groups(model, groups)
-        self._rules, self._run, self._unchecked = rules, run, True
+        self._rules, self._run, self._reached = rules, run, guard.Reached("error")
         self._still = [m.register_forward_pre_hook(_evaluating) for m in model.modules() if base_statistics(m)]
         self._losses = Losses(rules, run, args) if rules.uses("loss") else None
         if self.context:
@@ -175,9 +175,8 @@ class RuleDriver:
         rules, run = self._going()
         if self._told is not None:
             self._told.settle()
-        if self._unchecked:
-            guard.check_gradients(run.parameters, "error")
-            self._unchecked = False
+        if not self._reached.settled:
+            self._reached.look(run.parameters, last=run.step + 1 >= run.total_steps)
         if self._losses is not None:
             self._losses.check()
         if not self._finite(trainer["optimizer"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from torch.optim import Optimizer
 from rankloom.errors import RankloomError, UnreachedError
 
 SHOWN = 5
+PATIENCE = 20
+"""Steps in which a tensor must have had a gradient once."""
 
 
 class DivergedError(RankloomError, ArithmeticError):
@@ -20,23 +23,40 @@ class DivergedError(RankloomError, ArithmeticError):
 
 
 REMEDY = (
-    "Usual reasons: (1) the layer is not called, or is read without calling it (a fused kernel): attach(..., "
-    "probe=batch) names such sites; exclude them, or adapt the weight itself with target_parameters; (2) gradient "
+    "Usual reasons: (1) the layer is not called: attach(..., probe=batch) names such sites; leave them out by "
+    "exclude_modules; (2) gradient "
     "checkpointing with use_reentrant=True on frozen inputs: use TrainSettings(gradient_checkpointing=True) or "
     "model.enable_input_require_grads(); (3) a branch or expert that this batch does not use: exclude it, or "
     "TrainSettings(dead_gradients='warn'); (4) torch.no_grad() or detach() around the model"
 )
 
 
-def check_gradients(parameters: Mapping[str, nn.Parameter], action: Literal["error", "warn"]) -> None:
-    """Every trainable tensor has a gradient after the first backward; a zero one is a gradient."""
-    dead = [key for key, p in parameters.items() if p.grad is None]
-    if not dead:
-        return
-    message = f"no gradient after the first step in {len(dead)} of {len(parameters)} tensors: {some(dead)}. {REMEDY}"
-    if action == "error":
-        raise UnreachedError(message)
-    warnings.warn(message, stacklevel=4)
+@dataclass
+class Reached:
+    """Watches that every trainable tensor gets a gradient, be it zero, in one of the first steps: a layer may be
+    dropped at random (LayerDrop, stochastic depth), an expert not be chosen. `settled`: nothing is left to watch.
+    """
+
+    action: Literal["error", "warn"]
+    steps: int = 0
+    waiting: set[str] | None = None
+    settled: bool = False
+
+    def look(self, parameters: Mapping[str, nn.Parameter], last: bool) -> None:
+        """After a backward pass; `last`: no other follows. Raises `UnreachedError`, or warns."""
+        dead = [
+            key for key, p in parameters.items() if p.grad is None and (self.waiting is None or key in self.waiting)
+        ]
+        self.steps, self.waiting = self.steps + 1, set(dead)
+        patient = len(dead) < len(parameters) and self.steps < PATIENCE and not last
+        self.settled = not dead or not patient
+        if not dead or patient:
+            return
+        steps = "the first step" if self.steps == 1 else f"{self.steps} steps"
+        message = f"no gradient after {steps} in {len(dead)} of {len(parameters)} tensors: {some(dead)}. {REMEDY}"
+        if self.action == "error":
+            raise UnreachedError(message)
+        warnings.warn(message, stacklevel=5)
 
 
 def check_graph(loss: Tensor, step: int) -> None:

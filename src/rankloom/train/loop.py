@@ -91,12 +91,14 @@ class Loop:
     out: Path | None
     identity: Mapping[str, Any]
     standing: Standing = field(default_factory=Standing)
-    _unchecked: bool = True
     _skips: int = 0
     _saved_at: int = -1
     _saved_when: float = field(default_factory=lambda: time.monotonic())
     _latest: tuple[int, dict[str, float]] = (-1, {})
     _here: tuple[float, int] = (0.0, 0)
+
+    def __post_init__(self) -> None:
+        self._reached = guard.Reached(self.settings.dead_gradients)
 
     def train(self) -> dict[str, float] | None:
         """Evaluate, train to the end or until patience runs out, evaluate; the last metrics, if any.
@@ -173,9 +175,8 @@ class Loop:
             set_rates(run.optimizer, factor(run.step, settings) * rules.rate(run))
         batches = self.processes.agree(lambda: [self.stream.next() for _ in range(settings.accumulate)])
         data, total = self._backward(batches)
-        if self._unchecked:
-            guard.check_gradients(run.parameters, settings.dead_gradients)
-            self._unchecked = False
+        if not self._reached.settled:
+            self._reached.look(run.parameters, last=run.step + 1 >= run.total_steps)
         if scaler is not None:
             scaler.unscale_(run.optimizer)
         norm = float(guard.total_norm(run.parameters))

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rankloom.core.bank import Bank
 from rankloom.core.notes import Notes
@@ -225,17 +227,23 @@ def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
         return
     enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
+    own = getattr(model, "enable_gradient_checkpointing", None)  # diffusers
+    again = partial(checkpoint, use_reentrant=False, context_fn=_same_selection(model))
+    if enable is not None:
+        enable(gradient_checkpointing_kwargs=again.keywords)
+    elif own is not None:
+        own(gradient_checkpointing_func=lambda module, *args: again(module.__call__, *args))
+    else:
         raise SettingsError(
-            f"gradient_checkpointing=True: {type(model).__name__} has no gradient_checkpointing_enable(); "
-            "wrap its blocks in torch.utils.checkpoint yourself, or leave the setting out"
+            f"gradient_checkpointing=True: {type(model).__name__} has no gradient_checkpointing_enable() and no "
+            "enable_gradient_checkpointing(); wrap its blocks in torch.utils.checkpoint yourself, or leave the setting "
+            "out"
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": _same_selection(model)})
     _call(model, "enable_input_require_grads")
     try:
         yield
     finally:
-        _call(model, "gradient_checkpointing_disable")
+        _call(model, "gradient_checkpointing_disable" if enable is not None else "disable_gradient_checkpointing")
         _call(model, "disable_input_require_grads")
 
 

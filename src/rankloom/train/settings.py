@@ -37,7 +37,7 @@ class TrainSettings(Settings):
       eval loss.
     - `seed`: of python, numpy and torch at the start (None: left as they are).
     - `log_every`: steps between rows in metrics.jsonl; `report_to`: trackers by name.
-    - `dead_gradients`: what happens when a trainable tensor has no gradient in the first step.
+    - `dead_gradients`: what happens when a trainable tensor has no gradient in any of the first 20 steps.
     """
 
     steps: Count = 200
