@@ -381,8 +381,8 @@ class Bank:
         if missed:
             shown = ", ".join(map(repr, missed[:5])) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
             raise UnreachedError(
-                f"never reached by the probe batch: {shown}. Nothing calls these layers or reads their weights for such "
-                f"a batch: leave them out (exclude_modules={list(missed[:5])!r}), or give a probe that uses them"
+                f"never reached by the probe batch: {shown}. Nothing calls these layers or reads their weights for "
+                f"such a batch: leave them out (exclude_modules={list(missed[:5])!r}), or give a probe that uses them"
             )
 
     def _selection(

@@ -51,8 +51,8 @@ def check_rows_first(model: nn.Module) -> None:
     )
     if found is not None:
         raise StateError(
-            f"per-row adapters: {found} computes with time before the batch rows, so a row is no entry of the first dim "
-            "there: select one adapter for all rows"
+            f"per-row adapters: {found} computes with time before the batch rows, so a row is no entry of the first "
+            "dim there: select one adapter for all rows"
         )
 
 

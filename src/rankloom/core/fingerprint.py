@@ -179,7 +179,7 @@ def _groups(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             rows, columns = parts[0].shape
             places = torch.arange(rows) * columns + torch.arange(rows) * 7919 % columns
             values = parts[0].reshape(-1)[places.to(parts[0].device)].to("cpu", torch.float64)
-            yield from ((name, group) for group in values.split(SAMPLES))
+            yield from ((name, group) for group in torch.split(values, SAMPLES))
         samples = [_sampled(part) for part in parts]
         yield name, samples[0] if len(samples) == 1 else torch.cat(samples)
 

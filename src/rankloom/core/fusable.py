@@ -16,6 +16,7 @@ from rankloom.core import thin as forms
 from rankloom.core.adapter import thin_of
 from rankloom.core.base import Base
 from rankloom.core.kinds import Dense, product
+from rankloom.core.known import known_as, still
 from rankloom.core.selection import Selection
 from rankloom.core.site import LAYER
 from rankloom.core.slots import Anchor, own_bias, run, slot_table
@@ -61,6 +62,9 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
         return "no adapter"
     if given.why or not anchor.selector.fused:
         return given.why or "switched off"
+    notes, known = anchor.selector.notes, anchor.memo.known
+    if known is not None and notes is None and still(known, layer, given.x, given.casts, given.selection):
+        return known.part
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
     cls: Any = type(layer)
@@ -77,13 +81,18 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
         return f"an input of {x.dtype} on weights of {weight.dtype}"
     if weight.device != x.device or x.shape[-1] != kind.shape(layer)[-1]:
         return "an input that does not fit"
-    base = Base(kind, layer, given.selection.context, anchor.selector.notes)
+    base = Base(kind, layer, given.selection.context, notes)
     found = _thins(layer, base, given)
     if isinstance(found, str):
         return found
     if bias is not None and cls.rankloom_parameters:
         bias = own_bias(layer)  # type: ignore[assignment]
-    return _whole(base, weight, bias, found, x)
+    part = _whole(base, weight, bias, found, x)
+    if notes is None and type(weight) in PLAIN and not isinstance(part, str):
+        table = slot_table(layer, LAYER)
+        adapters = [table[active.name] for active in given.selection.active if active.name in table]
+        anchor.memo.known = known_as(part, layer, x, given.casts, given.selection, adapters)
+    return part
 
 
 @cache

@@ -14,7 +14,7 @@ from rankloom.core.kinds import Kind, repairs_of
 from rankloom.core.packing import Stacks
 from rankloom.core.selection import Selector
 from rankloom.core.site import LAYER, SHARED
-from rankloom.core.slots import Anchor, flat_weights, own_bias, parameter_property, slot_table
+from rankloom.core.slots import Anchor, changed, flat_weights, own_bias, parameter_property, slot_table
 from rankloom.errors import StateError, TargetError
 
 
@@ -94,6 +94,7 @@ def remove_adapter(layer: nn.Module, slot: str, name: str) -> None:
     slots: nn.ModuleDict = layer._modules["adapters"]  # type: ignore[assignment]
     anchor: Anchor = layer.__dict__["_rankloom"]
     anchor.stacks = Stacks()
+    changed(layer)
     _drop(slots, slot, name)
     if slot == LAYER and LAYER not in slots and anchor.kind is not None:
         anchor.kind.release(layer)

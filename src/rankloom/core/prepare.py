@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rankloom.core.bank import Bank
 from rankloom.core.plan import Plan
+from rankloom.core.slots import changed
 from rankloom.core.start import Calibration, Evidence
 from rankloom.core.targets import base_modules, below, leaves, linear_layers, matches
 from rankloom.errors import SettingsError, StateError, TargetError, suggest
@@ -41,6 +42,8 @@ def keep_base(model: nn.Module, plan: Plan, evidence: Evidence | None = None, r:
     """
     stores = choose(model, plan, evidence or Evidence(), r)
     keep(model, {f"{name}.weight": store for name, store in stores.items()})
+    for name in stores:
+        changed(model.get_submodule(name))
     return list(stores)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rankloom.core.graft import original_class, set_class
 from rankloom.core.merging import holder, plain_class
+from rankloom.core.slots import changed
 from rankloom.store.bridges import bridge_of
 
 
@@ -20,6 +21,7 @@ class Replaced:
 
     def put(self, layer: nn.Module, key: str, value: Tensor) -> None:
         """Let `value` be the layer's tensor `key`, frozen; the layer's class follows where a plain tensor needs one."""
+        changed(layer)
         held = holder(layer, key)
         self._tensors.append((layer, key, held.get(key)))
         as_it_is = held is layer._buffers or isinstance(value, nn.Parameter)

@@ -50,6 +50,13 @@ def anchor_of(layer: nn.Module) -> Anchor:
     return anchor
 
 
+def changed(layer: nn.Module) -> None:
+    """The layer's tensors or adapters are others now: let go of what it was found to be."""
+    anchor: Anchor | None = layer.__dict__.get("_rankloom")
+    if anchor is not None:
+        anchor.memo.known = None
+
+
 def slot_table(layer: nn.Module, slot: str) -> dict[str, Adapter]:
     """Adapters of `layer` at `slot`, by adapter name."""
     slots = layer._modules["adapters"] if "adapters" in layer._modules else None  # noqa: SIM401  scripted: no get
@@ -147,12 +154,12 @@ def _read(layer: nn.Module, anchor: Anchor, key: str, value: Tensor) -> Tensor:
         shifts = [(active, shift) for active, adapter in found if (shift := adapter.delta_bias(base)) is not None]
         return _sum(anchor, value, shifts)
 
-    def changed() -> Tensor:
+    def summed() -> Tensor:
         matrices = [(active, _matrix(anchor, adapter, base)) for active, adapter in found]
         dense = value if "weight" in layer.rankloom_parameters else kind.weight(layer)  # type: ignore[operator]
         return _sum(anchor, dense, [(active, kind.to_weight(layer, matrix)) for active, matrix in matrices])
 
-    return Read(value, changed) if plain and not torch.compiler.is_compiling() else changed()
+    return Read(value, summed) if plain and not torch.compiler.is_compiling() else summed()
 
 
 def _sum(anchor: Anchor, value: Tensor, changes: Sequence[tuple[Active, Tensor]]) -> Tensor:
