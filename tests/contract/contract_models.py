@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tiny
+
 WIDTH, VOCABULARY = 12, 17
 
 
@@ -78,24 +80,14 @@ def conv_net() -> nn.Module:
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return tiny.llama(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
         attn_implementation="eager",
         initializer_range=0.2,
-        pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlamaForCausalLM(config)
 
 
 class Pair(nn.Module):

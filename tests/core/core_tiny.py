@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import rankloom as rl
+import tiny
 
 
 def snapshot(model):
@@ -134,15 +135,8 @@ def words(batch=3, tokens=5, vocabulary=11, seed=0):
 
 
 def llama(depth=2, **settings):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": depth, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager",
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**{**config, **settings})).double().eval()
+    said = {"num_hidden_layers": depth, "attn_implementation": "eager", "bos_token_id": 1, "eos_token_id": 2}
+    return tiny.llama(**{**said, **settings}).double().eval()
 
 
 def tokens(batch=2, length=6, vocabulary=32, seed=0):

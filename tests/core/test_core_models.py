@@ -9,17 +9,14 @@ from core_tiny import nudge
 from torch import nn
 
 import rankloom as rl
+import tiny
 from rankloom.errors import StateError, TargetError
 
-SIZES = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "pad_token_id": 0,
-}  # fmt: skip
+SIZES = {**tiny.SIZES, "num_hidden_layers": 1}
 
 
-def llama(**more):
-    torch.manual_seed(0)
-    return T.LlamaForCausalLM(T.LlamaConfig(**{**SIZES, "tie_word_embeddings": False, **more})).eval()
+def llama():
+    return tiny.llama(num_hidden_layers=1).eval()
 
 
 def names(bank):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from rankloom.errors import DataError, SettingsError, StateError
 from rankloom.train.data import Batches, Example, Examples, Prepared, Records, Where, load, prepare
 from rankloom.train.data.order import draw, keys, permutation
@@ -62,18 +63,7 @@ def test_a_packed_batch_by_hand():
 
 
 def test_packed_loss_equals_the_unpacked_one_where_attention_honours_positions():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny.llama(vocab_size=64).eval()
     model.config.use_cache = False
     data = prepared_of([5, 9, 4, 6], max_length=16)
     with torch.no_grad():

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankloom as rl
+import tiny
 from rankloom.core.kinds import kind_of
 from rankloom.store.model import keep
 from rankloom.store.normalfloat import NormalFloat
@@ -44,14 +44,8 @@ def _exact_products():
 
 
 def llama(dtype=torch.float32, **settings):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 64, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "pad_token_id": 0, **settings,
-        }
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to("cuda", dtype)
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+    return tiny.llama(**{**sizes, "initializer_range": 0.1, **settings}).to("cuda", dtype)
 
 
 def nudge(bank, *names):

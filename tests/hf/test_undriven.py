@@ -9,9 +9,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import rankloom as rl
+import tiny
 from rankloom.hf.trainer import RankloomCallback, optimizer_for
 from rankloom.train.fit import fit
 
@@ -71,11 +72,7 @@ def test_copies_and_pickles_of_a_watched_model_work():
 
 @pytest.mark.parametrize("driven", [False, True])
 def test_a_trainer_with_neither_optimizer_nor_callback_is_told(driven, tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config)
+    model = tiny.llama(num_hidden_layers=1)
     rl.attach(model, rl.AdaLoRA(init_r=4, target_r=2), target_modules=["q_proj", "v_proj"])
     ids = torch.randint(32, (6, 5))
     args = TrainingArguments(str(tmp_path), max_steps=5, per_device_train_batch_size=2, report_to=[], use_cpu=True)

@@ -11,6 +11,7 @@ from gate_tools import SEVEN, D, members, shake, tower
 from torch.utils.checkpoint import checkpoint
 
 import rankloom as rl
+import tiny
 from rankloom.errors import FileError, NotMergeable, SettingsError, StateError, TargetError
 
 X = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(5)).double()
@@ -260,13 +261,7 @@ def test_a_constant_blend_merges():
 
 def test_cached_generation_is_the_full_forward():
     """Must hold (4): token by token with a cache, the logits are those of one pass over all."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny.llama(vocab_size=31).eval()
     bank = members(model, *TWO)
     rl.attach(model, rl.lora_flow(("a", "b")), "flow")
     shake(bank, "flow", 3, std=2.0)

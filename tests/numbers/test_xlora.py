@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 from gate_tools import members, shake, tower
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft
 import rankloom as rl
+import tiny
 from rankloom.errors import StateError, TargetError
 
 IDS = torch.randint(3, 31, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -19,20 +19,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 TWO = (rl.LoRA(r=2, lora_alpha=4), rl.LoRA(r=5, lora_alpha=3))
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+def llama():
+    return tiny.llama(vocab_size=31, initializer_range=0.3, bos_token_id=1, eos_token_id=2).eval()
 
 
 def blended(*methods, **settings):

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rankloom as rl
+import tiny
 from rankloom import registry
 from rankloom.errors import SettingsError, StateError
 from rankloom.objectives.base import Objective, log_probs
@@ -26,13 +27,7 @@ WORDS = 24
 
 
 def llama(adapted: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=WORDS, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-        )
-    )  # fmt: skip
+    model = tiny.llama(vocab_size=WORDS, num_hidden_layers=1, eos_token_id=1, bos_token_id=2)
     if adapted:
         torch.manual_seed(1)
         rl.attach(model, rl.LoRA(r=4, lora_alpha=16), target_modules=["q_proj", "up_proj"])

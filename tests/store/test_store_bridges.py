@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rankloom as rl
+import tiny
 from rankloom.core.graft import Grafted
 from rankloom.core.kinds import kind_of
 from rankloom.errors import StateError, TargetError
@@ -30,22 +31,9 @@ METHODS = {
 
 
 def llama(dtype=torch.float32):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        attention_bias=True,
-        attn_implementation="eager",
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 96}
+    made = tiny.llama(**sizes, initializer_range=0.2, attention_bias=True, attn_implementation="eager")
+    return made.to(dtype).eval()
 
 
 def four(quant_type="nf4", nested=True):

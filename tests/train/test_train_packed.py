@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BERT, BLOOM, GPT2, MAMBA, MOE, NEOX, OPT, T5, llama_like, of
 from torch import nn
 
 import rankloom as rl
 from rankloom.errors import SettingsError
 from rankloom.train.data import Batches, Example, Examples, Prepared, Records, Where
 from rankloom.train.fit import fit
+from tiny import BERT, BLOOM, GPT2, MAMBA, MOE, NEOX, OPT, T5, llama_like, of
 
 APART = {
     "Llama": llama_like("Llama"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BERT, BLOOM, GPT2, MAMBA, T5, of
 from torch import nn
 from train_world import llama, texts
 
@@ -17,6 +16,7 @@ from rankloom.errors import DataError
 from rankloom.train.fit import fit
 from rankloom.train.loss import IGNORED, Terms, labelled
 from rankloom.train.settings import TrainSettings
+from tiny import BERT, BLOOM, GPT2, MAMBA, T5, of
 
 I = IGNORED  # noqa: E741
 ONE, TWO = torch.tensor([[5, I, I, I]]), torch.tensor([[6, 7, 8, 9], [I, 3, I, 4]])

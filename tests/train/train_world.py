@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rankloom as rl
+import tiny
 from rankloom import registry
 from rankloom.core.plan import Plan, as_plan
 from rankloom.train.fit import Result, fit
@@ -24,14 +25,10 @@ class Interrupted(Exception):
 
 
 def llama(seed: int = 0) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    made: nn.Module = tiny.llama(
+        seed, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4, pad_token_id=None
+    )
+    return made
 
 
 class Patches(nn.Module):

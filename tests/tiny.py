@@ -9,6 +9,19 @@ import torch
 from torch import nn
 
 V = 64
+SIZES = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+"""Of the smallest decoder."""
+
+
+def llama(seed: int = 0, **changes: Any) -> Any:
+    """The smallest Llama, with random weights; `changes` to its config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
 
 
 def llama_like(name: str, **changes: Any) -> Callable[[], nn.Module]:
