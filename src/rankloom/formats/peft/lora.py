@@ -17,7 +17,7 @@ from rankloom.formats.entry import Entry, mapped
 from rankloom.formats.manifest import Source
 from rankloom.formats.peft import fields as f
 from rankloom.formats.peft.layout import CONVS, LAYOUTS, LINEAR_B, Factor, factors, magnitude_shape
-from rankloom.formats.peft.pairs import LEAVES, Pair, dropout_of, leaf, trained_pair, whole_pair, within
+from rankloom.formats.peft.pairs import LEAVES, Pair, dropout_of, forget_start, leaf, trained_pair, whole_pair, within
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.ranks import plan_patterns, rank_fields
 from rankloom.formats.peft.translator import Translator
@@ -47,8 +47,8 @@ class Lora(Translator):
         "use_dora": f.FLAG,
         "lora_bias": f.FLAG,
         "init_lora_weights": f.Field(bool | str, True),
-        "rank_pattern": f.Field(Annotated[Mapping[str, f.Whole], f.SIMPLE] | None, {}),
-        "alpha_pattern": f.Field(Annotated[Mapping[str, float], f.SIMPLE] | None, {}),
+        "rank_pattern": f.Field(Annotated[Mapping[str, f.Whole], f.SIMPLE], {}),
+        "alpha_pattern": f.Field(Annotated[Mapping[str, float], f.SIMPLE], {}),
         "target_parameters": f.LIST,
     }
 
@@ -85,8 +85,13 @@ class Lora(Translator):
         return [*own, *self.other_entries(view, paths)]
 
     def prepare(self, view: View, source: Source) -> None:
-        """Give every pair the rank that a file of ours has for it: a training may have changed the plan's."""
+        """Give every pair the rank that a file of ours has for it: a training may have changed the plan's. In PEFT's
+        own files embeddings start plainly, whatever the start is called.
+        """
         paths = Paths(view)
+        for site, adapter in view.adapted if source.plan is None else ():
+            if site.kind.name == "embedding":
+                forget_start(adapter)
         for site, adapter in view.adapted if source.plan is not None else ():
             lora, said = (
                 within(adapter),
@@ -113,19 +118,14 @@ class Lora(Translator):
         return []
 
     def method(self, values: Mapping[str, Any], where: str) -> Method:
-        start = values["init_lora_weights"]
-        if start not in f.STARTS:
-            raise FileError(
-                f"{where}: init_lora_weights={start!r} rewrites the base model when PEFT loads it; save it in PEFT "
-                "with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-            )
-        if f.STARTS[start].lost:
-            warnings.warn(f"{where}: init_lora_weights={start!r}: {f.STARTS[start].lost}", stacklevel=6)
+        start = f.start_of(values["init_lora_weights"], where)
+        if start.lost:
+            warnings.warn(f"{where}: init_lora_weights={values['init_lora_weights']!r}: {start.lost}", stacklevel=6)
         lora = LoRA(
             r=values["r"],
             lora_alpha=float(values["lora_alpha"]),
             lora_dropout=float(values["lora_dropout"]),
-            init_lora_weights=f.STARTS[start].ours,
+            init_lora_weights=start.ours,
             scaling="rslora" if values["use_rslora"] else "standard",
             lora_bias=values["lora_bias"],
         )

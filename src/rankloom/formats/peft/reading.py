@@ -92,13 +92,6 @@ def tuples(value: Any) -> Any:
     return value
 
 
-def blocks(value: Any) -> tuple[int, ...] | None:
-    """One block index or a list of them, as a tuple."""
-    if value is None:
-        return None
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
 def _owners(source: Source, suffixes: Sequence[str], modules: Modules) -> dict[str, str]:
     """Name of every adapted module in the file, with one of its keys."""
     owners: dict[str, str] = {}

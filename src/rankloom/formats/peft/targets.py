@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rankloom.core.site import LAYER
@@ -92,6 +92,13 @@ def _candidates(view: View, modules: set[str]) -> Iterable[dict[str, Any]]:
     yield {**saved, "target_modules": alternatives(sorted(modules))}
 
 
+def blocks(value: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """One block index or a list of them, as a tuple; None where PEFT keeps all blocks, as it does for an empty list."""
+    if isinstance(value, int):
+        return (value,)
+    return tuple(value) if value else None
+
+
 def _listed(value: Any) -> Any:
     return value if isinstance(value, str) else sorted(value)
 
@@ -102,8 +109,7 @@ def _selects(config: Config, name: str) -> bool:
         return False
     if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in config.get("modules_to_save") or ()):
         return False
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
+    layers = blocks(config.get("layers_to_transform"))
     if isinstance(target, str):
         return layers is None and re.fullmatch(target, name) is not None
     if name in target:

@@ -16,10 +16,10 @@ from rankloom.core.targets import base_modules
 from rankloom.formats.entry import Entry
 from rankloom.formats.manifest import Source
 from rankloom.formats.peft.beside import about, token_entries, whole_entries
-from rankloom.formats.peft.fields import Field, read_fields
+from rankloom.formats.peft.fields import Field, filled, read_fields
 from rankloom.formats.peft.paths import Paths
-from rankloom.formats.peft.reading import blocks, exact, places, saved_modules, tuples
-from rankloom.formats.peft.targets import saved_wording, target_fields
+from rankloom.formats.peft.reading import exact, places, saved_modules, tuples
+from rankloom.formats.peft.targets import blocks, saved_wording, target_fields
 from rankloom.formats.view import View
 
 
@@ -155,7 +155,7 @@ class Translator(ABC):
 
     def places(self, source: Source, model: nn.Module) -> tuple[list[str], list[str]]:
         """Names of the layers and bare parameters that the file's tensors belong to."""
-        values = {**{k: f.default for k, f in self.fields.items()}, **source.config}
+        values = filled(source.config, self.fields)
         ranges = tuples(values.get("layer_replication") or ())
         undo = replicate(model, ranges) if ranges else None
         try:
