@@ -117,17 +117,16 @@ STARTS: Mapping[Any, Start] = {
 """`init_lora_weights` of files whose tensors, with our start, give PEFT's function."""
 
 FAST = re.compile(r"pissa_niter_\d+")
-SKETCHED = Start(
-    "pissa", "PEFT drew a random sketch of the base's largest directions; here they are exact, so it is near"
+SKETCHED = Start("pissa", "PEFT drew a random sketch of the base's largest directions; the exact ones are near it")
+CONVERT = (
+    "rewrites the base model when PEFT loads it; save it in PEFT with path_initial_model_for_weight_conversion, which "
+    "makes it a plain LoRA"
 )
-
 LOST: Mapping[str, str] = {
-    start: "rewrites the base model when PEFT loads it; save it in PEFT with path_initial_model_for_weight_conversion, "
-    "which makes it a plain LoRA"
-    for start in ("corda", "lora_ga")
-} | {
+    "corda": CONVERT,
     "loftq": "quantises the base anew when PEFT loads it; save the base that it trained on (PEFT's get_base_model()), "
-    "load that one and say init_lora_weights=true in the config"
+    "load that one and say init_lora_weights=true in the config",
+    "lora_ga": CONVERT,
 }
 """Starts that cannot be made again from the file, and what to do instead."""
 
