@@ -151,10 +151,16 @@ TENSORS = [
         {"base_model.model.layers.7.q.lora_A.weight": torch.zeros(4, 8)},
         r"'layers.7.q', which this model has not; did you",
     ),
-    ({"base_model.model.score.weight": torch.zeros(3, 8)}, "score.weight' differs from 'score.weight'.*overwrite"),
-    ({"score.weight": torch.zeros(3, 8)}, "score.weight' differs from"),
-    ({"layers.0.q.weight": torch.zeros(8, 8)}, "differs"),
-    ({"base_model.model.layers.0.q.base_layer.weight": torch.zeros(8, 8)}, "base_layer.weight' differs"),
+    (
+        {"base_model.model.score.weight": torch.zeros(3, 8)},
+        "score.weight' holds a base weight that is another.*full_tensors='take'",
+    ),
+    ({"score.weight": torch.zeros(3, 8)}, "score.weight' holds a base weight"),
+    ({"layers.0.q.weight": torch.zeros(8, 8)}, "holds a base weight"),
+    (
+        {"base_model.model.layers.0.q.base_layer.weight": torch.zeros(8, 8)},
+        "base_layer.weight' holds .*copy the tensor into it",
+    ),
 ]
 
 
