@@ -100,8 +100,8 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """A folder on a copy of the model without weights: the plan to attach with and the one to keep, the adapter `there`,
-    and what the tensors of the file copy that it does not ask for.
+    """A folder on a copy of the model without weights: the plan to attach with and the one to keep, the adapter
+    `there`, and what the tensors of the file copy that it does not ask for.
     """
 
     plan: Plan
