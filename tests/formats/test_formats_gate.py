@@ -52,7 +52,7 @@ CONFIGS = [
     ({"target_modules": 5}, "target_modules=5: expected text or a list of texts"),
     ({"layers_to_transform": 0, "layers_pattern": "layers"}, r"has tensors for 'layers\.1\.q'"),
     ({"bias": "some"}, "bias='some': expected one of"),
-    ({"peft_type": "LOHA"}, "peft_type 'LOHA' cannot be read"),
+    ({"peft_type": "OFT"}, "peft_type 'OFT' is a method of PEFT that Rankloom does not read"),
     ({"peft_type": "LoRA"}, "did you mean 'LORA'"),
     ({"peft_type": 3}, "'peft_type' is 3"),
     ({"use_qalora": True}, "use_qalora=True changes what the adapter computes"),

@@ -26,7 +26,7 @@ from rankloom.formats.header import Header
 from rankloom.formats.limits import Limits
 from rankloom.formats.manifest import Source, open_folder
 from rankloom.formats.native import PEFT_TYPE, Native, check_patterns
-from rankloom.formats.peft import TRANSLATORS
+from rankloom.formats.peft import TRANSLATORS, unread
 from rankloom.formats.peft.reading import exact
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import View, arranged, view
@@ -151,10 +151,7 @@ def reader_of(source: Source) -> Reader:
     if said == PEFT_TYPE:
         return Native()
     if said not in TRANSLATORS:
-        raise FileError(
-            f"{source.config_file}: peft_type {said!r} cannot be read{suggest(said, [*TRANSLATORS, PEFT_TYPE])}; "
-            "convert it to LORA with PEFT (save_as_lora) or merge it there"
-        )
+        raise FileError(f"{source.config_file}: peft_type {said!r} {unread(said, [*TRANSLATORS, PEFT_TYPE])}")
     return TRANSLATORS[said]
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter
@@ -76,7 +75,9 @@ class IA3Adapter(Adapter):
         if self.channels == matrix.shape[-1]:
             return (self.vector - 1)[..., None, :]
         own = (self.vector - 1).reshape(self.groups, -1)
-        return own.repeat_interleave(matrix.shape[1] // own.shape[1], 1).repeat_interleave(len(matrix) // self.groups, 0)
+        return own.repeat_interleave(matrix.shape[1] // own.shape[1], 1).repeat_interleave(
+            len(matrix) // self.groups, 0
+        )
 
 
 CONVS = frozenset({"conv1d", "conv2d", "conv3d"})

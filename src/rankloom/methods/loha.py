@@ -1,8 +1,8 @@
 """LoHa: the change is the elementwise product of two low-rank matrices, of rank r² at the price of two of rank r.
 
 ΔW = s·(A₁ B₁) ∘ (A₂ B₂), A (out, r), B (r, in), s = lora_alpha/r; B₂ starts at zero. Hyeon-Woo et al., ICLR 2022,
-arXiv 2108.06098 (FedPara); Yeh et al., ICLR 2024, arXiv 2309.14859 §4. A convolution may have a core (r, r, k …) between
-its factors, which are (r, out) and (r, in) then.
+arXiv 2108.06098 (FedPara); Yeh et al., ICLR 2024, arXiv 2309.14859 §4. A convolution may have a core (r, r, k …)
+between its factors, which are (r, out) and (r, in) then.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rankloom.settings import Probability, Rank
 
 @dataclass(frozen=True)
 class LoHa(Method):
-    """`r`: of each product; `lora_alpha`: over r it is the scale; `rank_dropout`: part of the rows of ΔW that a training
-    step leaves out; `module_dropout`: probability that it leaves out the whole change of a layer;
+    """`r`: of each product; `lora_alpha`: over r it is the scale; `rank_dropout`: part of the rows of ΔW that a
+    training step leaves out; `module_dropout`: probability that it leaves out the whole change of a layer;
     `use_effective_conv2d`: convolutions have a core for their kernel.
     """
 
@@ -40,7 +40,7 @@ class LoHa(Method):
 
 
 class LoHaAdapter(LycorisAdapter):
-    """`w1_a`, `w2_a` (…, out, r) and `w1_b`, `w2_b` (…, r, in); with cores `t1`, `t2` (r, r, k …) (r, out) and (r, in)."""
+    """`w1_a`, `w2_a` (…, out, r) and `w1_b`, `w2_b` (…, r, in); with cores `t1`, `t2` (r, r, k …) (r, out), (r, in)."""
 
     roles = dict.fromkeys(("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"), "core")
     peft_names = {name: f"hada_{name}" for name in roles}

@@ -1,7 +1,7 @@
 """LoKr: the change is a Kronecker product of two small matrices, each whole or of low rank.
 
-ΔW = s·W₁ ⊗ W₂, W₁ (l, m), W₂ (k, n · kernel), l·k = out, m·n = in, s = lora_alpha/r; W₁ starts at zero. Yeh et al., ICLR
-2024, arXiv 2309.14859 §4. A factor whose longer side is below 2r is whole, else A B of rank r.
+ΔW = s·W₁ ⊗ W₂, W₁ (l, m), W₂ (k, n · kernel), l·k = out, m·n = in, s = lora_alpha/r; W₁ starts at zero. Yeh et al.,
+ICLR 2024, arXiv 2309.14859 §4. A factor whose longer side is at most 2r is whole, else A B of rank r.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class LoKrAdapter(LycorisAdapter):
 
 
 def factors(size: int, most: int) -> tuple[int, int]:
-    """Two factors of `size`: `most` and its partner where it divides, else the nearest to the root that is no larger."""
+    """Two factors of `size`: `most` and its partner where it divides, else those nearest to the root within `most`."""
     if most > 0 and size % most == 0:
         return most, size // most
     small = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0 and (most < 0 or d <= most))

@@ -52,18 +52,21 @@ def positive(default: int) -> Field:
     return Field(Whole, default)
 
 
-COMMON: Mapping[str, Field] = {
+TARGETED: Mapping[str, Field] = {
     "peft_type": Field(str),
     "target_modules": NAMES,
+    "exclude_modules": NAMES,
     "modules_to_save": LIST,
     "layers_to_transform": Field(tuple[Index, ...]),
     "layers_pattern": NAMES,
+}
+COMMON: Mapping[str, Field] = {
+    **TARGETED,
     "bias": Field(Literal["none", "all", "lora_only"], "none"),
     "fan_in_fan_out": FLAG,
 }
 LORA_FAMILY: Mapping[str, Field] = {
     **COMMON,
-    "exclude_modules": NAMES,
     "trainable_token_indices": Field(tuple[Index, ...] | Mapping[str, tuple[Index, ...]]),
     "layer_replication": Field(tuple[tuple[Index, Index], ...]),
     "lora_alpha": ALPHA,

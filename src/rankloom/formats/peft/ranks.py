@@ -35,9 +35,9 @@ def rank_fields(view: View) -> dict[str, Any]:
     if method is not None and all(map(simple, (*plan.rank_pattern, *plan.alpha_pattern))):
         own = {
             "r": method.r,  # type: ignore[attr-defined]
-            "lora_alpha": _tidy(method.lora_alpha),  # type: ignore[attr-defined]
+            "lora_alpha": tidy(method.lora_alpha),  # type: ignore[attr-defined]
             "rank_pattern": dict(plan.rank_pattern),
-            "alpha_pattern": {k: _tidy(v) for k, v in plan.alpha_pattern.items()},
+            "alpha_pattern": {k: tidy(v) for k, v in plan.alpha_pattern.items()},
         }
         if all(_says(own, scaling, name, rank, scale) for name, (rank, scale) in wanted.items()):
             return {**own, "use_rslora": scaling == "rslora"}
@@ -76,8 +76,8 @@ def plan_patterns(
         ranks |= {exactly(place): rank // count for place in own}
         alphas |= {exactly(place): alpha / (math.sqrt(count) if values["use_rslora"] else count) for place in own}
     return {
-        "rank_pattern": ranks | _hitting(values["rank_pattern"], ranks, places, names, f"{where}: rank_pattern"),
-        "alpha_pattern": alphas | _hitting(values["alpha_pattern"], alphas, places, names, f"{where}: alpha_pattern"),
+        "rank_pattern": ranks | hitting(values["rank_pattern"], ranks, places, names, f"{where}: rank_pattern"),
+        "alpha_pattern": alphas | hitting(values["alpha_pattern"], alphas, places, names, f"{where}: alpha_pattern"),
     }
 
 
@@ -108,16 +108,16 @@ def _at(values: Settings, name: str) -> tuple[int, float]:
 
 
 def _alpha(scale: float, rank: int, scaling: str) -> float:
-    return _tidy(scale * (math.sqrt(rank) if scaling == "rslora" else rank))
+    return tidy(scale * (math.sqrt(rank) if scaling == "rslora" else rank))
 
 
-def _tidy(value: float) -> float:
+def tidy(value: float) -> float:
     """A whole number as int (PEFT's type), else the float."""
     near = round(value)
     return near if math.isclose(value, near, rel_tol=1e-12) else value
 
 
-def _hitting(
+def hitting(
     patterns: Settings, known: Settings, places: Sequence[str], names: Sequence[str], where: str
 ) -> dict[str, Any]:
     """The patterns that hit one of our places and are not `known` already; a warning for those that hit nothing."""

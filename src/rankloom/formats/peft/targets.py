@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from rankloom.core.site import LAYER
@@ -25,15 +25,17 @@ def selected_parameters(targets: Iterable[str], names: Iterable[str]) -> set[str
     return {name for name in names if matches(wanted, name)}
 
 
-def target_fields(view: View, explicit: bool = False) -> dict[str, Any]:
+def target_fields(view: View, known: Container[str]) -> dict[str, Any]:
     """Target fields with which PEFT adapts exactly the places of `view`.
 
-    The plan's own wording if PEFT reads it the same way, else the shortest of: last names, full names, one expression.
+    `known`: the fields that there are. The plan's own wording if PEFT reads it the same way, else the shortest of: last
+    names, full names, one expression.
     """
     modules, parameters = our_targets(view)
     found: dict[str, Any] = {"target_modules": []}
     if modules:
-        found = next(c for c in _candidates(view, modules) if selected(c, view.modules) == modules)
+        tries = (c for c in _candidates(view, modules) if all(k in known for k, v in c.items() if v is not None))
+        found = next(c for c in tries if selected(c, view.modules) == modules)
     if parameters:
         wording = sorted(view.plan.target_parameters)
         same = selected_parameters(wording, all_parameters(view)) == parameters

@@ -55,7 +55,7 @@ class Translator(ABC):
         tokens = plan.trainable_token_indices
         replicated = [list(pair) for pair in plan.layer_replication]
         values: dict[str, Any] = {
-            **target_fields(view),
+            **target_fields(view, self.fields),
             "modules_to_save": saved_wording(view) or None,
             "bias": self.bias_out(plan.bias),
             "trainable_token_indices": _jsonable(tokens) or None,
@@ -93,6 +93,8 @@ class Translator(ABC):
             for setting in ("trainable_token_indices", "layer_replication")
             if getattr(plan, setting) and setting not in self.fields
         ]
+        if plan.bias != "none" and "bias" not in self.fields:
+            found.append(f"bias={plan.bias!r} does not go with {self.peft_type}")
         if plan.start is not None:
             found.append(f"its base is made by {plan.start}, and PEFT would lay it on another")
         places = {(id(f.layer), f.slot) for f, _ in view.adapted}
@@ -137,14 +139,14 @@ class Translator(ABC):
         ranges = tuples(values.get("layer_replication") or ())
         layers, parameters = self.places(source, model)
         modules = dict(base_modules(model))
-        bias: Any = self.bias_in(values["bias"])
+        bias: Any = self.bias_in(values.get("bias", "none"))
         kept = Plan(
             self.method(values, source.config_file),
             target_modules=tuples(values["target_modules"] or ()),
             exclude_modules=tuples(values.get("exclude_modules") or ()),
             target_parameters=tuple(values.get("target_parameters") or ()),
-            layers_to_transform=blocks(values["layers_to_transform"]),
-            layers_pattern=tuples(values["layers_pattern"]),
+            layers_to_transform=blocks(values.get("layers_to_transform")),
+            layers_pattern=tuples(values.get("layers_pattern")),
             modules_to_save=saved_modules(values["modules_to_save"], source, modules),
             trainable_token_indices=tuples(values.get("trainable_token_indices") or ()),
             bias=bias,
