@@ -235,7 +235,7 @@ CASES = [
     case("lora-experts-only", "experts", ours(), {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}, lora(target_parameters=["experts.up", "experts.down"])),
     case("lora-experts-transposed", "transposed", ours(), {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}, lora(target_parameters=["experts.up", "experts.down"])),
     case("lora-parameter-2d", "llama", ours(), {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]}, lora("q_proj", target_parameters=["v_proj.weight"])),
-    case("lora-attention", "attention", ours(), {"target_modules": ["attn", "lin"]}, lora("attn", "lin"), ways=FROM),
+    case("lora-attention", "attention", ours(), {"target_modules": ["attn", "lin"]}, lora("attn", "lin")),
     case("lora-experts-nested", "experts", ours(), {"target_modules": ["router", "inp"], "target_parameters": ["experts.up"]}, lora("router", "inp", target_parameters=["experts.up"])),
     case("lora-all-linear", "llama", ours(), {}, lambda: LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")),
     case("lora-grouped-conv", "conv", lambda: rl.LoRA(r=2, lora_alpha=6.0), {"target_modules": ["grouped", "two"]}, lora("grouped", "two", r=2, rank_pattern={"grouped": 6}, alpha_pattern={"grouped": 18}), ways=TO),

@@ -23,7 +23,7 @@ from rankloom.settings import Probability, Rank
 
 @dataclass(frozen=True)
 class HiRA(Method):
-    """`r` of the product that multiplies W; `hira_dropout`: on the input of the change; `init_weights`: how A starts."""
+    """`r` of the product that multiplies W; `hira_dropout`: of the change's input; `init_weights`: how A starts."""
 
     r: Rank = 32
     hira_dropout: Probability = 0.0

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from rankloom.core.adapter import Adapter
 from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.core.targets import pattern_key
 from rankloom.errors import FileError
 from rankloom.formats.patterns import exactly, simple
 from rankloom.formats.peft.pairs import whole_pair
-from rankloom.formats.view import View
+from rankloom.formats.view import View, attention_of
 from rankloom.methods.lora import scale_of
 
 Settings = Mapping[str, Any]
@@ -30,7 +31,7 @@ def rank_fields(view: View) -> dict[str, Any]:
     """
     method = _settings(view.plan.method)
     scaling = getattr(method, "scaling", "standard")
-    wanted = {site.name: _rank_and_scale(site, adapter) for site, adapter in view.adapted}
+    wanted = {place_of(site, view): rank_and_scale(site, adapter) for site, adapter in view.adapted}
     plan = view.plan
     if method is not None and all(map(simple, (*plan.rank_pattern, *plan.alpha_pattern))):
         own = {
@@ -88,7 +89,13 @@ def _settings(method: Method) -> Method | None:
     return next((found for inner in method.inner_methods() if (found := _settings(inner)) is not None), None)
 
 
-def _rank_and_scale(site: Site, adapter: Any) -> tuple[int, float]:
+def place_of(site: Site, view: View) -> str:
+    """The name by which PEFT looks up rank and scale: an attention's for its own weights."""
+    return attention_of(site, view.modules) or site.name
+
+
+def rank_and_scale(site: Site, adapter: Adapter) -> tuple[int, float]:
+    """PEFT's rank and scale of one place."""
     pair = whole_pair(adapter)
     return pair.rank * site.groups, pair.scaling
 
