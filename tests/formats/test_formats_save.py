@@ -67,14 +67,21 @@ def test_dropout_beside_target_parameters_is_a_note(tmp_path):
 
 
 COMPAT = [
-    (rl.LoRA(r=4), {}, "PEFT: yes · vLLM: yes"),
-    (rl.LoRA(r=32), {}, "PEFT: yes · vLLM: yes (start it with --max-lora-rank 32)"),
-    (rl.LoRA(r=600), {}, "PEFT: yes · vLLM: no (rank above 512)"),
-    (rl.DoRA(rl.LoRA(r=4)), {}, "PEFT: yes · vLLM: no (DoRA)"),
-    (rl.LoRA(r=4), {"modules_to_save": ["score"]}, "PEFT: yes · vLLM: no (modules_to_save)"),
-    (rl.LoRA(r=4), {"bias": "all"}, "PEFT: yes · vLLM: no (trained biases)"),
-    (rl.LoRA(r=4), {"rank_pattern": {"q": 2}}, "PEFT: yes · vLLM: no (rank_pattern or alpha_pattern)"),
-    (rl.LoRA(r=4, lora_bias=True), {}, "PEFT: yes · vLLM: no (lora_bias)"),
+    (rl.LoRA(r=4), {}, "PEFT: yes · vLLM: no (it serves no Net with adapters)"),
+    (rl.LoRA(r=600), {}, "PEFT: yes · vLLM: no (rank above 512; it serves no Net with adapters)"),
+    (rl.DoRA(rl.LoRA(r=4)), {}, "PEFT: yes · vLLM: no (DoRA; it serves no Net with adapters)"),
+    (
+        rl.LoRA(r=4),
+        {"modules_to_save": ["score"]},
+        "PEFT: yes · vLLM: no (modules_to_save; it serves no Net with adapters)",
+    ),
+    (rl.LoRA(r=4), {"bias": "all"}, "PEFT: yes · vLLM: no (trained biases; it serves no Net with adapters)"),
+    (
+        rl.LoRA(r=4),
+        {"rank_pattern": {"q": 2}},
+        "PEFT: yes · vLLM: no (rank_pattern or alpha_pattern; it serves no Net with adapters)",
+    ),
+    (rl.LoRA(r=4, lora_bias=True), {}, "PEFT: yes · vLLM: no (lora_bias; it serves no Net with adapters)"),
     (rl.VeRA(r=4), {}, "PEFT: yes · vLLM: no (it loads LORA only, this is VERA)"),
     (rl.AdaLoRA(), {}, "PEFT: yes · vLLM: no (it loads LORA only, this is ADALORA)"),
     (rl.hydralora(), {}, "PEFT: no (PEFT's LORA has no MixtureAdapter"),

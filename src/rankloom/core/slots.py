@@ -35,6 +35,10 @@ class Anchor:
         self.kind: Kind | None = None
         self.stacks = Stacks()
         self.memo = Memo()
+        self.inside: set[str] = set()
+        """Parameters that have been read in a call of the layer."""
+        self.outside: set[str] = set()
+        """Parameters that have been read with no call of the layer running."""
 
 
 def anchor_of(layer: nn.Module) -> Anchor:
@@ -83,6 +87,12 @@ def parameter_property(name: str) -> property:
     return property(read)
 
 
+def unseen_by_calls(layer: nn.Module, key: str) -> bool:
+    """Whether a parameter has only ever been read past the calls of its layer; False where nothing is known yet."""
+    anchor: Anchor | None = layer.__dict__.get("_rankloom")
+    return anchor is not None and key in anchor.outside and key not in anchor.inside
+
+
 def _effective(owner: nn.Module, key: str) -> Tensor | None:
     value: Tensor | None = owner._parameters.get(key)
     value = owner._buffers.get(key) if value is None else value
@@ -97,6 +107,8 @@ def _effective(owner: nn.Module, key: str) -> Tensor | None:
     if not any(active.name in table for active in selection.active):
         return value
     scope = None if torch.compiler.is_compiling() else _values.scopes.get(id(owner))
+    if not torch.compiler.is_compiling():
+        (anchor.outside if scope is None else anchor.inside).add(key)
     hooked = "_hf_hook" in owner.__dict__
     if value.is_meta or (hooked and scope is None):
         return value  # there is nothing to compute with; or accelerate moves the parameter itself

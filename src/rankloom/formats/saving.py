@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankloom import __version__
 from rankloom.core.attach import bank_of
 from rankloom.core.bank import Bank
+from rankloom.core.graft import Grafted
 from rankloom.core.plan import plan_data, plan_from_data
 from rankloom.errors import SettingsError, StateError
 from rankloom.files.manifest import sealed
@@ -119,7 +120,7 @@ def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
         "base": saved_print(view),
     }
     config = writer.config(view) | ({} if folded is None else folds.config(folded))
-    verdict = compat(config, {site.kind.name for site, _ in view.adapted}, problems)
+    verdict = compat(config, {site.kind.name for site, _ in view.adapted}, problems, _class_name(view.model))
     about = {
         **_described(view, bool(native)),
         "compat": verdict,
@@ -132,6 +133,11 @@ def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
     check_readable(files, plan, tensors)
     warn_of_heads(view)
     return Parcel(files, manifest, about, config["peft_type"], (*writer.notes(view), *_store_notes(view)))
+
+
+def _class_name(model: nn.Module) -> str:
+    cls = type(model)
+    return (cls.rankloom_original if isinstance(model, Grafted) else cls).__name__
 
 
 def collect(entries: list[Entry]) -> dict[str, Tensor]:

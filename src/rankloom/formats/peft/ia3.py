@@ -56,7 +56,10 @@ class Ia3(Translator):
     def method_fields(self, view: View) -> dict[str, Any]:
         """A list where it means the same and is part of target_modules, as PEFT demands; else one expression."""
         ours = {site.name for site, adapter in view.adapted if getattr(adapter, "feedforward", False)}
-        names, targets = [site.name for site, _ in view.adapted], target_fields(view, self.fields)["target_modules"]
+        names, targets = (
+            [site.name for site, _ in view.adapted],
+            target_fields(view, self.fields, expressions=True)["target_modules"],
+        )
         method = view.plan.method
         assert isinstance(method, IA3)
         said = method.feedforward_modules

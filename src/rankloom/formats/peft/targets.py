@@ -25,16 +25,17 @@ def selected_parameters(targets: Iterable[str], names: Iterable[str]) -> set[str
     return {name for name in names if matches(wanted, name)}
 
 
-def target_fields(view: View, known: Container[str]) -> dict[str, Any]:
+def target_fields(view: View, known: Container[str], *, expressions: bool) -> dict[str, Any]:
     """Target fields with which PEFT adapts exactly the places of `view`.
 
-    `known`: the fields that there are. The plan's own wording if PEFT reads it the same way, else the shortest of: last
-    names, full names, one expression.
+    `known`: the fields that there are; `expressions`: whether PEFT takes an expression at its word here. The plan's own
+    wording if PEFT reads it the same way, else the shortest of: last names, full names, one expression.
     """
     modules, parameters = our_targets(view)
     found: dict[str, Any] = {"target_modules": []}
     if modules:
-        tries = (c for c in _candidates(view, modules) if all(k in known for k, v in c.items() if v is not None))
+        every = [c for c in _candidates(view, modules) if all(k in known for k, v in c.items() if v is not None)]
+        tries = every if expressions else [c for c in every if not isinstance(c["target_modules"], str)]
         found = next(c for c in tries if selected(c, view.modules) == modules)
     if parameters:
         wording = sorted(view.plan.target_parameters)

@@ -19,6 +19,7 @@ from rankloom.formats.peft.beside import about, token_entries, whole_entries
 from rankloom.formats.peft.fields import Field, filled, read_fields
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.reading import exact, places, saved_modules, tuples
+from rankloom.formats.peft.rewriting import model_problems, rewritten
 from rankloom.formats.peft.targets import blocks, saved_wording, target_fields
 from rankloom.formats.view import View
 
@@ -55,7 +56,7 @@ class Translator(ABC):
         tokens = plan.trainable_token_indices
         replicated = [list(pair) for pair in plan.layer_replication]
         values: dict[str, Any] = {
-            **target_fields(view, self.fields),
+            **target_fields(view, self.fields, expressions=not rewritten(view.model, self.peft_type)),
             "modules_to_save": saved_wording(view) or None,
             "bias": self.bias_out(plan.bias),
             "trainable_token_indices": _jsonable(tokens) or None,
@@ -103,6 +104,7 @@ class Translator(ABC):
         for site, _ in view.adapted:
             if site.kind.name not in self.kinds:
                 found.append(f"{self.peft_type} does not reach {site.kind.name} sites ({site.name})")
+        found += model_problems(view, self.peft_type)
         if saved_wording(view) is None:
             found.append("PEFT reads modules_to_save as any ending of a name, and no wording means ours only")
         return list(dict.fromkeys(found))
