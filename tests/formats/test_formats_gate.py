@@ -127,7 +127,11 @@ def test_header_of_the_weights(tmp_path):
         ({**good, KEY: {**good[KEY], "shape": [4, -8]}}, body, "has shape"),
         ({**good, KEY: {**good[KEY], "shape": [4, 9]}}, body, "takes 128 bytes"),
         (json.dumps(good).encode()[:-1] + b"," + json.dumps(good).encode()[1:], body, "is there twice"),
-        (b"{" + b" " * (9 << 20), b"", "its header says"),
+        (
+            b"{" + b" " * (9 << 20),
+            b"",
+            r"a header of 9437185 bytes; at most 8388608 are read \(limits=Limits\(header=9437185",
+        ),
     ]
     for data, rest, message in cases:
         write(folder, data, rest)
@@ -290,3 +294,18 @@ def test_limits_can_be_set(tmp_path):
     folder = saved(tmp_path / "a")
     refused(folder, "a rank is from 1 to 2", limits=Limits(rank=2))
     refused(folder, "8 tensors; at most 3", limits=Limits(tensors=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.safetensors.index.json", "split over several files"),
+        ("adapters.safetensors", "is what mlx-lm writes"),
+        ("adapter_model.bin", "is a pickle"),
+        ("pytorch_lora_weights.safetensors", "there is 'pytorch_lora_weights.safetensors': rename it"),
+    ],
+)
+def test_what_is_there_instead_of_the_weights_is_named(name, message, tmp_path):
+    folder = bare(tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / name)
+    refused(folder, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from formats_tiny import X, adapted, config, net, saved, shake
 from torch import nn
 
 import rankloom as rl
-from rankloom.errors import RankloomError, SettingsError, StateError
+from rankloom.errors import FileError, RankloomError, SettingsError, StateError
 from rankloom.formats import inspect
+from rankloom.formats.limits import Limits
 
 
 def front(folder):
@@ -239,3 +241,23 @@ def test_unknown_adapters_and_bare_models(tmp_path):
         rl.save(adapted(), tmp_path / "a", name="x")
     with pytest.raises(StateError, match="has no adapters"):
         rl.save(net(), tmp_path / "a")
+
+
+def test_what_is_too_large_for_load_is_not_written_and_the_remedy_works(tmp_path):
+    """Limits are looked at where they are, by save as by load; the message says which to give to both."""
+    model = adapted()
+    expected = model(X)
+    small = {"header": 100, "tensors": 3, "file": 800}
+    for name, most in small.items():
+        tight = Limits(**{name: most})
+        with pytest.raises(
+            StateError, match=rf"nothing is written: .*limits=Limits\({name}=\d+\)\).*to load too"
+        ) as said:
+            rl.save(model, tmp_path / name, limits=tight)
+        assert not (tmp_path / name).exists()
+        enough = Limits(**{name: int(re.search(rf"{name}=(\d+)", str(said.value))[1])})
+        rl.save(model, tmp_path / name, limits=enough)
+        with pytest.raises(FileError, match=rf"limits=Limits\({name}=\d+\)"):
+            rl.load(net(), tmp_path / name, limits=tight)
+        again = rl.load(net(), tmp_path / name, limits=enough).model
+        assert torch.equal(again(X), expected)
