@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ def place(
     ranks = {at: int(a.shape[-2]) for at, (a, _) in factors.items()}
     r = max(ranks.values())
     varied = {} if set(ranks.values()) == {r} else {exactly(at): rank for at, rank in ranks.items()}
-    made: dict[str, object] = {} if first.start is None else {"store": None, "store_skip_modules": (), "start": None}
+    made: dict[str, Any] = {} if first.start is None else {"store": None, "store_skip_modules": (), "start": None}
     plan = dataclasses.replace(
         first,
         **PATTERNS,

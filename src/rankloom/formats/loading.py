@@ -28,6 +28,7 @@ from rankloom.formats.manifest import Source, open_folder
 from rankloom.formats.native import PEFT_TYPE, Native, check_patterns
 from rankloom.formats.peft import TRANSLATORS, unread
 from rankloom.formats.peft.reading import exact
+from rankloom.formats.peft.renaming import todays_names
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import View, arranged, view
 from rankloom.settings import from_data
@@ -68,6 +69,7 @@ def load(
     _check_name(name, source.limits)
     reader = reader_of(source)
     _check_bank(model, name)
+    source = todays_names(source, model)
     reading = _Reading.of(reader, source, model, name)
     if from_data(FullTensors, full_tensors, "full_tensors") == "take":
         source = with_full(source, reading.copies, model)

@@ -138,8 +138,7 @@ def parcel_of(view: View, folded: Bank | None = None, limits: Limits | None = No
 
 
 def _class_name(model: nn.Module) -> str:
-    cls = type(model)
-    return (cls.rankloom_original if isinstance(model, Grafted) else cls).__name__
+    return (type(model).rankloom_original if isinstance(model, Grafted) else type(model)).__name__
 
 
 def collect(entries: list[Entry]) -> dict[str, Tensor]:
