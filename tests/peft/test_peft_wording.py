@@ -188,3 +188,26 @@ def test_olora_starts_at_zero_and_trains():
     adapter = bank.sites("default")[0].adapter.inner
     rows = torch.linalg.qr(bank.sites("default")[0].base.matrix())
     assert torch.allclose(adapter.B @ adapter.A, rows.Q[:, :4] @ rows.R[:4], atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["tied", "llama"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": r".*(q_proj|embed_tokens)"},
+        {"trainable_token_indices": {"embed_tokens": [1, 2]}},
+    ],
+    ids=str,
+)
+def test_tied_weights_stay_tied_as_the_config_says(model, settings, tmp_path):
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "ensure_weight_tying": True, **settings})
+    logits = made(tmp_path / "a", config, model, save_embedding_layers=False)
+    again = cases.fresh(model)
+    rl.load(again, tmp_path / "a")
+    assert float((cases.run(model, again) - logits).abs().max()) < TOLERANCE
+    rl.save(again, tmp_path / "b")
+    there = PeftModel.from_pretrained(cases.fresh(model), tmp_path / "b").eval()
+    assert float((cases.run(model, there) - logits).abs().max()) < TOLERANCE

@@ -67,6 +67,7 @@ COMMON: Mapping[str, Field] = {
 }
 LORA_FAMILY: Mapping[str, Field] = {
     **COMMON,
+    "ensure_weight_tying": FLAG,
     "trainable_token_indices": Field(tuple[Index, ...] | Mapping[str, tuple[Index, ...]]),
     "layer_replication": Field(tuple[tuple[Index, Index], ...]),
     "lora_alpha": ALPHA,
@@ -95,7 +96,6 @@ that rewrites the base is named by init_lora_weights, not by its config."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": ([],),
     "arrow_config": (),
-    "ensure_weight_tying": (False,),
     "kasa_config": (),
     "megatron_config": ({},),
     "megatron_core": ("megatron.core",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -72,6 +72,32 @@ def saved_modules(names: Sequence[str] | None, source: Source, modules: Modules)
     meant = ends_with(names or (), modules)
     dotted = {n for n in modules if matches(tuple(names or ()), n)}
     return tuple(n for n in names or () if ends_with([n], modules)) if meant == dotted else tuple(sorted(meant))
+
+
+def with_ties(values: Values, modules: Modules) -> dict[str, Any]:
+    """The values with what `ensure_weight_tying` means on this model: whatever is tied to a module that is saved, or
+    else to one that is a target, is so too. PEFT trains such copies as one; here each trains on its own.
+    """
+    found = dict(values)
+    if not found.get("ensure_weight_tying"):
+        return found
+    saved = _tied_to(ends_with(found["modules_to_save"] or (), modules), modules)
+    if saved:
+        return {**found, "modules_to_save": [*found["modules_to_save"], *saved]}
+    target = found["target_modules"]
+    tied = _tied_to(selected(found, modules) if target else (), modules)
+    if tied:
+        found["target_modules"] = None if isinstance(target, str) else [*target, *tied]
+    return found
+
+
+def _tied_to(names: Iterable[str], modules: Modules) -> list[str]:
+    """The other modules whose weight is that of one of these."""
+    own = {
+        id(modules[name]._parameters["weight"]) for name in names if modules[name]._parameters.get("weight") is not None
+    }
+    here = set(names)
+    return [n for n, m in modules.items() if n not in here and id(m._parameters.get("weight")) in own]
 
 
 def _wrong_base(source: Source, key: str, owner: str, modules: Modules) -> FileError:

@@ -18,7 +18,7 @@ from rankloom.formats.manifest import Source
 from rankloom.formats.peft.beside import about, token_entries, whole_entries
 from rankloom.formats.peft.fields import Field, filled, read_fields
 from rankloom.formats.peft.paths import Paths
-from rankloom.formats.peft.reading import exact, places, saved_modules, tuples
+from rankloom.formats.peft.reading import exact, places, saved_modules, tuples, with_ties
 from rankloom.formats.peft.rewriting import model_problems, rewritten
 from rankloom.formats.peft.targets import blocks, saved_wording, target_fields
 from rankloom.formats.view import View
@@ -138,6 +138,7 @@ class Translator(ABC):
         `FileError` where config, tensors and model disagree on the places.
         """
         values = read_fields(source.config, self.fields, source.config_file, source.ignore)
+        values = with_ties(values, dict(base_modules(model)))
         ranges = tuples(values.get("layer_replication") or ())
         layers, parameters = self.places(source, model)
         modules = dict(base_modules(model))
@@ -163,7 +164,8 @@ class Translator(ABC):
         ranges = tuples(values.get("layer_replication") or ())
         undo = replicate(model, ranges) if ranges else None
         try:
-            return places(source, values, dict(base_modules(model)), self.own_suffixes)
+            modules = dict(base_modules(model))
+            return places(source, with_ties(values, modules), modules, self.own_suffixes)
         finally:
             if undo is not None:
                 undo()
