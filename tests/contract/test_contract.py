@@ -40,7 +40,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "bilora": {"r": 4, "hypergrad": "none", "gamma1": 1e-4},
     "dylora": {"r": 4},
     "loftq": {"r": 4},
+    "hira": {"r": 4},
     "llava_mole": {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.0},
+    "loha": {"r": 4},
+    "lokr": {"r": 1, "decompose_factor": 4, "rank_dropout": 0.2},
     "loramoe": {"r": 2, "n": 2},
     "lq_lora": {"r": 4},
     "lqer": {"r": 4},
@@ -89,6 +92,8 @@ COMBINATIONS: dict[str, Any] = {
     "plan+rules": Plan(rl.LoRA(r=4), rules=(rl.LoRAPlus(ratio=8),)),
 }
 CONVOLUTIONAL = {"unrolled_lora"}
+WITH_KERNELS = {"loha", "lokr"}
+"""They have a setting for kernels: their settings are changed on convolutions."""
 IN_BLOCKS = {"llava_mole"}
 """Their routers look at the module around a layer: they need a model with blocks, and no layer answers alone."""
 ALONE = ("adds", "delta", "reached", "weights")
@@ -150,8 +155,7 @@ FAMILIES = sorted(_families().values())
 def contract(method: str) -> dict[str, Check]:
     plan = EVERY[method]
     if method in CONVOLUTIONAL:
-        found = checks(plan, conv_net, call, IMAGES, target_modules=["conv1", "conv2", "conv3"])
-        return {check.name: check for check in found}
+        return on_convolutions(method)
     if isinstance(plan, Plan) and plan.target_modules != "all-linear":
         return {check.name: check for check in checks(plan, block_model, call, WORDS)}
     found = checks(plan, block_model, call, WORDS, target_modules=TARGETS)
@@ -159,6 +163,12 @@ def contract(method: str) -> dict[str, Check]:
         return {check.name: check for check in found}
     quick = checks(plan, pair, call, POINTS, target_modules=["q_proj", "down_proj"])
     return {c.name: c for c in found} | {c.name: c for c in quick if c.name in (*COMPILER, *TRAINING)}
+
+
+@cache
+def on_convolutions(method: str) -> dict[str, Check]:
+    found = checks(EVERY[method], conv_net, call, IMAGES, target_modules=["conv1", "conv2", "conv3"])
+    return {check.name: check for check in found}
 
 
 @cache
@@ -182,7 +192,8 @@ def test_contract(method: str, name: str) -> None:
 
 @pytest.mark.parametrize("method", VARIED.values())
 def test_settings_matter(method: str) -> None:
-    contract(method)["settings_matter"]()
+    found = on_convolutions(method) if method in WITH_KERNELS else contract(method)
+    found["settings_matter"]()
 
 
 @pytest.mark.parametrize(("method", "name"), _pairs([*FAMILIES, *COMPILED], COMPILER))

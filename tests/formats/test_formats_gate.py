@@ -41,7 +41,7 @@ CONFIGS = [
     ({"alpha_pattern": {"q": -2e6}}, r"q=-2000000.0: at most 1e\+06"),
     ({"zz_new_field": 1}, "the field 'zz_new_field' is unknown.*ignore="),
     ({"lora_alhpa": 32}, "did you mean|the field 'lora_alhpa' is unknown"),
-    ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path=.*expected text or null"),
+    ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path=.*expected text"),
     ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
     ({"target_modules": ["q"]}, r"has tensors for 'layers\.0\.v', which target_modules=\['q'\]"),
     (
@@ -49,19 +49,19 @@ CONFIGS = [
         r"has tensors for 'layers\.0\.q', which target_modules=.*, layers_to_transform=\[7\] of",
     ),
     ({"target_modules": ["q", "v", "score"]}, "no tensor for 'score', which target_modules"),
-    ({"target_modules": 5}, "target_modules=5: expected text or a list of texts or null"),
+    ({"target_modules": 5}, "target_modules=5: expected text or a list of texts"),
     ({"layers_to_transform": 0, "layers_pattern": "layers"}, r"has tensors for 'layers\.1\.q'"),
     ({"bias": "some"}, "bias='some': expected one of"),
-    ({"peft_type": "LOHA"}, "peft_type 'LOHA' cannot be read"),
+    ({"peft_type": "OFT"}, "peft_type 'OFT' is a method of PEFT that Rankloom does not read"),
     ({"peft_type": "LoRA"}, "did you mean 'LORA'"),
     ({"peft_type": 3}, "'peft_type' is 3"),
     ({"use_qalora": True}, "use_qalora=True changes what the adapter computes"),
-    ({"corda_config": {}}, "corda_config={} changes what the adapter computes"),
-    ({"loftq_config": {"loftq_bits": 4}}, "loftq_config="),
+    ({"kasa_config": {}}, "kasa_config={} changes what the adapter computes"),
+    ({"loftq_config": 4}, "loftq_config=4"),
     ({"megatron_core": "evil.module"}, "megatron_core='evil.module'"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"arrow_config": {"top_k": 3}}, "arrow_config"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights='olora' rewrites the base model"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights='corda' rewrites the base model"),
     ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
     ({"modules_to_save": ["scores"]}, None),
     ({"use_dora": True}, "lora_magnitude_vector.*missing"),
@@ -127,7 +127,11 @@ def test_header_of_the_weights(tmp_path):
         ({**good, KEY: {**good[KEY], "shape": [4, -8]}}, body, "has shape"),
         ({**good, KEY: {**good[KEY], "shape": [4, 9]}}, body, "takes 128 bytes"),
         (json.dumps(good).encode()[:-1] + b"," + json.dumps(good).encode()[1:], body, "is there twice"),
-        (b"{" + b" " * (9 << 20), b"", "its header says"),
+        (
+            b"{" + b" " * (9 << 20),
+            b"",
+            r"a header of 9437185 bytes; at most 8388608 are read \(limits=Limits\(header=9437185",
+        ),
     ]
     for data, rest, message in cases:
         write(folder, data, rest)
@@ -151,10 +155,16 @@ TENSORS = [
         {"base_model.model.layers.7.q.lora_A.weight": torch.zeros(4, 8)},
         r"'layers.7.q', which this model has not; did you",
     ),
-    ({"base_model.model.score.weight": torch.zeros(3, 8)}, "score.weight' differs from 'score.weight'.*overwrite"),
-    ({"score.weight": torch.zeros(3, 8)}, "score.weight' differs from"),
-    ({"layers.0.q.weight": torch.zeros(8, 8)}, "differs"),
-    ({"base_model.model.layers.0.q.base_layer.weight": torch.zeros(8, 8)}, "base_layer.weight' differs"),
+    (
+        {"base_model.model.score.weight": torch.zeros(3, 8)},
+        "score.weight' holds a base weight that is another.*full_tensors='take'",
+    ),
+    ({"score.weight": torch.zeros(3, 8)}, "score.weight' holds a base weight"),
+    ({"layers.0.q.weight": torch.zeros(8, 8)}, "holds a base weight"),
+    (
+        {"base_model.model.layers.0.q.base_layer.weight": torch.zeros(8, 8)},
+        "base_layer.weight' holds .*copy the tensor into it",
+    ),
 ]
 
 
@@ -284,3 +294,18 @@ def test_limits_can_be_set(tmp_path):
     folder = saved(tmp_path / "a")
     refused(folder, "a rank is from 1 to 2", limits=Limits(rank=2))
     refused(folder, "8 tensors; at most 3", limits=Limits(tensors=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.safetensors.index.json", "split over several files"),
+        ("adapters.safetensors", "is what mlx-lm writes"),
+        ("adapter_model.bin", "is a pickle"),
+        ("pytorch_lora_weights.safetensors", "there is 'pytorch_lora_weights.safetensors': rename it"),
+    ],
+)
+def test_what_is_there_instead_of_the_weights_is_named(name, message, tmp_path):
+    folder = bare(tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / name)
+    refused(folder, message)

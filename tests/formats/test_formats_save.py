@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from formats_tiny import X, adapted, config, net, saved, shake
 from torch import nn
 
 import rankloom as rl
-from rankloom.errors import RankloomError, SettingsError, StateError
+from rankloom.errors import FileError, RankloomError, SettingsError, StateError
 from rankloom.formats import inspect
+from rankloom.formats.limits import Limits
 
 
 def front(folder):
@@ -67,14 +69,21 @@ def test_dropout_beside_target_parameters_is_a_note(tmp_path):
 
 
 COMPAT = [
-    (rl.LoRA(r=4), {}, "PEFT: yes · vLLM: yes"),
-    (rl.LoRA(r=32), {}, "PEFT: yes · vLLM: yes (start it with --max-lora-rank 32)"),
-    (rl.LoRA(r=600), {}, "PEFT: yes · vLLM: no (rank above 512)"),
-    (rl.DoRA(rl.LoRA(r=4)), {}, "PEFT: yes · vLLM: no (DoRA)"),
-    (rl.LoRA(r=4), {"modules_to_save": ["score"]}, "PEFT: yes · vLLM: no (modules_to_save)"),
-    (rl.LoRA(r=4), {"bias": "all"}, "PEFT: yes · vLLM: no (trained biases)"),
-    (rl.LoRA(r=4), {"rank_pattern": {"q": 2}}, "PEFT: yes · vLLM: no (rank_pattern or alpha_pattern)"),
-    (rl.LoRA(r=4, lora_bias=True), {}, "PEFT: yes · vLLM: no (lora_bias)"),
+    (rl.LoRA(r=4), {}, "PEFT: yes · vLLM: no (it serves no Net with adapters)"),
+    (rl.LoRA(r=600), {}, "PEFT: yes · vLLM: no (rank above 512; it serves no Net with adapters)"),
+    (rl.DoRA(rl.LoRA(r=4)), {}, "PEFT: yes · vLLM: no (DoRA; it serves no Net with adapters)"),
+    (
+        rl.LoRA(r=4),
+        {"modules_to_save": ["score"]},
+        "PEFT: yes · vLLM: no (modules_to_save; it serves no Net with adapters)",
+    ),
+    (rl.LoRA(r=4), {"bias": "all"}, "PEFT: yes · vLLM: no (trained biases; it serves no Net with adapters)"),
+    (
+        rl.LoRA(r=4),
+        {"rank_pattern": {"q": 2}},
+        "PEFT: yes · vLLM: no (rank_pattern or alpha_pattern; it serves no Net with adapters)",
+    ),
+    (rl.LoRA(r=4, lora_bias=True), {}, "PEFT: yes · vLLM: no (lora_bias; it serves no Net with adapters)"),
     (rl.VeRA(r=4), {}, "PEFT: yes · vLLM: no (it loads LORA only, this is VERA)"),
     (rl.AdaLoRA(), {}, "PEFT: yes · vLLM: no (it loads LORA only, this is ADALORA)"),
     (rl.hydralora(), {}, "PEFT: no (PEFT's LORA has no MixtureAdapter"),
@@ -232,3 +241,23 @@ def test_unknown_adapters_and_bare_models(tmp_path):
         rl.save(adapted(), tmp_path / "a", name="x")
     with pytest.raises(StateError, match="has no adapters"):
         rl.save(net(), tmp_path / "a")
+
+
+def test_what_is_too_large_for_load_is_not_written_and_the_remedy_works(tmp_path):
+    """Limits are looked at where they are, by save as by load; the message says which to give to both."""
+    model = adapted()
+    expected = model(X)
+    small = {"header": 100, "tensors": 3, "file": 800}
+    for name, most in small.items():
+        tight = Limits(**{name: most})
+        with pytest.raises(
+            StateError, match=rf"nothing is written: .*limits=Limits\({name}=\d+\)\).*to load too"
+        ) as said:
+            rl.save(model, tmp_path / name, limits=tight)
+        assert not (tmp_path / name).exists()
+        enough = Limits(**{name: int(re.search(rf"{name}=(\d+)", str(said.value))[1])})
+        rl.save(model, tmp_path / name, limits=enough)
+        with pytest.raises(FileError, match=rf"limits=Limits\({name}=\d+\)"):
+            rl.load(net(), tmp_path / name, limits=tight)
+        again = rl.load(net(), tmp_path / name, limits=enough).model
+        assert torch.equal(again(X), expected)

@@ -36,8 +36,8 @@ def test_every_tensor_is_in_one_group():
     assert sorted(found) == sorted(id(p) for _, p, _ in bank.trainable())
     rate = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     for key, p, role in bank.trainable():
-        if "/table:" in key:
-            want = (1e-6, 0.0 if p.ndim < 2 else 0.1)
+        if "/table:" in key and p.ndim > 1:
+            want = (1e-6, 0.1)
         elif p.ndim < 2:
             want = (1.6e-2, 0.0)
         else:
@@ -148,3 +148,25 @@ def test_ratio_is_positive(ratio):
     """Refused by name."""
     with pytest.raises(SettingsError, match="ratio"):
         rl.LoRAPlus(ratio=ratio)
+
+
+def test_magnitudes_of_embeddings_train_as_any_other():
+    """The learning rate of embeddings is for factors: a DoRA magnitude on an embedding takes lr·ratio, as in PEFT."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    def make():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"emb": nn.Embedding(7, 4), "lin": nn.Linear(4, 3)})
+
+    model = make()
+    bank = rl.attach(model, rl.DoRA(rl.LoRA(r=2)), target_modules=["emb", "lin"])
+    ours = {id(p): g for g in _groups(model, rl.LoRAPlus(ratio=8)) for p in g["params"]}
+    wrapped = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["emb", "lin"], use_dora=True))
+    optimizer = create_loraplus_optimizer(
+        wrapped, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8, loraplus_lr_embedding=1e-6, loraplus_weight_decay=0.1
+    )
+    theirs = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    named = {n: theirs[id(p)] for n, p in wrapped.named_parameters() if p.requires_grad}
+    for site, name in ((s, s.name) for s in bank.sites("default")):
+        (rate,) = {lr for n, lr in named.items() if f".{name}." in n and "magnitude" in n}
+        assert ours[id(site.adapter.magnitude)]["lr"] == pytest.approx(rate)

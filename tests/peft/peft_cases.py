@@ -17,7 +17,17 @@ from safetensors import safe_open
 from torch import nn
 
 import rankloom as rl
-from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    HiraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 
 
 class Norms(nn.Module):
@@ -225,7 +235,7 @@ CASES = [
     case("lora-experts-only", "experts", ours(), {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}, lora(target_parameters=["experts.up", "experts.down"])),
     case("lora-experts-transposed", "transposed", ours(), {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}, lora(target_parameters=["experts.up", "experts.down"])),
     case("lora-parameter-2d", "llama", ours(), {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]}, lora("q_proj", target_parameters=["v_proj.weight"])),
-    case("lora-attention", "attention", ours(), {"target_modules": ["attn", "lin"]}, lora("attn", "lin"), ways=FROM),
+    case("lora-attention", "attention", ours(), {"target_modules": ["attn", "lin"]}, lora("attn", "lin")),
     case("lora-experts-nested", "experts", ours(), {"target_modules": ["router", "inp"], "target_parameters": ["experts.up"]}, lora("router", "inp", target_parameters=["experts.up"])),
     case("lora-all-linear", "llama", ours(), {}, lambda: LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")),
     case("lora-grouped-conv", "conv", lambda: rl.LoRA(r=2, lora_alpha=6.0), {"target_modules": ["grouped", "two"]}, lora("grouped", "two", r=2, rank_pattern={"grouped": 6}, alpha_pattern={"grouped": 18}), ways=TO),
@@ -250,6 +260,20 @@ CASES = [
     case("vera", "llama", lambda: rl.VeRA(r=8, projection_prng_key=5), {"target_modules": ["q_proj", "down_proj"]}, lambda: VeraConfig(r=8, projection_prng_key=5, target_modules=["q_proj", "down_proj"]), size=0.6),
     case("vera-no-projection", "llama", lambda: rl.VeRA(r=8, projection_prng_key=5, save_projection=False), QV, lambda: VeraConfig(r=8, projection_prng_key=5, save_projection=False, target_modules=Q_V), size=0.6),
     case("vera-conv1d-bias", "gpt2", lambda: rl.VeRA(r=8), {"target_modules": ["c_attn"], "bias": "lora_only"}, lambda: VeraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, bias="vera_only"), size=0.6),
+    case("loha", "llama", lambda: rl.LoHa(r=3, lora_alpha=6.0, rank_dropout=0.1), {**QV, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}, lambda: LoHaConfig(r=3, alpha=6, rank_dropout=0.1, target_modules=Q_V, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}), size=0.4),
+    case("loha-convs", "conv", lambda: rl.LoHa(r=3), {"target_modules": ["one", "two", "point", "grouped", "head"]}, lambda: LoHaConfig(r=3, target_modules=["one", "two", "point", "grouped", "head"])),
+    case("loha-conv-cores", "conv", lambda: rl.LoHa(r=3, use_effective_conv2d=True), {"target_modules": ["one", "two", "point", "grouped"]}, lambda: LoHaConfig(r=3, use_effective_conv2d=True, target_modules=["one", "two", "point", "grouped"]), size=0.45),
+    case("lokr", "llama", lambda: rl.LoKr(r=1, lora_alpha=3.0, decompose_both=True), {"exclude_modules": ["down_proj"]}, lambda: LoKrConfig(r=1, alpha=3, decompose_both=True, target_modules="all-linear", exclude_modules=["down_proj"]), size=0.4),
+    case("lokr-whole", "llama", lambda: rl.LoKr(decompose_factor=3, init_weights="lycoris", module_dropout=0.2), {**QV, "layers_to_transform": [1]}, lambda: LoKrConfig(decompose_factor=3, init_weights="lycoris", module_dropout=0.2, target_modules=Q_V, layers_to_transform=[1])),
+    case("lokr-convs", "conv", lambda: rl.LoKr(r=1), {"target_modules": ["one", "two", "point", "grouped"], "rank_pattern": {"two": 8}}, lambda: LoKrConfig(r=1, target_modules=["one", "two", "point", "grouped"], rank_pattern={"two": 8}), size=0.4),
+    case("lokr-conv-cores", "conv", lambda: rl.LoKr(r=1, use_effective_conv2d=True, decompose_factor=2, rank_dropout=0.1, rank_dropout_scale=True), {"target_modules": ["two", "point", "grouped"]}, lambda: LoKrConfig(r=1, use_effective_conv2d=True, decompose_factor=2, rank_dropout=0.1, rank_dropout_scale=True, target_modules=["two", "point", "grouped"]), size=0.8),
+    case("hira", "llama", lambda: rl.HiRA(r=3, hira_dropout=0.1), {"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, lambda: HiraConfig(r=3, hira_dropout=0.1, target_modules=["q_proj", "v_proj", "embed_tokens"]), size=0.6, base_keys=True),
+    case("hira-conv1d", "gpt2", lambda: rl.HiRA(r=3, init_weights="gaussian"), {"target_modules": ["c_attn"]}, lambda: HiraConfig(r=3, init_weights="gaussian", target_modules=["c_attn"], fan_in_fan_out=True), size=0.6),
+    case("hira-convs", "conv", lambda: rl.HiRA(r=3), {"target_modules": CONVS}, lambda: HiraConfig(r=3, target_modules=CONVS), size=0.6),
+    case("ia3", "llama", lambda: rl.IA3(("down_proj",)), {"target_modules": ["k_proj", "v_proj", "down_proj"]}, lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    case("ia3-all-linear", "llama", lambda: rl.IA3(("up_proj",)), {}, lambda: IA3Config(target_modules="all-linear", feedforward_modules=["up_proj"]), ways=TO),
+    case("ia3-conv1d", "gpt2", lambda: rl.IA3(("mlp.c_proj",)), {"target_modules": ["c_attn", "mlp.c_proj"]}, lambda: IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True)),
+    case("ia3-convs", "conv", lambda: rl.IA3(("two", "grouped", "three")), {"target_modules": ["two", "point", "grouped", "three"]}, lambda: IA3Config(target_modules=["two", "point", "grouped", "three"], feedforward_modules=["two", "grouped", "three"]), size=0.4),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft_cases as cases
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import rankloom as rl
 from rankloom.core.plan import plan_data
@@ -146,7 +147,7 @@ def test_embedding_copy_of_peft_must_equal_the_base(tmp_path):
     other = cases.fresh(one.model)
     other.model.embed_tokens.weight.data[4, 2] += 0.5
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(rl.RankloomError, match=r"embed_tokens\.base_layer\.weight.*differs.*would overwrite"):
+    with pytest.raises(rl.RankloomError, match=r"embed_tokens\.base_layer\.weight.*rows 4 to 4 of 29.*before loading"):
         rl.load(other, tmp_path / "a")
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
@@ -186,15 +187,40 @@ def test_ours_means_whole_names_by_modules_to_save(tmp_path):
     assert Path(tmp_path / "a" / "manifest.json").exists()
 
 
-def test_multihead_attention_is_saved_in_our_own_format(tmp_path):
+def test_peft_adds_the_change_of_an_attentions_output_twice_so_half_of_it_is_written(tmp_path):
     one = next(c for c in cases.CASES if c.id == "lora-attention")
     model = cases.ours_adapted(one)
+    rl.save(model, tmp_path / "a")
+    written = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    (half,) = [v for k, v in written.items() if "out_proj" in k and k.endswith("lora_B.weight")]
+    ours = {site.name: site.adapter for site in model.rankloom.sites("default")}
+    assert torch.equal(2 * half, ours["attn.out_proj.weight"].B.detach())
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"target_modules": ["attn"], "rank_pattern": {"in_proj_weight": 2}},
+        {"target_modules": ["out_proj"]},
+        {"target_modules": ["lin"], "target_parameters": ["in_proj_weight"]},
+    ],
+    ids=str,
+)
+def test_half_an_attention_is_ours(plan, tmp_path):
+    model = cases.fresh("attention")
+    rl.attach(model, rl.LoRA(r=4), **plan)
     report = rl.save(model, tmp_path / "a")
     assert report.format == "rankloom"
-    assert "out_proj twice" in str(report.compat)
-    again = cases.fresh(one.model)
-    rl.load(again, tmp_path / "a")
-    assert torch.equal(cases.run(one.model, again), cases.run(one.model, model))
+    assert "with one rank (attn)" in str(report.compat)
+
+
+def test_patterns_of_attentions_name_the_attention(tmp_path):
+    plan = {"target_modules": ["attn", "lin"], "rank_pattern": {"attn.*": 2}, "alpha_pattern": {"attn.*weight": 5}}
+    one = cases.case("x", "attention", cases.ours(), plan, cases.lora("attn", "lin"))
+    model = cases.ours_adapted(one)
+    assert rl.save(model, tmp_path / "a").compat.peft.ok
+    there = cases.load_in_peft(one, tmp_path / "a")[0]
+    assert float((cases.run("attention", there) - cases.run("attention", model)).abs().max()) < TOLERANCE
 
 
 def test_two_adapters_of_one_model_are_saved_apart(tmp_path):

@@ -289,3 +289,24 @@ def test_another_dense_base_is_refused_for_an_adapter_that_packs_it(tmp_path):
     packed = net()
     rl.attach(packed, presets.qlora(r=2), name="first")
     rl.load(packed, tmp_path / "a", name="second")
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_split_leaves_as_lora_on_the_base_that_it_made(name, tmp_path):
+    from peft import PeftModel
+
+    model = net()
+    bank = rl.attach(model, SPLITS[name], calibration=batches())
+    for site in bank.sites("default"):
+        site.adapter.B.data.add_(0.1)
+    x = torch.randn(5, 64)
+    report = rl.export(model, tmp_path / "a")
+    assert report.error < 1e-6
+    assert report.saved.compat.peft.ok
+    assert "belongs on the base that" in report.saved.notes[-1]
+    assert model.rankloom.names == ("default",)
+    base = net()
+    for path in ("up", "down"):
+        base.get_submodule(path).weight.data.copy_(dense(model.get_submodule(path).weight))
+    there = PeftModel.from_pretrained(base, tmp_path / "a").eval()
+    assert torch.allclose(there(x), model(x), atol=1e-5)

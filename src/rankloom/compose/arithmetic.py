@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -145,15 +145,17 @@ def place(
     bank: Bank, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], like: str, *, lora_bias: bool = False
 ) -> None:
     """Attach a LoRA of scale 1 with these factors at these sites; all else, and the wording where the sites are the
-    same, is that of the plan of `like`.
+    same, is that of the plan of `like`. A base that a start has made stays as it is.
     """
     first = bank.plans[like]
     ranks = {at: int(a.shape[-2]) for at, (a, _) in factors.items()}
     r = max(ranks.values())
     varied = {} if set(ranks.values()) == {r} else {exactly(at): rank for at, rank in ranks.items()}
+    made: dict[str, Any] = {} if first.start is None else {"store": None, "store_skip_modules": (), "start": None}
     plan = dataclasses.replace(
         first,
         **PATTERNS,
+        **made,
         method=LoRA(r=r, lora_alpha=float(r), lora_bias=lora_bias),
         sites=tuple(factors),
         rank_pattern=varied,

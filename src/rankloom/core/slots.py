@@ -30,8 +30,7 @@ from rankloom.store.bridges import bridge_of
 
 class Anchor:
     """What a grafted layer knows of its bank: the selector, its own name, its kind (None: only parameter slots); and
-    what it has learnt while running, as whether its weight was `read` without calling it. `traced`: compiled code is in
-    its own forward.
+    what it has learnt while running. `traced`: compiled code is in its own forward.
     """
 
     def __init__(self, selector: Selector, name: str) -> None:
@@ -41,7 +40,10 @@ class Anchor:
         self.stacks = Stacks()
         self.memo = Memo()
         self.traced = False
-        self.read = False
+        self.inside: set[str] = set()
+        """Parameters that have been read in a call of the layer."""
+        self.outside: set[str] = set()
+        """Parameters that have been read with no call of the layer running, or `LAYER`: the weight of a layer slot."""
 
 
 def anchor_of(layer: nn.Module) -> Anchor:
@@ -163,7 +165,7 @@ def _read(layer: nn.Module, anchor: Anchor, key: str, value: Tensor) -> Tensor:
 
 
 def _sum(anchor: Anchor, value: Tensor, changes: Sequence[tuple[Active, Tensor]]) -> Tensor:
-    anchor.read = True
+    anchor.outside.add(LAYER)
     if anchor.selector.reached is not None:
         anchor.selector.reached.add(anchor.name)
     for active, change in changes:
@@ -182,6 +184,14 @@ def _matrix(anchor: Anchor, adapter: Adapter, base: Base) -> Tensor:
         ) from error
 
 
+def unseen_by_calls(layer: nn.Module, slot: str) -> bool:
+    """Whether a parameter has only ever been read past the calls of its layer, or a layer's weight ever was; False
+    where nothing is known yet.
+    """
+    anchor: Anchor | None = layer.__dict__.get("_rankloom")
+    return anchor is not None and slot in anchor.outside and slot not in anchor.inside
+
+
 def _effective(owner: nn.Module, key: str) -> Tensor | None:
     value: Tensor | None = owner._parameters.get(key)
     value = owner._buffers.get(key) if value is None else value
@@ -196,6 +206,8 @@ def _effective(owner: nn.Module, key: str) -> Tensor | None:
     if not any(active.name in table for active in selection.active):
         return value
     scope = None if torch.compiler.is_compiling() else _values.scopes.get(id(owner))
+    if not torch.compiler.is_compiling():
+        (anchor.outside if scope is None else anchor.inside).add(key)
     hooked = "_hf_hook" in owner.__dict__
     if value.is_meta or (hooked and scope is None):
         return value  # there is nothing to compute with; or accelerate moves the parameter itself

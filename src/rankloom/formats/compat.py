@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rankloom.formats.vllm import KINDS, SERVED
+
 VLLM_RANK = 512
 VLLM_DEFAULT_RANK = 16
-VLLM_KINDS = frozenset({"linear", "conv1d_transposed"})
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ _VLLM: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
 }
 
 
-def compat(config: Mapping[str, Any], kinds: set[str], problems: list[str]) -> Compat:
-    """The verdicts for a written config, the kinds of its sites, and the reasons why PEFT could not hold it."""
+def compat(config: Mapping[str, Any], kinds: set[str], problems: list[str], model: str) -> Compat:
+    """The verdicts for a written config, the kinds of its sites, the reasons why PEFT could not hold it, and the name
+    of the model's class.
+    """
     peft = Verdict(not problems, tuple(problems))
     if problems or config["peft_type"] != "LORA":
         return Compat(peft, Verdict(False, (f"it loads LORA only, this is {config['peft_type']}",)))
     against = [name for name, holds in _VLLM.items() if holds(config)]
-    against += [f"{kind} targets" for kind in sorted(kinds - VLLM_KINDS)]
+    against += [f"{kind} targets" for kind in sorted(kinds - KINDS)]
+    against += [] if model in SERVED else [f"it serves no {model} with adapters"]
     if against:
         return Compat(peft, Verdict(False, tuple(against)))
     rank = config.get("r", 8)

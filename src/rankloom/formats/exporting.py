@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rankloom.core import thin as forms
 from rankloom.core.attach import bank_of, detach
 from rankloom.core.bank import Bank
 from rankloom.core.journal import Edit, Journal
+from rankloom.core.plan import Plan
 from rankloom.core.slots import present
 from rankloom.core.whole import tokens_key
 from rankloom.errors import NotMergeable, SettingsError, suggest
@@ -69,10 +71,16 @@ def export(
         _shift(bank, total.shifts)
         _copy_rest(bank, name)
         saved = parcel_of(view(bank, BORROWED)).write(folder, card or {})
+        saved = dataclasses.replace(saved, notes=(*saved.notes, *_base_notes(source.plan)))
     finally:
         if BORROWED in bank.names:
             detach(model, BORROWED)
     return ExportReport({n: e.lost / e.size if e.size else 0.0 for n, e in made.items()}, overall(made.values()), saved)
+
+
+def _base_notes(plan: Plan) -> Iterator[str]:
+    if plan.start is not None:
+        yield f"it belongs on the base that {plan.start} made, kept as {plan.store}: PEFT needs that very base, dense"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,11 @@ class Header(NamedTuple):
 def header_size(prefix: bytes, size: int, where: str, limits: Limits) -> int:
     """Bytes of the header of a file of `size` bytes that starts with `prefix`."""
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < LENGTH or length > limits.header or LENGTH + length > size:
+    if limits.header < length <= size - LENGTH:
+        raise FileError(
+            f"{where}: a header of {length} bytes; at most {limits.header} are read (limits=Limits(header={length}))"
+        )
+    if len(prefix) < LENGTH or LENGTH + length > size:
         raise FileError(f"{where}: no safetensors file: its header says {length} bytes, the file has {size}")
     return length
 
@@ -55,7 +59,9 @@ def read_header(raw: bytes, body: int, where: str, limits: Limits) -> dict[str, 
     data = parse(raw, where, limits.depth)
     _check_metadata(data.pop("__metadata__", {}), where, limits)
     if len(data) > limits.tensors:
-        raise FileError(f"{where}: {len(data)} tensors; at most {limits.tensors}")
+        raise FileError(
+            f"{where}: {len(data)} tensors; at most {limits.tensors} are read (limits=Limits(tensors={len(data)}))"
+        )
     found, spans = {}, []
     for key, said in data.items():
         found[key], span = _entry(where, key, said)

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from rankloom.core.attach import attach, build, check_name, detach, existing_bank
@@ -18,20 +17,21 @@ from rankloom.core.journal import Journal
 from rankloom.core.plan import Plan, plan_from_data
 from rankloom.core.prepare import kept_layers
 from rankloom.core.replicate import replicate
-from rankloom.core.targets import base_modules
 from rankloom.errors import FileError, SettingsError, StateError, TargetError, suggest
 from rankloom.formats.base import skeleton
 from rankloom.formats.basecheck import UnknownBase, check_base
+from rankloom.formats.copies import Copies, FullTensors, check_copies, copied, with_full
 from rankloom.formats.folds import Folds
 from rankloom.formats.header import Header
 from rankloom.formats.limits import Limits
 from rankloom.formats.manifest import Source, open_folder
 from rankloom.formats.native import PEFT_TYPE, Native, check_patterns
-from rankloom.formats.peft import TRANSLATORS
-from rankloom.formats.peft.paths import strip
+from rankloom.formats.peft import TRANSLATORS, unread
 from rankloom.formats.peft.reading import exact
+from rankloom.formats.peft.renaming import todays_names
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import View, arranged, view
+from rankloom.settings import from_data
 from rankloom.store.base import Packed, Store
 from rankloom.store.model import frozen
 
@@ -48,6 +48,7 @@ def load(
     ignore: Collection[str] = (),
     base_check: bool = True,
     unknown_base: UnknownBase = "warn",
+    full_tensors: FullTensors = "compare",
     pack: bool = True,
 ) -> Bank:
     """Attach the adapter in `folder` to `model` under `name`; a PEFT or a native folder is recognised by itself.
@@ -60,6 +61,8 @@ def load(
         limits: how large config, weights and numbers may be (`rankloom limits`).
         ignore: config fields that are unknown here and that you know to change nothing.
         base_check: False loads the adapter on another base than it was saved with; that is logged.
+        full_tensors: what becomes of base weights that a PEFT file has beside its adapter (embeddings of a larger
+            vocabulary): "compare" refuses one that differs from the model's, "take" trains its module whole.
         pack: False leaves the base as it is, whatever store the adapter was trained on.
         unknown_base: a folder without a fingerprint of its base is a warning, or "refuse" for a server.
     """
@@ -67,22 +70,20 @@ def load(
     _check_name(name, source.limits)
     reader = reader_of(source)
     _check_bank(model, name)
-    copy = skeleton(model)
-    plan, kept = _plans(reader, source, copy)
-    there = _arranged(reader, source, copy, plan, name)
-    expected = {entry.key: entry.get() for entry in reader.entries_in(there, source)}
-    folds = Folds.of(source)
-    if folds is not None:
-        expected |= folds.expected(source, copy)
-    copies = _check(source, expected, model)
-    afresh = check_base(source, model, there, unknown_base, base_check, None if folds is None else folds.after)
+    source = todays_names(source, model)
+    reading = _Reading.of(reader, source, model, name)
+    if from_data(FullTensors, full_tensors, "full_tensors") == "take":
+        source = with_full(source, reading.copies, model)
+        reading = _Reading.of(reader, source, model, name)
+    folds = reading.folds
+    after = None if folds is None else folds.after
+    afresh = check_base(source, model, reading.there, unknown_base, base_check, after)
     tensors = source.tensors()
     journal = folds.journal(tensors) if folds is not None and afresh else None
     _check_folds(source, model, journal)
-    for key, of in copies.items():
-        _is_copy(source, key, tensors[key], of, tensors)
+    check_copies(source, reading.copies, tensors)
     with _fitting(source):
-        bank = attach(model, _on_this_base(plan, model, source, pack), name)
+        bank = attach(model, _on_this_base(reading.plan, model, source, pack), name)
     try:
         if journal is not None and not bank.journal.folds:
             _refold(bank, journal)
@@ -96,8 +97,32 @@ def load(
     except BaseException:
         detach(model, name)
         raise
-    bank.plans[name] = kept
+    bank.plans[name] = reading.kept
     return bank
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """A folder on a copy of the model without weights: the plan to attach with and the one to keep, the adapter
+    `there`, and what the tensors of the file copy that it does not ask for.
+    """
+
+    plan: Plan
+    kept: Plan
+    there: View
+    folds: Folds | None
+    copies: Copies
+
+    @classmethod
+    def of(cls, reader: Reader, source: Source, model: nn.Module, name: str) -> _Reading:
+        copy = skeleton(model)
+        plan, kept = _plans(reader, source, copy)
+        there = _arranged(reader, source, copy, plan, name)
+        expected = {entry.key: entry.get() for entry in reader.entries_in(there, source)}
+        folds = Folds.of(source)
+        if folds is not None:
+            expected |= folds.expected(source, copy)
+        return cls(plan, kept, there, folds, _check(source, expected, model))
 
 
 def _check_folds(source: Source, model: nn.Module, journal: Journal | None) -> None:
@@ -129,10 +154,7 @@ def reader_of(source: Source) -> Reader:
     if said == PEFT_TYPE:
         return Native()
     if said not in TRANSLATORS:
-        raise FileError(
-            f"{source.config_file}: peft_type {said!r} cannot be read{suggest(said, [*TRANSLATORS, PEFT_TYPE])}; "
-            "convert it to LORA with PEFT (save_as_lora) or merge it there"
-        )
+        raise FileError(f"{source.config_file}: peft_type {said!r} {unread(said, [*TRANSLATORS, PEFT_TYPE])}")
     return TRANSLATORS[said]
 
 
@@ -200,7 +222,7 @@ def _fitting(source: Source) -> Iterator[None]:
         raise FileError(f"{source.config_file} does not fit this model: {error}") from error
 
 
-def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> dict[str, str | Tensor]:
+def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> Copies:
     """Refuse missing, misshapen and unknown tensors; what the other tensors of the file copy."""
     header = source.header
     missing = [key for key in expected if key not in header]
@@ -210,28 +232,11 @@ def _check(source: Source, expected: Mapping[str, Tensor], model: nn.Module) -> 
             f"{source.weights_file}: tensor {missing[0]!r} of shape {tuple(expected[missing[0]].shape)} is missing"
             f"{more}{suggest(missing[0], header.keys() - expected.keys(), n=1)}"
         )
-    for key, tensor in expected.items():
+    copies = {key: copied(source, key, expected, model) for key in header if key not in expected}
+    bases = {key: of for key, of in copies.items() if isinstance(of, Tensor)}
+    for key, tensor in {**expected, **bases}.items():
         _fits(source, key, header[key], tensor)
-    return {key: _copied(source, key, expected, model) for key in header if key not in expected}
-
-
-def _copied(source: Source, key: str, expected: Mapping[str, Tensor], model: nn.Module) -> str | Tensor:
-    """What a tensor that nothing asks for is a copy of: another key of the file, or a tensor of the base."""
-    twin = key.replace(".modules_to_save.", ".")
-    if twin != key and twin in expected:
-        return twin
-    modules = dict(base_modules(model))
-    owner, _, leaf = strip(key, modules).replace(".original_module.", ".").rpartition(".")
-    module = modules.get(owner)
-    both = {} if module is None else {**module._parameters, **module._buffers}
-    base = both.get(leaf)
-    if base is None:
-        raise FileError(
-            f"{source.weights_file}: tensor {key!r} of shape {source.header[key].shape} belongs to nothing that the "
-            f"config adapts{suggest(key, expected, n=1)}"
-        )
-    _fits(source, key, source.header[key], base)
-    return base
+    return copies
 
 
 def _fits(source: Source, key: str, said: Header, tensor: Tensor) -> None:
@@ -244,15 +249,3 @@ def _fits(source: Source, key: str, said: Header, tensor: Tensor) -> None:
         )
     if said.dtype != tensor.dtype and not (said.dtype.is_floating_point and tensor.is_floating_point()):
         raise FileError(f"{source.weights_file}: tensor {key!r} has dtype {said.dtype}; expected {tensor.dtype}")
-
-
-def _is_copy(source: Source, key: str, tensor: Tensor, of: str | Tensor, tensors: Mapping[str, Tensor]) -> None:
-    """A copy (PEFT writes some) must equal what it copies: it is never written."""
-    here = tensors[of] if isinstance(of, str) else of.detach().cpu()
-    if torch.equal(tensor.to(here.dtype), here) or torch.equal(here.to(tensor.dtype), tensor):
-        return
-    name = of if isinstance(of, str) else strip(key, ())
-    raise FileError(
-        f"{source.weights_file}: tensor {key!r} differs from {name!r}, which it should copy, and would overwrite it: "
-        "the adapter was trained on another base, or trained this tensor too (use modules_to_save)"
-    )

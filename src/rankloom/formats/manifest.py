@@ -110,9 +110,10 @@ def read_config(folder: str | Path, limits: Limits | None = None) -> dict[str, A
         return parse(found.read(CONFIG, limits.config), str(found.path / CONFIG), limits.depth)
 
 
-def check_readable(files: Mapping[str, bytes], plan: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def check_readable(
+    files: Mapping[str, bytes], plan: dict[str, Any], tensors: Mapping[str, Tensor], limits: Limits
+) -> None:
     """Refuse files with these tensors that `open_folder` would refuse. Raises `StateError`."""
-    limits = Limits()
     try:
         if len(files[CONFIG]) > limits.config:
             raise FileError(f"{CONFIG}: {len(files[CONFIG])} bytes; at most {limits.config} are read")
@@ -120,12 +121,17 @@ def check_readable(files: Mapping[str, bytes], plan: dict[str, Any], tensors: Ma
         check_numbers(plan, MANIFEST, limits)
         raw = files[WEIGHTS]
         if len(raw) > limits.file:
-            raise FileError(f"{WEIGHTS}: {len(raw)} bytes; at most {limits.file} are read (limits=Limits(file=…))")
+            raise FileError(
+                f"{WEIGHTS}: {len(raw)} bytes; at most {limits.file} are read (limits=Limits(file={len(raw)}))"
+            )
         start = LENGTH + header_size(raw[:LENGTH], len(raw), WEIGHTS, limits)
         read_header(raw[LENGTH:start], len(raw) - start, WEIGHTS, limits)
         check_values(tensors, WEIGHTS, limits)
     except FileError as error:
-        raise StateError(f"what was to be saved could not be loaded again, and nothing is written: {error}") from error
+        raise StateError(
+            f"what was to be saved could not be loaded again, and nothing is written: {error}. Limits given to save "
+            "have to be given to load too"
+        ) from error
 
 
 def _read(folder: Folder, limits: Limits, ignore: Collection[str]) -> Source:
@@ -148,7 +154,7 @@ def _weights(file: File, limits: Limits) -> tuple[dict[str, Header], bytearray, 
     """(the header, the whole file, where its data starts); nothing is allocated before the header is checked."""
     where = str(file.path)
     if file.size > limits.file:
-        raise FileError(f"{where}: {file.size} bytes; at most {limits.file} are read")
+        raise FileError(f"{where}: {file.size} bytes; at most {limits.file} are read (limits=Limits(file={file.size}))")
     prefix = file.take(min(LENGTH, file.size))
     length = header_size(prefix, file.size, where, limits)
     said = file.take(length)
@@ -200,6 +206,17 @@ def _is_adapter_folder(root: Path) -> None:
         hint = f"; there is an adapter in {str(root / inside[0])!r}" if inside else ""
         raise FileError(f"{root} has no {CONFIG}, so it is no adapter folder{hint}")
     if not os.path.lexists(root / WEIGHTS):
-        pickled = next((p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth")), None)
-        hint = f": {pickled} is a pickle, which is never opened here; convert it to safetensors" if pickled else ""
-        raise FileError(f"{root} has no {WEIGHTS}{hint}")
+        raise FileError(f"{root} has no {WEIGHTS}{_instead({p.name for p in root.iterdir()})}")
+
+
+def _instead(names: set[str]) -> str:
+    """What a folder has in the place of the weights file, and what makes it one."""
+    if f"{WEIGHTS}.index.json" in names:
+        return f": its tensors are split over several files; write them into one {WEIGHTS}"
+    if "adapters.safetensors" in names:
+        return ": adapters.safetensors is what mlx-lm writes, with names and factors of its own; convert it for PEFT"
+    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+    if pickled:
+        return f": {pickled[0]} is a pickle, which is never opened here; convert it to safetensors"
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    return f"; there is {', '.join(map(repr, others[:3]))}: rename it, if that is the adapter" if others else ""

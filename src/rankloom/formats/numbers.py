@@ -8,7 +8,7 @@ from rankloom.errors import FileError
 from rankloom.formats.limits import Limits
 
 RANKS = ("r", "init_r", "target_r")
-ALPHAS = ("lora_alpha",)
+ALPHAS = ("lora_alpha", "alpha")
 FREE = ("seed", "key", "step", "tinit", "tfinal", "deltaT", "rules", "token")
 """Parts of names whose numbers cost nothing."""
 

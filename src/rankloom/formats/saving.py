@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankloom import __version__
 from rankloom.core.attach import bank_of
 from rankloom.core.bank import Bank
+from rankloom.core.graft import Grafted
 from rankloom.core.plan import plan_data, plan_from_data
 from rankloom.errors import SettingsError, StateError
 from rankloom.files.manifest import sealed
@@ -25,6 +26,7 @@ from rankloom.formats.compat import Compat, compat
 from rankloom.formats.entry import Entry
 from rankloom.formats.folder import place
 from rankloom.formats.heads import warn_of_heads
+from rankloom.formats.limits import Limits
 from rankloom.formats.manifest import CARD, CONFIG, KIND, WEIGHTS, check_readable
 from rankloom.formats.native import Native, portable
 from rankloom.formats.peft import translator_for
@@ -83,27 +85,28 @@ def save(
     *,
     card: Mapping[str, Any] | None = None,
     push_to: str | None = None,
+    limits: Limits | None = None,
 ) -> SaveReport:
     """Write the adapter `name` as a folder: config, safetensors, manifest (sizes, SHA-256, plan) and model card.
 
     PEFT's format where PEFT has the method, else ours (`peft_type` RANKLOOM). The folder appears whole or not at all.
     `card`: more for the card (title, description, data, metrics, settings, license, language, tags, intended_use).
-    `push_to`: a hub repository, "user/name". Raises `StateError` for NaN or unloaded tensors and for what `load` would
-    refuse by its limits, `FileError` if the disk refuses.
+    `push_to`: a hub repository, "user/name". `limits`: those that whoever loads it will give too. Raises `StateError`
+    for NaN or unloaded tensors and for what `load` would refuse by its limits, `FileError` if the disk refuses.
     """
     if push_to is not None:
         hub.check(push_to)
-    return parcel(model, name).write(folder, card or {}, push_to)
+    return parcel(model, name, limits).write(folder, card or {}, push_to)
 
 
-def parcel(model: nn.Module, name: str) -> Parcel:
+def parcel(model: nn.Module, name: str, limits: Limits | None = None) -> Parcel:
     """What `save` writes. Where the base is split over several processes, each of them has to ask."""
     bank = bank_of(model)
     with bank.lock:
-        return parcel_of(view(bank, name), bank if bank.journal.folds else None)
+        return parcel_of(view(bank, name), bank if bank.journal.folds else None, limits)
 
 
-def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
+def parcel_of(view: View, folded: Bank | None = None, limits: Limits | None = None) -> Parcel:
     """A sorted adapter, as PEFT's translator writes it where nothing keeps it from that format. `folded`: the bank
     whose journal goes along.
     """
@@ -119,7 +122,7 @@ def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
         "base": saved_print(view),
     }
     config = writer.config(view) | ({} if folded is None else folds.config(folded))
-    verdict = compat(config, {site.kind.name for site, _ in view.adapted}, problems)
+    verdict = compat(config, {site.kind.name for site, _ in view.adapted}, problems, _class_name(view.model))
     about = {
         **_described(view, bool(native)),
         "compat": verdict,
@@ -129,9 +132,13 @@ def parcel_of(view: View, folded: Bank | None = None) -> Parcel:
         "versions": manifest["versions"],
     }
     files = {CONFIG: as_json(config), WEIGHTS: _bytes(tensors)}
-    check_readable(files, plan, tensors)
+    check_readable(files, plan, tensors, limits or Limits())
     warn_of_heads(view)
     return Parcel(files, manifest, about, config["peft_type"], (*writer.notes(view), *_store_notes(view)))
+
+
+def _class_name(model: nn.Module) -> str:
+    return (type(model).rankloom_original if isinstance(model, Grafted) else type(model)).__name__
 
 
 def collect(entries: list[Entry]) -> dict[str, Tensor]:

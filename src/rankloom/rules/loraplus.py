@@ -12,8 +12,8 @@ from rankloom.settings import Positive
 @dataclass
 class LoRAPlus(Rule):
     """lr_B = ratio · lr_A (Hayou et al., ICML 2024, arXiv 2402.12354). By role: out factors, and 1-d tensors as in the
-    reference code, take lr·ratio; embeddings' adapters take `loraplus_lr_embedding` (None: as any other); 1-d tensors
-    do not decay.
+    reference code, take lr·ratio; the factors of embeddings' adapters take `loraplus_lr_embedding` (None: as any
+    other); 1-d tensors do not decay.
     """
 
     ratio: Positive = 16.0
@@ -28,6 +28,7 @@ class LoRAPlus(Rule):
             for f in run.bank.sites(name)
             if f.kind.name == "embedding"
             for p in f.adapter.parameters()
+            if p.ndim > 1
         }
         if self.loraplus_lr_embedding is None:
             embeddings = set()

@@ -1,4 +1,4 @@
-"""Starts of a factor pair A (…, r, in), B (…, out, r). All but `pissa` leave the change at zero."""
+"""Starts of a factor pair A (…, r, in), B (…, out, r). All but `olora` and `pissa` leave the change at zero."""
 
 from __future__ import annotations
 
@@ -74,14 +74,25 @@ def pissa(adapter: Factors, base: Base) -> None:
     adapter.B[..., : u.shape[-1]] = (u * root[..., None, :]).to(adapter.B)
 
 
+def olora(adapter: Factors, base: Base) -> None:
+    """B A = the first r columns and rows of W's QR factors (OLoRA, arXiv 2406.01775), not divided by s. Not zero."""
+    q, r = torch.linalg.qr(base.matrix().float())
+    rank = min(adapter.A.shape[-2], q.shape[-1])
+    for factor in (adapter.A, adapter.B):
+        factor.zero_()
+    adapter.A[..., :rank, :] = r[..., :rank, :].to(adapter.A)
+    adapter.B[..., :rank] = q[..., :rank].to(adapter.B)
+
+
 STARTS: dict[str, Callable[[Factors, Base], None]] = {
     "gaussian": gaussian,
     "kaiming": kaiming,
+    "olora": olora,
     "orthogonal": orthogonal,
     "pissa": pissa,
     "svd": svd,
 }
-NONZERO = frozenset({"pissa"})
+NONZERO = frozenset({"olora", "pissa"})
 
 
 def check_start(name: str) -> None:

@@ -161,8 +161,9 @@ def as_adapter(model: nn.Module) -> tuple[Mapping[str, bytes], Mapping[str, Any]
     bank = bank_or_none(model)
     if bank is None or len(bank.active) != 1:
         return {}, {}
+    (name,) = bank.active
     try:
-        made = parcel(model, *bank.active)
+        made = parcel(model, name)
     except (SettingsError, StateError) as error:
         warnings.warn(f"checkpoints of this run are no adapter folders: {error}", stacklevel=3)
         return {}, {}

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rankloom.core.adapter import Adapter
+from rankloom.errors import suggest
 from rankloom.formats.peft.adalora import Adalora
+from rankloom.formats.peft.hira import Hira
+from rankloom.formats.peft.ia3 import Ia3
 from rankloom.formats.peft.lora import Lora
+from rankloom.formats.peft.lycoris import Loha, Lokr
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.peft.vera import Vera
 from rankloom.formats.view import View
 
-TRANSLATORS: Mapping[str, Translator] = {t.peft_type: t for t in (Adalora(), Lora(), Vera())}
+TRANSLATORS: Mapping[str, Translator] = {
+    t.peft_type: t for t in (Adalora(), Hira(), Ia3(), Loha(), Lokr(), Lora(), Vera())
+}
+
+PROMPTS = frozenset(
+    {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"}
+)
+"""Types of PEFT that change no weight."""
+OTHERS = frozenset(
+    {"ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HRA", "LILY"}
+    | {"LN_TUNING", "MISS", "OFT", "OSF", "PEANUT", "POLY", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA"}
+    | {"SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "WAVEFT", "XLORA"}
+)
+"""Types of PEFT that no translator reads."""
+
+
+def unread(said: str, known: Iterable[str]) -> str:
+    """Why a `peft_type` cannot be read, and what to do instead."""
+    if said in PROMPTS:
+        return "is a method of PEFT that changes no weight; use it with PEFT"
+    if said in OTHERS:
+        return "is a method of PEFT that Rankloom does not read; merge it there, or save_as_lora it where PEFT can"
+    return f"cannot be read{suggest(said, known)}"
 
 
 def translator_for(view: View) -> tuple[Translator | None, list[str]]:

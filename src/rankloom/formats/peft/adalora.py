@@ -40,14 +40,14 @@ class Adalora(Translator):
         "beta1": f.FRACTION,
         "beta2": f.FRACTION,
         "orth_reg_weight": f.WEIGHT,
-        "total_step": f.Field(f.Whole | None),
-        "rank_pattern": f.Field(Mapping[str, tuple[bool, ...]] | None),
-        "alpha_pattern": f.Field(Annotated[Mapping[str, Any], f.EMPTY] | None, {}),
+        "total_step": f.Field(f.Whole),
+        "rank_pattern": f.Field(Mapping[str, tuple[bool, ...]]),
+        "alpha_pattern": f.Field(Annotated[Mapping[str, Any], f.EMPTY], {}),
         "use_dora": f.OFF,
         "use_rslora": f.OFF,
         "lora_bias": f.OFF,
         "init_lora_weights": f.Field(bool, True),
-        "target_parameters": f.Field(None),
+        "target_parameters": f.Field(Annotated[tuple[str, ...], f.EMPTY], ()),
     }
 
     def site_problems(self, view: View) -> list[str]:

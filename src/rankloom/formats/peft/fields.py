@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rankloom.settings.values import shown
 
 @dataclass(frozen=True)
 class Field:
-    """What a field takes, as the type hint of a setting, and PEFT's default."""
+    """What a field takes, as the type hint of a setting, and PEFT's default, which null means too."""
 
     hint: Any
     default: Any = None
@@ -31,13 +32,13 @@ class Start:
 
 Whole = Annotated[int, Within(1)]
 Index = Annotated[int, Within(0)]
-Names = str | tuple[str, ...] | None
+Names = str | tuple[str, ...]
 SIMPLE = Where("{}, with names or regular expressions without nested repeats", lambda value: all(map(simple, value)))
-EMPTY = Where("an empty object", lambda value: not value)
+EMPTY = Where("nothing", lambda value: not value)
 
 FLAG = Field(bool, False)
 NAMES = Field(Names)
-LIST = Field(tuple[str, ...] | None)
+LIST = Field(tuple[str, ...])
 PROBABILITY = Field(Probability, 0.0)
 ALPHA = Field(float, 8)
 COUNT = Field(Index, 0)
@@ -51,55 +52,60 @@ def positive(default: int) -> Field:
     return Field(Whole, default)
 
 
-COMMON: Mapping[str, Field] = {
+TARGETED: Mapping[str, Field] = {
     "peft_type": Field(str),
     "target_modules": NAMES,
+    "exclude_modules": NAMES,
     "modules_to_save": LIST,
-    "layers_to_transform": Field(tuple[Index, ...] | None),
+    "layers_to_transform": Field(tuple[Index, ...]),
     "layers_pattern": NAMES,
+}
+COMMON: Mapping[str, Field] = {
+    **TARGETED,
     "bias": Field(Literal["none", "all", "lora_only"], "none"),
     "fan_in_fan_out": FLAG,
 }
 LORA_FAMILY: Mapping[str, Field] = {
     **COMMON,
-    "exclude_modules": NAMES,
-    "trainable_token_indices": Field(tuple[Index, ...] | Mapping[str, tuple[Index, ...]] | None),
-    "layer_replication": Field(tuple[tuple[Index, Index], ...] | None),
+    "ensure_weight_tying": FLAG,
+    "trainable_token_indices": Field(tuple[Index, ...] | Mapping[str, tuple[Index, ...]]),
+    "layer_replication": Field(tuple[tuple[Index, Index], ...]),
     "lora_alpha": ALPHA,
     "lora_dropout": PROBABILITY,
 }
-TEXT = Field(str | None)
-OBJECT = Field(Mapping[str, Any] | None)
+TEXT = Field(str)
+OBJECT = Field(Mapping[str, Any])
 DESCRIPTIVE: Mapping[str, Field] = {
     "auto_mapping": OBJECT,
     "base_model_name_or_path": TEXT,
+    "corda_config": OBJECT,
     "eva_config": OBJECT,
-    "inference_mode": Field(bool | None),
+    "inference_mode": Field(bool),
+    "loftq_config": OBJECT,
+    "lora_ga_config": OBJECT,
     "peft_version": TEXT,
-    "qalora_group_size": Field(int | None),
+    "qalora_group_size": Field(int),
     "revision": TEXT,
     "runtime_config": OBJECT,
     "task_type": TEXT,
-    "unsloth_fixed": Field(bool | None),
+    "unsloth_fixed": Field(bool),
 }
-"""Fields that say something about the adapter and nothing about its function."""
+"""Fields that say something about the adapter and nothing about its function: how it was made, and for what. A start
+that rewrites the base is named by init_lora_weights, not by its config."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False, None),
-    "kasa_config": (None,),
-    "loftq_config": ({}, None),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "megatron_core": ("megatron.core", None),
-    "monteclora_config": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (False, None),
-    "velora_config": (None,),
+    "alora_invocation_tokens": ([],),
+    "arrow_config": (),
+    "kasa_config": (),
+    "megatron_config": ({},),
+    "megatron_core": ("megatron.core",),
+    "monteclora_config": (),
+    "use_bdlora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (),
 }
-"""Fields of PEFT that change the function in a way this library has not: only these values are read."""
+"""Fields of PEFT that change the function in a way this library has not: only null and these values are read. An empty
+config is no null: PEFT fills it with defaults, which act."""
 
 STARTS: Mapping[Any, Start] = {
     True: Start("kaiming"),
@@ -107,10 +113,37 @@ STARTS: Mapping[Any, Start] = {
     "eva": Start("kaiming"),
     "gaussian": Start("gaussian"),
     "mica": Start("kaiming", "PEFT kept B frozen; here both factors train"),
+    "olora": Start("olora"),
     "orthogonal": Start("kaiming"),
     "pissa": Start("pissa"),
 }
 """`init_lora_weights` of files whose tensors, with our start, give PEFT's function."""
+
+FAST = re.compile(r"pissa_niter_\d+")
+SKETCHED = Start("pissa", "PEFT drew a random sketch of the base's largest directions; the exact ones are near it")
+CONVERT = (
+    "rewrites the base model when PEFT loads it; save it in PEFT with path_initial_model_for_weight_conversion, which "
+    "makes it a plain LoRA"
+)
+LOST: Mapping[str, str] = {
+    "corda": CONVERT,
+    "loftq": "quantises the base anew when PEFT loads it; save the base that it trained on (PEFT's get_base_model()), "
+    "load that one and say init_lora_weights=true in the config",
+    "lora_ga": CONVERT,
+}
+"""Starts that cannot be made again from the file, and what to do instead."""
+
+
+def start_of(said: bool | str, where: str) -> Start:
+    """The start of a config. Raises `FileError` for one that cannot be made again, or that nobody knows."""
+    key = said.lower() if isinstance(said, str) else said
+    if isinstance(key, str) and FAST.fullmatch(key):
+        return SKETCHED
+    if key in STARTS:
+        return STARTS[key]
+    known = [name for name in (*STARTS, *LOST) if isinstance(name, str)]
+    reason = LOST.get(str(key), f"is no start of a LORA{suggest(str(said), known)}")
+    raise FileError(f"{where}: init_lora_weights={said!r} {reason}")
 
 
 def read_fields(
@@ -118,19 +151,16 @@ def read_fields(
 ) -> dict[str, Any]:
     """The values of `fields` in a config, defaults filled in. Raises `FileError` for a wrong value or a refused field.
 
-    A field that nobody here knows is refused unless it is switched off (null, false, empty) or in `ignore`; those are
-    named in one warning.
+    Null is the default of every field. A field that nobody here knows is refused unless it is switched off (false,
+    empty) or in `ignore`; those are named in one warning.
     """
     schema = {**DESCRIPTIVE, **fields}
     unknown = []
     for key, value in config.items():
         if key in schema:
-            try:
-                from_data(schema[key].hint, value, key)
-            except SettingsError as error:
-                raise FileError(f"{where}: {error}") from error
+            _check_value(key, value, schema[key], where)
         elif key in NEUTRAL:
-            if not any(value == v and type(value) is type(v) for v in NEUTRAL[key]):
+            if value is not None and not any(value == v and type(value) is type(v) for v in NEUTRAL[key]):
                 raise FileError(
                     f"{where}: {key}={shown(value)} changes what the adapter computes, and Rankloom has no {key}; "
                     "merge the adapter with PEFT, or train without it"
@@ -144,4 +174,18 @@ def read_fields(
             )
     if unknown:
         warnings.warn(f"{where}: unknown fields are left aside: {', '.join(sorted(unknown))}", stacklevel=5)
+    return filled(config, fields)
+
+
+def filled(config: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The values of `fields`, with the defaults of those that are left out or null."""
     return {key: field.default if config.get(key) is None else config[key] for key, field in fields.items()}
+
+
+def _check_value(key: str, value: Any, field: Field, where: str) -> None:
+    if value is None:
+        return
+    try:
+        from_data(field.hint, value, key)
+    except SettingsError as error:
+        raise FileError(f"{where}: {error}") from error

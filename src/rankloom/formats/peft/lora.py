@@ -17,9 +17,9 @@ from rankloom.formats.entry import Entry, mapped
 from rankloom.formats.manifest import Source
 from rankloom.formats.peft import fields as f
 from rankloom.formats.peft.layout import CONVS, LAYOUTS, LINEAR_B, Factor, factors, magnitude_shape
-from rankloom.formats.peft.pairs import LEAVES, Pair, dropout_of, leaf, trained_pair, whole_pair, within
+from rankloom.formats.peft.pairs import LEAVES, Pair, dropout_of, forget_start, leaf, trained_pair, whole_pair, within
 from rankloom.formats.peft.paths import Paths
-from rankloom.formats.peft.ranks import plan_patterns, rank_fields
+from rankloom.formats.peft.ranks import place_of, plan_patterns, rank_and_scale, rank_fields
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import View, attention_of
 from rankloom.methods.dora import DoRA, DoRAAdapter
@@ -47,8 +47,8 @@ class Lora(Translator):
         "use_dora": f.FLAG,
         "lora_bias": f.FLAG,
         "init_lora_weights": f.Field(bool | str, True),
-        "rank_pattern": f.Field(Annotated[Mapping[str, f.Whole], f.SIMPLE] | None, {}),
-        "alpha_pattern": f.Field(Annotated[Mapping[str, float], f.SIMPLE] | None, {}),
+        "rank_pattern": f.Field(Annotated[Mapping[str, f.Whole], f.SIMPLE], {}),
+        "alpha_pattern": f.Field(Annotated[Mapping[str, float], f.SIMPLE], {}),
         "target_parameters": f.LIST,
     }
 
@@ -60,12 +60,15 @@ class Lora(Translator):
             found.append("DoRA on some layers and not on others")
         if len({"bias" in trained_pair(adapter).parts for _, adapter in view.adapted}) > 1:
             found.append("lora_bias on some layers and not on others")
-        if any(attention_of(site, view.modules) for site, _ in view.adapted):
-            found.append("PEFT (0.21) adds the change of a MultiheadAttention's out_proj twice")
-        return [*found, *_nesting_problems(view)]
+        return [*found, *_attention_problems(view), *_nesting_problems(view)]
 
     def site_entries(self, view: View, paths: Paths) -> list[Entry]:
-        return [e for site, adapter in view.adapted for e in _entries(site, adapter, whole_pair, paths)]
+        """PEFT (0.21) adds the change of an attention's out_proj twice: its file holds half of it."""
+        return [
+            _halved(entry) if _is_out_proj(site, view) and entry.key.endswith(LINEAR_B) else entry
+            for site, adapter in view.adapted
+            for entry in _entries(site, adapter, whole_pair, paths)
+        ]
 
     def entries_in(self, view: View, source: Source) -> list[Entry]:
         """What PEFT computes from its own file: a start that rewrites the base leaves the trained pair only, and the
@@ -78,15 +81,20 @@ class Lora(Translator):
                 raise FileError(f"{reason}, so {source.weights_file} cannot be read as PEFT computes it")
         paths = Paths(view)
         own = [
-            _doubled(entry) if _is_out_proj(site, view) and entry.key.endswith(LINEAR_B) else entry
+            _halved(entry) if _is_out_proj(site, view) and entry.key.endswith(LINEAR_B) else entry
             for site, adapter in view.adapted
             for entry in _entries(site, adapter, trained_pair, paths)
         ]
         return [*own, *self.other_entries(view, paths)]
 
     def prepare(self, view: View, source: Source) -> None:
-        """Give every pair the rank that a file of ours has for it: a training may have changed the plan's."""
+        """Give every pair the rank that a file of ours has for it: a training may have changed the plan's. In PEFT's
+        own files embeddings start plainly, whatever the start is called.
+        """
         paths = Paths(view)
+        for site, adapter in view.adapted if source.plan is None else ():
+            if site.kind.name == "embedding":
+                forget_start(adapter)
         for site, adapter in view.adapted if source.plan is not None else ():
             lora, said = (
                 within(adapter),
@@ -113,19 +121,14 @@ class Lora(Translator):
         return []
 
     def method(self, values: Mapping[str, Any], where: str) -> Method:
-        start = values["init_lora_weights"]
-        if start not in f.STARTS:
-            raise FileError(
-                f"{where}: init_lora_weights={start!r} rewrites the base model when PEFT loads it; save it in PEFT "
-                "with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-            )
-        if f.STARTS[start].lost:
-            warnings.warn(f"{where}: init_lora_weights={start!r}: {f.STARTS[start].lost}", stacklevel=6)
+        start = f.start_of(values["init_lora_weights"], where)
+        if start.lost:
+            warnings.warn(f"{where}: init_lora_weights={values['init_lora_weights']!r}: {start.lost}", stacklevel=6)
         lora = LoRA(
             r=values["r"],
             lora_alpha=float(values["lora_alpha"]),
             lora_dropout=float(values["lora_dropout"]),
-            init_lora_weights=f.STARTS[start].ours,
+            init_lora_weights=start.ours,
             scaling="rslora" if values["use_rslora"] else "standard",
             lora_bias=values["lora_bias"],
         )
@@ -170,8 +173,10 @@ def _problems(site: Site, adapter: Adapter) -> Iterator[str]:
         inside = f" over {type(adapter.inner).__name__}" if dora else ""
         yield f"PEFT's LORA has no {type(adapter).__name__}{inside} ({name})"
         return
-    if dora and (site.bare or site.groups > 1):
-        yield f"PEFT's DoRA does not reach {'bare parameters' if site.bare else 'grouped convolutions'} ({name})"
+    if dora and site.groups > 1:
+        yield f"PEFT's DoRA takes other norms of a grouped convolution ({name})"
+    if dora and site.bare:
+        yield f"PEFT's DoRA does not reach bare parameters ({name})"
     if lora.bias is not None and (dora or kind == "embedding"):
         yield f"PEFT has no lora_bias {'with DoRA' if dora else 'on embeddings'} ({name})"
     if kind in CONVS:
@@ -182,6 +187,17 @@ def _problems(site: Site, adapter: Adapter) -> Iterator[str]:
         yield f"PEFT adapts parameters of 2 or 3 dimensions, {name} has {len(site.shape)}"
     if site.bare and not site.path:
         yield f"PEFT cannot adapt a parameter of the model itself ({name})"
+
+
+def _attention_problems(view: View) -> Iterator[str]:
+    """PEFT adapts an attention with one rank: its joint input projection and its output."""
+    parts: dict[str, dict[str, tuple[int, float]]] = {}
+    for site, adapter in view.adapted:
+        if attention_of(site, view.modules) is not None:
+            parts.setdefault(place_of(site, view), {})[site.slot] = rank_and_scale(site, adapter)
+    for name, found in parts.items():
+        if found.keys() != {"in_proj_weight", "weight"} or len(set(found.values())) > 1:
+            yield f"PEFT adapts the joint input projection and the output of an attention with one rank ({name})"
 
 
 def _nesting_problems(view: View) -> Iterator[str]:
@@ -205,5 +221,5 @@ def _is_out_proj(site: Site, view: View) -> bool:
     return attention_of(site, view.modules) not in (None, site.path)
 
 
-def _doubled(entry: Entry) -> Entry:
-    return Entry(entry.key, entry.get, lambda value: entry.put(2 * value))
+def _halved(entry: Entry) -> Entry:
+    return Entry(entry.key, lambda: entry.get() / 2, lambda value: entry.put(2 * value))

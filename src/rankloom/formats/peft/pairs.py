@@ -73,6 +73,13 @@ def whole_pair(adapter: Adapter) -> Pair:
     return Pair(parts, 2 * now.A.shape[-2], now.scaling)
 
 
+def forget_start(adapter: Adapter) -> None:
+    """Have the change of a residual be all that is trained, as if it had started at zero."""
+    inner = within(adapter)
+    for parameter in inner.start.parameters() if isinstance(inner, ResidualAdapter) else ():
+        torch.nn.init.zeros_(parameter)
+
+
 def _joined(key: str, now: Tensor, start: Tensor, axis: int, sign: float) -> Entry:
     def get() -> Tensor:
         return torch.cat((now.detach(), sign * start.detach()), axis)

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from rankloom.core.adapter import Adapter
 from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.core.targets import pattern_key
 from rankloom.errors import FileError
 from rankloom.formats.patterns import exactly, simple
 from rankloom.formats.peft.pairs import whole_pair
-from rankloom.formats.view import View
+from rankloom.formats.view import View, attention_of
 from rankloom.methods.lora import scale_of
 
 Settings = Mapping[str, Any]
@@ -30,14 +31,14 @@ def rank_fields(view: View) -> dict[str, Any]:
     """
     method = _settings(view.plan.method)
     scaling = getattr(method, "scaling", "standard")
-    wanted = {site.name: _rank_and_scale(site, adapter) for site, adapter in view.adapted}
+    wanted = {place_of(site, view): rank_and_scale(site, adapter) for site, adapter in view.adapted}
     plan = view.plan
     if method is not None and all(map(simple, (*plan.rank_pattern, *plan.alpha_pattern))):
         own = {
             "r": method.r,  # type: ignore[attr-defined]
-            "lora_alpha": _tidy(method.lora_alpha),  # type: ignore[attr-defined]
+            "lora_alpha": tidy(method.lora_alpha),  # type: ignore[attr-defined]
             "rank_pattern": dict(plan.rank_pattern),
-            "alpha_pattern": {k: _tidy(v) for k, v in plan.alpha_pattern.items()},
+            "alpha_pattern": {k: tidy(v) for k, v in plan.alpha_pattern.items()},
         }
         if all(_says(own, scaling, name, rank, scale) for name, (rank, scale) in wanted.items()):
             return {**own, "use_rslora": scaling == "rslora"}
@@ -76,8 +77,8 @@ def plan_patterns(
         ranks |= {exactly(place): rank // count for place in own}
         alphas |= {exactly(place): alpha / (math.sqrt(count) if values["use_rslora"] else count) for place in own}
     return {
-        "rank_pattern": ranks | _hitting(values["rank_pattern"], ranks, places, names, f"{where}: rank_pattern"),
-        "alpha_pattern": alphas | _hitting(values["alpha_pattern"], alphas, places, names, f"{where}: alpha_pattern"),
+        "rank_pattern": ranks | hitting(values["rank_pattern"], ranks, places, names, f"{where}: rank_pattern"),
+        "alpha_pattern": alphas | hitting(values["alpha_pattern"], alphas, places, names, f"{where}: alpha_pattern"),
     }
 
 
@@ -88,7 +89,13 @@ def _settings(method: Method) -> Method | None:
     return next((found for inner in method.inner_methods() if (found := _settings(inner)) is not None), None)
 
 
-def _rank_and_scale(site: Site, adapter: Any) -> tuple[int, float]:
+def place_of(site: Site, view: View) -> str:
+    """The name by which PEFT looks up rank and scale: an attention's for its own weights."""
+    return attention_of(site, view.modules) or site.name
+
+
+def rank_and_scale(site: Site, adapter: Adapter) -> tuple[int, float]:
+    """PEFT's rank and scale of one place."""
     pair = whole_pair(adapter)
     return pair.rank * site.groups, pair.scaling
 
@@ -108,16 +115,16 @@ def _at(values: Settings, name: str) -> tuple[int, float]:
 
 
 def _alpha(scale: float, rank: int, scaling: str) -> float:
-    return _tidy(scale * (math.sqrt(rank) if scaling == "rslora" else rank))
+    return tidy(scale * (math.sqrt(rank) if scaling == "rslora" else rank))
 
 
-def _tidy(value: float) -> float:
+def tidy(value: float) -> float:
     """A whole number as int (PEFT's type), else the float."""
     near = round(value)
     return near if math.isclose(value, near, rel_tol=1e-12) else value
 
 
-def _hitting(
+def hitting(
     patterns: Settings, known: Settings, places: Sequence[str], names: Sequence[str], where: str
 ) -> dict[str, Any]:
     """The patterns that hit one of our places and are not `known` already; a warning for those that hit nothing."""

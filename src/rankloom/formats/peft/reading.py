@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -74,6 +74,32 @@ def saved_modules(names: Sequence[str] | None, source: Source, modules: Modules)
     return tuple(n for n in names or () if ends_with([n], modules)) if meant == dotted else tuple(sorted(meant))
 
 
+def with_ties(values: Values, modules: Modules) -> dict[str, Any]:
+    """The values with what `ensure_weight_tying` means on this model: whatever is tied to a module that is saved, or
+    else to one that is a target, is so too. PEFT trains such copies as one; here each trains on its own.
+    """
+    found = dict(values)
+    if not found.get("ensure_weight_tying"):
+        return found
+    saved = _tied_to(ends_with(found["modules_to_save"] or (), modules), modules)
+    if saved:
+        return {**found, "modules_to_save": [*found["modules_to_save"], *saved]}
+    target = found["target_modules"]
+    tied = _tied_to(selected(found, modules) if target else (), modules)
+    if tied:
+        found["target_modules"] = None if isinstance(target, str) else [*target, *tied]
+    return found
+
+
+def _tied_to(names: Iterable[str], modules: Modules) -> list[str]:
+    """The other modules whose weight is that of one of these."""
+    own = {
+        id(modules[name]._parameters["weight"]) for name in names if modules[name]._parameters.get("weight") is not None
+    }
+    here = set(names)
+    return [n for n, m in modules.items() if n not in here and id(m._parameters.get("weight")) in own]
+
+
 def _wrong_base(source: Source, key: str, owner: str, modules: Modules) -> FileError:
     said = source.config.get("base_model_name_or_path")
     base = f"; the adapter was made for {said!r}" if said else ""
@@ -90,13 +116,6 @@ def tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: tuples(v) for k, v in value.items()}
     return value
-
-
-def blocks(value: Any) -> tuple[int, ...] | None:
-    """One block index or a list of them, as a tuple."""
-    if value is None:
-        return None
-    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _owners(source: Source, suffixes: Sequence[str], modules: Modules) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from rankloom.core.site import LAYER
@@ -25,15 +25,18 @@ def selected_parameters(targets: Iterable[str], names: Iterable[str]) -> set[str
     return {name for name in names if matches(wanted, name)}
 
 
-def target_fields(view: View, explicit: bool = False) -> dict[str, Any]:
+def target_fields(view: View, known: Container[str], *, expressions: bool) -> dict[str, Any]:
     """Target fields with which PEFT adapts exactly the places of `view`.
 
-    The plan's own wording if PEFT reads it the same way, else the shortest of: last names, full names, one expression.
+    `known`: the fields that there are; `expressions`: whether PEFT takes an expression at its word here. The plan's own
+    wording if PEFT reads it the same way, else the shortest of: last names, full names, one expression.
     """
     modules, parameters = our_targets(view)
     found: dict[str, Any] = {"target_modules": []}
     if modules:
-        found = next(c for c in _candidates(view, modules) if selected(c, view.modules) == modules)
+        every = [c for c in _candidates(view, modules) if all(k in known for k, v in c.items() if v is not None)]
+        tries = every if expressions else [c for c in every if not isinstance(c["target_modules"], str)]
+        found = next(c for c in tries if selected(c, view.modules) == modules)
     if parameters:
         wording = sorted(view.plan.target_parameters)
         same = selected_parameters(wording, all_parameters(view)) == parameters
@@ -92,6 +95,13 @@ def _candidates(view: View, modules: set[str]) -> Iterable[dict[str, Any]]:
     yield {**saved, "target_modules": alternatives(sorted(modules))}
 
 
+def blocks(value: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """One block index or a list of them, as a tuple; None where PEFT keeps all blocks, as it does for an empty list."""
+    if isinstance(value, int):
+        return (value,)
+    return tuple(value) if value else None
+
+
 def _listed(value: Any) -> Any:
     return value if isinstance(value, str) else sorted(value)
 
@@ -102,8 +112,7 @@ def _selects(config: Config, name: str) -> bool:
         return False
     if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in config.get("modules_to_save") or ()):
         return False
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
+    layers = blocks(config.get("layers_to_transform"))
     if isinstance(target, str):
         return layers is None and re.fullmatch(target, name) is not None
     if name in target:

@@ -16,10 +16,11 @@ from rankloom.core.targets import base_modules
 from rankloom.formats.entry import Entry
 from rankloom.formats.manifest import Source
 from rankloom.formats.peft.beside import about, token_entries, whole_entries
-from rankloom.formats.peft.fields import Field, read_fields
+from rankloom.formats.peft.fields import Field, filled, read_fields
 from rankloom.formats.peft.paths import Paths
-from rankloom.formats.peft.reading import blocks, exact, places, saved_modules, tuples
-from rankloom.formats.peft.targets import saved_wording, target_fields
+from rankloom.formats.peft.reading import exact, places, saved_modules, tuples, with_ties
+from rankloom.formats.peft.rewriting import model_problems, rewritten
+from rankloom.formats.peft.targets import blocks, saved_wording, target_fields
 from rankloom.formats.view import View
 
 
@@ -55,7 +56,7 @@ class Translator(ABC):
         tokens = plan.trainable_token_indices
         replicated = [list(pair) for pair in plan.layer_replication]
         values: dict[str, Any] = {
-            **target_fields(view),
+            **target_fields(view, self.fields, expressions=not rewritten(view.model, self.peft_type)),
             "modules_to_save": saved_wording(view) or None,
             "bias": self.bias_out(plan.bias),
             "trainable_token_indices": _jsonable(tokens) or None,
@@ -93,6 +94,8 @@ class Translator(ABC):
             for setting in ("trainable_token_indices", "layer_replication")
             if getattr(plan, setting) and setting not in self.fields
         ]
+        if plan.bias != "none" and "bias" not in self.fields:
+            found.append(f"bias={plan.bias!r} does not go with {self.peft_type}")
         if plan.start is not None:
             found.append(f"its base is made by {plan.start}, and PEFT would lay it on another")
         places = {(id(f.layer), f.slot) for f, _ in view.adapted}
@@ -101,6 +104,7 @@ class Translator(ABC):
         for site, _ in view.adapted:
             if site.kind.name not in self.kinds:
                 found.append(f"{self.peft_type} does not reach {site.kind.name} sites ({site.name})")
+        found += model_problems(view, self.peft_type)
         if saved_wording(view) is None:
             found.append("PEFT reads modules_to_save as any ending of a name, and no wording means ours only")
         return list(dict.fromkeys(found))
@@ -134,17 +138,18 @@ class Translator(ABC):
         `FileError` where config, tensors and model disagree on the places.
         """
         values = read_fields(source.config, self.fields, source.config_file, source.ignore)
+        values = with_ties(values, dict(base_modules(model)))
         ranges = tuples(values.get("layer_replication") or ())
         layers, parameters = self.places(source, model)
         modules = dict(base_modules(model))
-        bias: Any = self.bias_in(values["bias"])
+        bias: Any = self.bias_in(values.get("bias", "none"))
         kept = Plan(
             self.method(values, source.config_file),
             target_modules=tuples(values["target_modules"] or ()),
             exclude_modules=tuples(values.get("exclude_modules") or ()),
             target_parameters=tuple(values.get("target_parameters") or ()),
-            layers_to_transform=blocks(values["layers_to_transform"]),
-            layers_pattern=tuples(values["layers_pattern"]),
+            layers_to_transform=blocks(values.get("layers_to_transform")),
+            layers_pattern=tuples(values.get("layers_pattern")),
             modules_to_save=saved_modules(values["modules_to_save"], source, modules),
             trainable_token_indices=tuples(values.get("trainable_token_indices") or ()),
             bias=bias,
@@ -155,11 +160,12 @@ class Translator(ABC):
 
     def places(self, source: Source, model: nn.Module) -> tuple[list[str], list[str]]:
         """Names of the layers and bare parameters that the file's tensors belong to."""
-        values = {**{k: f.default for k, f in self.fields.items()}, **source.config}
+        values = filled(source.config, self.fields)
         ranges = tuples(values.get("layer_replication") or ())
         undo = replicate(model, ranges) if ranges else None
         try:
-            return places(source, values, dict(base_modules(model)), self.own_suffixes)
+            modules = dict(base_modules(model))
+            return places(source, with_ties(values, modules), modules, self.own_suffixes)
         finally:
             if undo is not None:
                 undo()

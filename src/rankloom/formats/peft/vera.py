@@ -26,7 +26,7 @@ class Vera(Translator):
     kinds = frozenset({"linear", "conv1d_transposed"})
     own_suffixes = ("vera_lambda_b", "vera_lambda_d")
     fields = {
-        **f.COMMON,
+        **{key: field for key, field in f.COMMON.items() if key != "exclude_modules"},
         "bias": f.Field(Literal["none", "all", "vera_only"], "none"),
         "r": f.positive(256),
         "projection_prng_key": f.Field(int, 0),
