@@ -60,6 +60,7 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
         SettingsError: task, labels and model do not fit together.
     """
     source, config, task = _config(settings, form, labels)
+    _check_bare(source, settings)
     device = device_of(settings.device)
     dtype = _dtype(settings.dtype, config, device)
     cls = _class(task)
@@ -91,7 +92,7 @@ def skeleton(settings: ModelSettings, form: str | None = None, labels: Sequence[
     """The model on the meta device: every name, shape and dtype, no values and no memory. Raises as `load_model`."""
     source, config, task = _config(settings, form, labels)
     dtype = _dtype(settings.dtype, config, device_of(settings.device))
-    arguments = {**_dtype_argument(dtype), **({"trust_remote_code": True} if settings.trust_remote_code else {})}
+    arguments = {**_dtype_argument(dtype), "trust_remote_code": settings.trust_remote_code}
     with _explained(source, "a model"), torch.device("meta"):
         if is_packed(config):
             model = skeleton_packed(_class(task), config, source, arguments)
@@ -113,6 +114,17 @@ def architectures(settings: ModelSettings) -> tuple[str, ...]:
     with _explained(source, "a model"):
         config = _transformers().AutoConfig.from_pretrained(source, **_remote(settings))
     return tuple(config.architectures or ())
+
+
+def _check_bare(source: str, settings: ModelSettings) -> None:
+    """Refuse a model with an adapter beside it: transformers would let PEFT put that into the base, unasked."""
+    with _explained(source, "a model"):
+        found = _transformers().utils.find_adapter_config_file(source, revision=settings.revision)
+    if found is not None:
+        raise FileError(
+            f"{source}: holds a model and an adapter (adapter_config.json), which would become part of the base: keep "
+            "the adapter's files in a folder of their own"
+        )
 
 
 def find_model(path: str) -> str:
@@ -196,7 +208,7 @@ def _read_config(settings: ModelSettings, source: str) -> Any:
     library = _transformers()
     with _explained(source, "a model"):
         config = library.AutoConfig.from_pretrained(source, **_remote(settings))
-        said, _ = library.PretrainedConfig.get_config_dict(source, **_remote(settings))
+        said, _ = library.PretrainedConfig.get_config_dict(source, revision=settings.revision)
     if isinstance(said.get("label2id"), dict):
         config.label2id = said["label2id"]
     return config
@@ -303,7 +315,8 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _remote(settings: ModelSettings) -> dict[str, Any]:
-    found: dict[str, Any] = {"trust_remote_code": True} if settings.trust_remote_code else {}
+    """Said even where it is false, for transformers would ask standard input otherwise."""
+    found: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     return {**found, "revision": settings.revision} if settings.revision is not None else found
 
 
@@ -340,6 +353,11 @@ def _explained(source: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise FileError(
+                f"{source}: {what} that is Python code of its own, which is not run: add trust_remote_code=true to the "
+                "command if you trust it"
+            ) from error
         if Path(source).is_dir():
             raise FileError(f"{source}: {what} cannot be loaded from this folder: {reason}") from error
         near = suggest(source, [EMBEDDED])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rankloom.hf.models import architectures, skeleton
 from rankloom.jobs.opening import ADAPTER_CONFIG
 from rankloom.jobs.runs import ADAPTER, RECORD, plain
 from rankloom.train.config import ModelSettings
+from rankloom.train.configfile import read_config
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,16 @@ class Description:
     tables: tuple[Table, ...] = field(default=())
 
 
-def describe(path: str) -> Description:
-    """What `path` is and holds. Raises `FileError` for a path to nothing that is known."""
+def describe(path: str, changes: Sequence[str] = ()) -> Description:
+    """What `path` is and holds; `changes` (`key=value`) say how a model is loaded. Raises `FileError` for a path to
+    nothing that is known.
+    """
     folder = Path(path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file():
         return _adapter(folder)
     if (folder / RECORD).is_file():
         return _run(folder)
-    return _model(path)
+    return _model(read_config(None, [f"model={json.dumps(path)}", *changes]).need_model())
 
 
 def _adapter(folder: Path) -> Description:
@@ -81,10 +85,10 @@ def _run(folder: Path) -> Description:
     return Description({"kind": "run", **record, "adapter_info": inner}, facts, (metrics,))
 
 
-def _model(path: str) -> Description:
+def _model(settings: ModelSettings) -> Description:
     """Every layer and parameter that could be adapted, blocks put together."""
-    causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in architectures(ModelSettings(path)))
-    loaded = skeleton(ModelSettings(path, task="causal-lm" if causal else "encoder"))
+    causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in architectures(settings))
+    loaded = skeleton(replace(settings, task="causal-lm" if causal else "encoder"))
     model = loaded.model
     groups: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for name, module in base_modules(model):
