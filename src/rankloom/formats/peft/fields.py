@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from rankloom.errors import FileError, SettingsError, suggest
-from rankloom.formats.patterns import simple
+from rankloom.formats.patterns import fault
 from rankloom.settings import NotNegative, Probability, Where, Within, from_data
 from rankloom.settings.values import shown
 
@@ -32,7 +32,7 @@ class Start:
 Whole = Annotated[int, Within(1)]
 Index = Annotated[int, Within(0)]
 Names = str | tuple[str, ...] | None
-SIMPLE = Where("{}, with names or regular expressions without nested repeats", lambda value: all(map(simple, value)))
+SIMPLE = Where("{}, with names or short regular expressions", lambda value: not fault(value))
 EMPTY = Where("an empty object", lambda value: not value)
 
 FLAG = Field(bool, False)

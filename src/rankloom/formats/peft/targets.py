@@ -105,7 +105,7 @@ def _selects(config: Config, name: str) -> bool:
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     if isinstance(target, str):
-        return layers is None and re.fullmatch(target, name) is not None
+        return layers is None and matches(target, name)
     if name in target:
         return True
     if not matches(target, name):
