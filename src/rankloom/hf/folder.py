@@ -1,4 +1,4 @@
-"""A model's folder that appears whole or not at all."""
+"""A model's folder: one that appears whole or not at all, and one from a stranger, whose files stay in it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rankloom.errors import FileError
 from rankloom.files import disk
 from rankloom.files.folders import bring_up, drop, fixed, hidden_beside, hidden_in, make_parents, put, real, writing
+from rankloom.files.reading import Folder, opened
+from rankloom.files.strict import parse
 
 LAST = "config.json"
 """What makes a folder a model."""
+INDEX = "model.safetensors.index.json"
+INDICES = (INDEX, "pytorch_model.bin.index.json")
+LARGEST_INDEX = 64 << 20
+"""Bytes of an index of weight files that is read."""
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model's folder with a file that lies elsewhere, or is none: a pipe, a device, a link that leaves it.
+
+    Raises `FileError`, without waiting for any of them.
+    """
+    with opened(folder) as found:
+        for name in found.names():
+            if not (folder / name).is_dir():
+                with found.opened(name):
+                    """It is a plain file of this folder."""
+        for name in INDICES:
+            if found.has(name):
+                _listed(found, name)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The weight files that the index of a folder names, each once; none where there is no index."""
+    with opened(folder) as found:
+        return list(dict.fromkeys(_listed(found, INDEX).values())) if found.has(INDEX) else []
+
+
+def _listed(folder: Folder, index: str) -> dict[str, str]:
+    where = str(folder.path / index)
+    said = parse(folder.read(index, LARGEST_INDEX), where).get("weight_map")
+    if not isinstance(said, dict):
+        raise FileError(f"{where}: 'weight_map' is no object of tensors and files: download it again")
+    for name in set(map(str, said.values())):
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise FileError(f"{where}: names {name!r}, which is no file of this folder")
+        if not folder.has(name):
+            raise FileError(f"{folder.path / name}: no such file, but {index} names it: download it again")
+    return said
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from rankloom.core.plan import Plan
 from rankloom.errors import FileError, MissingExtra, SettingsError, suggest
 from rankloom.hf.classes import Head, head_of
+from rankloom.hf.folder import LAST, check_folder
 from rankloom.hf.packed import is_packed, load_packed, skeleton_packed
 from rankloom.train.config import ModelSettings, Task
 
@@ -135,7 +136,8 @@ def find_model(path: str) -> str:
         path = str(base_path())
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if (folder / "config.json").is_file():
+        if (folder / LAST).is_file():
+            check_folder(folder)
             return str(folder)
         if (folder / "adapter_config.json").is_file():
             raise FileError(f"{path}: an adapter folder, not a model: give its base as model= and this as adapter")

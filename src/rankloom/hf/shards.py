@@ -15,11 +15,11 @@ from rankloom.core.merging import edited, edits, kind_at
 from rankloom.core.site import Site
 from rankloom.core.slots import present
 from rankloom.core.targets import base_modules
+from rankloom.hf.folder import INDEX, weight_files
 from rankloom.hf.packed import GLOB
 from rankloom.store.base import Packed, dense
 from rankloom.store.files import from_files, metadata_of, packed_keys
 
-INDEX = "model.safetensors.index.json"
 LARGEST = 5 * 10**9
 """Bytes of a file after which the next one begins."""
 
@@ -52,10 +52,8 @@ def has_shards(folder: Path) -> bool:
 
 
 def _plain_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in dict.fromkeys(names)]
-    return [path for path in [folder / "model.safetensors"] if path.is_file()]
+    names = weight_files(folder) or ["model.safetensors"]
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 class FromFile:

@@ -13,11 +13,16 @@ from rankloom import formats
 from rankloom.core.kinds import kind_of
 from rankloom.core.targets import base_modules
 from rankloom.errors import FileError
+from rankloom.files.reading import plain_file
+from rankloom.files.strict import parse
 from rankloom.hf.models import architectures, skeleton
 from rankloom.jobs.opening import ADAPTER_CONFIG
 from rankloom.jobs.runs import ADAPTER, RECORD, plain
 from rankloom.train.config import ModelSettings
 from rankloom.train.configfile import read_config
+
+LARGEST, DEEPEST = 64 << 20, 50
+"""Bytes of a run's record that are read, and its levels."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,14 @@ def _adapter(folder: Path) -> Description:
 
 def _run(folder: Path) -> Description:
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse(plain_file(folder / RECORD, LARGEST), str(folder / RECORD), DEEPEST)
         before, after, config = dict(record["before"]), dict(record["after"]), dict(record["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"{folder / RECORD}: not a run's record: {error}") from error
     facts = (
         ("run", folder),
-        ("model", config.get("model", {}).get("path")),
-        ("data", config.get("data", {}).get("source")),
+        ("model", _of(config.get("model"), "path")),
+        ("data", _of(config.get("data"), "source")),
         ("plan", json.dumps(config.get("plan"))),
         ("steps", f"{record.get('steps')} ({record.get('stopped')}) in {record.get('seconds')} s"),
         ("loads in", record.get("compatibility")),
@@ -83,6 +88,10 @@ def _run(folder: Path) -> Description:
     metrics = Table("", ("metric", "before", "after"), tuple((k, before.get(k), v) for k, v in after.items()))
     inner = _adapter(folder / ADAPTER).data if (folder / ADAPTER / ADAPTER_CONFIG).is_file() else None
     return Description({"kind": "run", **record, "adapter_info": inner}, facts, (metrics,))
+
+
+def _of(part: Any, key: str) -> Any:
+    return part.get(key) if isinstance(part, dict) else part
 
 
 def _model(settings: ModelSettings) -> Description:

@@ -143,7 +143,8 @@ def _spoken(config: RunConfig, adapter: Path, batch: dict[str, Tensor], pack: bo
 
 def _packs_on_loading(config: RunConfig, adapter: Path) -> bool:
     """Whether loading the adapter would pack a dense base."""
-    plan = kept_plan(open_folder(adapter))
+    with open_folder(adapter) as source:
+        plan = kept_plan(source)
     if plan is None or plan.store is None or plan.start is not None:
         return False
     model = skeleton(config.need_model(), labels=known_labels(config)).model
@@ -155,8 +156,8 @@ def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> _
     settings = config.need_model()
     bare = skeleton(settings, labels=known_labels(config))
     files = model_files(settings)
-    source = open_folder(adapter)
-    why = _why_whole(kept_plan(source), files, folded=Folds.of(source) is not None)
+    with open_folder(adapter) as source:
+        why = _why_whole(kept_plan(source), files, folded=Folds.of(source) is not None)
     if not why:
         shards = Shards(files)
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)

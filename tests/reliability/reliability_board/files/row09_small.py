@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 import rankloom as rl
 from rankloom.core import patterns
 from rankloom.errors import RankloomError
+from rankloom.formats import loading, numbers
 from rankloom.formats import manifest as gate
-from rankloom.formats import numbers
 from rankloom.formats.limits import Limits
 from rankloom.formats.manifest import CONFIG, WEIGHTS
 from rankloom.train.configfile import read_config
@@ -124,8 +125,26 @@ def _folders(root: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
     folders["a native plan with a regex bomb"] = with_config(
         native, plan={**config_of(native)["plan"], "target_modules": bomb}
     )
+    for name, (said, size) in _claims(head).items():
+        place = write({**plain, WEIGHTS: joined(said, b"")}, root / name)
+        os.truncate(place / WEIGHTS, (place / WEIGHTS).stat().st_size + size)
+        yield name, functools.partial(_load, model, place)
     for name, files in folders.items():
         yield name, functools.partial(_load, model, write(files, root / name.replace("/", " ")))
+
+
+def _claims(head: dict[str, Any]) -> dict[str, tuple[dict[str, Any], int]]:
+    """Headers that claim gigabytes, and how many bytes; their files are sparse."""
+    first = next(key for key in head if key != "__metadata__")
+    end = max(said["data_offsets"][1] for said in head.values() if "data_offsets" in said)
+    claims = {}
+    for gigabytes in (2, 4):
+        size = (gigabytes << 30) - (1 << 20)
+        one = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+        more = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        claims[f"a sparse file of {gigabytes} GB"] = ({first: one}, size)
+        claims[f"{gigabytes} GB beside honest tensors"] = ({**head, f"{first}.x": more}, end + size)
+    return claims
 
 
 def _native(root: Path) -> Files:
@@ -166,6 +185,14 @@ def _configure(path: Path) -> bool:
     return False
 
 
+def _reading(source: Any, expected: Any, model: Any) -> Any:
+    source.tensors()
+    return _check(source, expected, model)
+
+
+_check = loading._check
+
+
 @contextmanager
 def _unlimited() -> Iterator[None]:
     """The limits of nobody."""
@@ -181,6 +208,7 @@ ROW = Row(
     measure,
     (
         Sabotage("no limits", _unlimited),
+        Sabotage("the numbers are read before the header is compared", lambda: swapped(loading, "_check", _reading)),
         Sabotage("long lists are not counted", lambda: swapped(numbers, "_check_entries", lambda *a: None)),
         Sabotage("`re` runs every regular expression", lambda: swapped(patterns, "WORK", 1 << 60)),
     ),
