@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from rankloom.errors import FileError, SettingsError, suggest
+from rankloom.errors import FileError, SettingsError, one_line, suggest
 from rankloom.formats.patterns import fault
 from rankloom.settings import NotNegative, Probability, Where, Within, from_data
 from rankloom.settings.values import shown
@@ -143,5 +143,6 @@ def read_fields(
                 f"{suggest(key, [k for k in schema if k not in config], n=1)}; load(…, ignore=[{key!r}]) reads over it"
             )
     if unknown:
-        warnings.warn(f"{where}: unknown fields are left aside: {', '.join(sorted(unknown))}", stacklevel=5)
+        names = one_line(", ".join(sorted(unknown)))
+        warnings.warn(f"{where}: unknown fields are left aside: {names}", stacklevel=6)
     return {key: field.default if config.get(key) is None else config[key] for key, field in fields.items()}
