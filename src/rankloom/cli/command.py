@@ -79,7 +79,7 @@ def _exit(message: str | None, code: int) -> typer.Exit:
 def _warnings_in_a_line() -> Iterator[None]:
     """Warnings as people read them: what is said, without the source line, and nothing that commands a terminal."""
     shown = warnings.formatwarning
-    warnings.formatwarning = lambda message, *rest: f"warning: {one_line(str(message))}\n"  # type: ignore[assignment]
+    warnings.formatwarning = lambda message, *rest: f"warning: {one_line(str(message))}\n"
     try:
         yield
     finally:

@@ -308,7 +308,8 @@ def _only(tree: Any) -> Any:
 def _repeat(low: int, high: Any, tree: Any, flags: int) -> Step:
     inner = _sequence(tree, flags)
     if high is _c.MAXREPEAT and len(tree) == 1 and tree[0][0] in (_c.LITERAL, _c.NOT_LITERAL, _c.ANY, _c.IN):
-        return _after(inner, low, _run(_letters(*tree[0], flags)))
+        op, argument = tree[0]
+        return _after(inner, low, _run(_letters(op, argument, flags)))
 
     def more(name: _Name, places: int, forward: bool) -> int:
         seen = new = places

@@ -15,6 +15,7 @@ from rankloom.core.merging import edited, edits, kind_at
 from rankloom.core.site import Site
 from rankloom.core.slots import present
 from rankloom.core.targets import base_modules
+from rankloom.errors import FileError
 from rankloom.hf.folder import INDEX, weight_files
 from rankloom.hf.packed import GLOB
 from rankloom.store.base import Packed, dense
@@ -28,9 +29,7 @@ class Shards:
     """The weight files of a folder; `names`: its tensors, packed ones by the name of the weight. Reads when asked."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob(GLOB)) or _plain_files(folder)]
+        files = [_opened(path) for path in sorted(folder.glob(GLOB)) or _plain_files(folder)]
         self._file = {key: file for file in files for key in file.keys()}  # noqa: SIM118
         self._about: dict[str, str] = {k: v for file in files for k, v in (file.metadata() or {}).items()}
         self._parts = packed_keys(self._about)
@@ -44,6 +43,15 @@ class Shards:
             return found
         parts = {key: self._file[key].get_tensor(key) for key in self._parts[name]}
         return from_files(parts, metadata_of(name, self._about))[name]
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise FileError(f"{path}: {error}; the file is damaged or not all there: download it again") from error
 
 
 def has_shards(folder: Path) -> bool:
