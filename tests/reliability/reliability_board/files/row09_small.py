@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from rankloom.formats.manifest import CONFIG, WEIGHTS
 from rankloom.train.configfile import read_config
 from reliability_board.board import Budget, Finding, Row, Sabotage, swapped
 from reliability_board.child import Outcome, forked
+from reliability_board.files import growing
 from reliability_board.files.world import (
     Files,
     bare,
@@ -44,7 +46,7 @@ def measure(budget: Budget) -> Finding:
     """Each file in a child: refused (or read) in half a second of CPU time and 64 MB."""
     faults, slowest, largest = [], 0.0, 0
     with folder() as root, silent():
-        cases = [*_folders(root), *_yamls(root)]
+        cases = [*_folders(root), *_grown(root, budget), *_yamls(root)]
         for name, job in cases:
             outcome = _best(job)
             seconds = outcome.value["seconds"] if outcome.value else outcome.seconds
@@ -131,6 +133,17 @@ def _folders(root: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
         yield name, functools.partial(_load, model, place)
     for name, files in folders.items():
         yield name, functools.partial(_load, model, write(files, root / name.replace("/", " ")))
+
+
+def _grown(root: Path, budget: Budget) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Folders with regular expressions that nobody thought of, in every field that takes some."""
+    model, plain, draw = base(), bare(good()), random.Random(budget.seed)
+    for turn in range(budget.of(200, 6)):
+        said = [f"{growing.expression(draw)}!" for _ in range(3)]
+        fields = {"rank_pattern": {said[0]: 8}, "target_modules": said[1], "exclude_modules": said[2]}
+        field = draw.choice(sorted(fields))
+        place = write(with_config(plain, **{field: fields[field]}), root / f"grown {turn}")
+        yield f"{field} {fields[field]}", functools.partial(_load, model, place)
 
 
 def _claims(head: dict[str, Any]) -> dict[str, tuple[dict[str, Any], int]]:
