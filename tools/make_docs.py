@@ -31,6 +31,18 @@ from rankloom.train.config import RunConfig
 ROOT = Path(__file__).resolve().parents[1]
 END = "<!-- end -->"
 
+STRANGERS = (
+    "## A stranger's folder",
+    "",
+    "- No file turns on a model's own Python code, nor does a question at the terminal: `trust_remote_code=true` counts in",
+    "  the command alone. A file that asks for it is refused by file and line.",
+    "- `rankloom train RUN` writes into RUN, wherever it has been moved and whatever its `config.yaml` says; a `data.cache`",
+    "  that it names has to be said again. The base model and the data that it names are read where they are.",
+    "- A model's folder is looked through first: pipes, devices, links that leave it, an adapter among its files, and an",
+    "  index that names files elsewhere are refused.",
+    "- What files say comes out as text: no control characters reach a terminal, no Markdown or HTML a model card.",
+)
+
 
 class Stack(nn.Module):
     """Stacked experts: a bare parameter [E, out, in]."""
@@ -302,6 +314,8 @@ def reliability_page() -> str:
             "everything, `python bench/reliability.py --quick` the part that `make test` has.",
             "",
             *board,
+            "",
+            *STRANGERS,
             "",
             "## Limits",
             "",

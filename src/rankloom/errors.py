@@ -6,13 +6,19 @@ import difflib
 import re
 from collections.abc import Iterable
 
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Characters that command a terminal, or turn the direction of writing; newline and tab are none."""
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that command a terminal, turn the direction of writing, or are none; newline and tab are not among them.
+"""
 
 
 def printable(text: str) -> str:
     """`text` with every control character written out, as `\\x1b`: safe to show in a terminal."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """`text` in one line that is safe to show."""
+    return printable(" ".join(text.split()))
 
 
 class RankloomError(Exception):

@@ -6,15 +6,13 @@ import copy
 import json
 import os
 import struct
-import time
 
 import pytest
 import torch
-from formats_tiny import X, adapted, bare, config, edit_config, edit_tensors, net, saved
+from formats_tiny import X, adapted, bare, edit_config, edit_tensors, net, saved
 
 import rankloom as rl
 from rankloom.errors import FileError
-from rankloom.formats.patterns import simple
 
 KEY = "base_model.model.layers.0.q.lora_A.weight"
 
@@ -35,7 +33,7 @@ CONFIGS = [
     ({"r": "4"}, "r='4': expected a whole number from 1 on"),
     ({"r": True}, "r=True: expected a whole number from 1 on"),
     ({"rank_pattern": {"q": 10**7}}, "a rank is from 1 to 4096"),
-    ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern=.*regular expressions without nested repeats"),
+    ({"rank_pattern": {"(a": 4}}, "rank_pattern=.*names or short regular expressions"),
     ({"lora_alpha": "x"}, "lora_alpha='x': expected a number"),
     ({"lora_alpha": 1e9}, r"lora_alpha=1000000000.0: at most 1e\+06"),
     ({"alpha_pattern": {"q": -2e6}}, r"q=-2000000.0: at most 1e\+06"),
@@ -269,23 +267,6 @@ def test_loading_beside_another_adapter_changes_nothing_of_it(tmp_path):
         rl.load(model, tmp_path / "b", name="third")
     assert torch.equal(model(X), before)
     assert set(model.rankloom.names) == {"default", "second"}
-
-
-def test_a_regular_expression_from_a_file_never_hangs(tmp_path):
-    folder = bare(tmp_path / "a")
-    edit_config(folder, target_modules=r"((((([\w.])+)+)+)+)+!")
-    start = time.monotonic()
-    bank = rl.load(net(), folder)
-    assert time.monotonic() - start < 5
-    assert len(bank.sites("default")) == 4
-    assert bank.plans["default"].target_modules == config(folder)["target_modules"]
-
-
-def test_simple_patterns():
-    for pattern in ("q_proj", r"^layers\.0\.q", r".*decoder.*(q|v)$", "[ab]{2,3}x", r"\(x\)*", "(a|b)?c", "a|b" * 2000):
-        assert simple(pattern), pattern
-    for pattern in ("(a+)+", "(a|a)*", "(ab){2,}", ".*.*.*.*.*x", "(x)+", r"([()])+", ".*" + "a" * 3000):
-        assert not simple(pattern), pattern
 
 
 def test_limits_can_be_set(tmp_path):

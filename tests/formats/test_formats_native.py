@@ -207,7 +207,8 @@ def test_what_the_reader_refuses(tmp_path):
             {"plan": {**plan, "method": {**plan["method"], "inner": {"name": "lora", "r": 10**8}}}},
             "a rank is from 1 to 4096",
         ),
-        ({"plan": {**plan, "target_modules": "(a+)+"}}, "it is not run"),
+        ({"plan": {**plan, "target_modules": "(a+)+"}}, r"the regular expression '\(a\+\)\+' matches no whole name"),
+        ({"plan": {**plan, "target_modules": "(a+"}}, "target_modules: '\\(a\\+' is no regular expression"),
         ({"plan": {**plan, "target_modules": ["q"]}}, "belongs to nothing"),
         ({"plan": {**plan, "target_modules": ["qq"]}}, "'qq' matches nothing"),
     ]
@@ -220,15 +221,23 @@ def test_what_the_reader_refuses(tmp_path):
         assert not hasattr(model, "rankloom")
 
 
-def test_a_wild_regular_expression_is_written_as_names(tmp_path):
+def test_regular_expressions_keep_their_wording_and_long_ones_become_names(tmp_path):
     wild = r"(layers\.\d+\.)+(q|v)"
     model = build(rl.hydralora(r=2), target_modules=wild, rank_pattern={r"(v)+": 3})
     rl.save(model, tmp_path / "a")
     plan = config(tmp_path / "a")["plan"]
-    assert plan["target_modules"] == ["layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"]
-    assert plan["rank_pattern"] == {r"^layers\.0\.v": 3, r"^layers\.1\.v": 3}
+    assert (plan["target_modules"], plan["rank_pattern"]) == (wild, {r"(v)+": 3})
     again = net()
     rl.load(again, tmp_path / "a")
+    assert torch.equal(again(X), model(X))
+    long = "|".join([wild] * 200)
+    model = build(rl.hydralora(r=2), target_modules=long, rank_pattern={f"(?:(?:{long})|(?:v)+)": 3})
+    rl.save(model, tmp_path / "b")
+    plan = config(tmp_path / "b")["plan"]
+    assert plan["target_modules"] == ["layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"]
+    assert plan["rank_pattern"] == {rf"^layers\.{n}\.{x}": 3 for n in (0, 1) for x in "qv"}
+    again = net()
+    rl.load(again, tmp_path / "b")
     assert torch.equal(again(X), model(X))
 
 

@@ -8,12 +8,13 @@ import inspect
 import os
 import sys
 import typing
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 
-from rankloom.errors import RankloomError, SettingsError, TargetError, Terminated
+from rankloom.errors import RankloomError, SettingsError, TargetError, Terminated, one_line, printable
 
 USAGE, RUNTIME, INTERRUPTED = 2, 1, 130
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -32,7 +33,8 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **options)
             return
         try:
-            function(*args, **options)
+            with _warnings_in_a_line():
+                function(*args, **options)
         except RankloomError as error:
             code = USAGE if isinstance(error, (SettingsError, TargetError)) else RUNTIME
             raise _exit(f"error: {error}" if speaks() or _untold(error) else None, code) from error
@@ -46,7 +48,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             raise _exit(str(error) or "interrupted", INTERRUPTED) from None
         except Terminated as error:
             with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
-                typer.echo(str(error), err=True)
+                typer.echo(printable(str(error)), err=True)
             raise
 
     parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
@@ -69,5 +71,16 @@ def _untold(error: RankloomError) -> bool:
 
 def _exit(message: str | None, code: int) -> typer.Exit:
     if message is not None:
-        typer.echo(message, err=True)
+        typer.echo(printable(message), err=True)
     return typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings as people read them: what is said, without the source line, and nothing that commands a terminal."""
+    shown = warnings.formatwarning
+    warnings.formatwarning = lambda message, *rest: f"warning: {one_line(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = shown

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rankloom.errors import printable
+from rankloom.errors import CONTROL, one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,10 +48,12 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
         """A table for people."""
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(*columns, title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        heads = [Column(Text(one_line(column))) for column in columns]
+        named = Text(one_line(title), style="bold") if title else None
+        table = Table(*heads, title=named, title_justify="left", box=None, pad_edge=False)
         for row in rows:
             table.add_row(*(Text(printable(shown(cell))) for cell in row))
         self.console.print(table)
@@ -60,7 +62,7 @@ class Screen:
         """Name and value, line by line."""
         width = max(len(name) for name, _ in pairs)
         for name, value in pairs:
-            self.text(f"{name:<{width}}  {shown(value)}")
+            self.text(f"{name:<{width}}  {one_line(shown(value))}")
 
     def stage(self, what: str, text: str) -> None:
         """One stage of a job, as it comes."""
@@ -79,7 +81,8 @@ def screen(machine: bool) -> Iterator[Screen]:
     with contextlib.redirect_stdout(sys.stderr):
         yield found
     if found.data is not NOTHING:
-        print(jsonlib.dumps(found.data, ensure_ascii=False, allow_nan=False))
+        said = jsonlib.dumps(found.data, ensure_ascii=False, allow_nan=False)
+        print(CONTROL.sub(lambda sign: f"\\u{ord(sign[0]):04x}", said))
 
 
 def shown(value: Any) -> str:

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from rankloom.core.faithful import computed_weight, faithful, own_weight
 from rankloom.core.graft import Grafted
 from rankloom.core.kinds import Bare, kind_of
+from rankloom.core.patterns import check_searched, fullmatches
 from rankloom.core.plan import Plan
 from rankloom.core.site import LAYER, Site
 from rankloom.core.towers import EXPERTS, TOWERS, fused_experts, said_of_experts, tower
@@ -116,7 +117,7 @@ def resolve(model: nn.Module, plan: Plan) -> Resolution:
 def matches(target: str | Sequence[str], name: str) -> bool:
     """PEFT's rule: a list matches whole names or dotted suffixes, a string is a regular expression for whole names."""
     if isinstance(target, str):
-        return re.fullmatch(target, name) is not None
+        return fullmatches(target, name)
     return any(name == t or name.endswith("." + t) for t in target)
 
 
@@ -128,7 +129,7 @@ def below(target: str | Sequence[str], name: str) -> bool:
 
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:
     """The first key of a rank or alpha pattern that matches the end of `name`."""
-    return next((key for key in patterns if re.fullmatch(rf"(?:.*\.)?(?:{key})", name)), None)
+    return next((key for key in patterns if fullmatches(rf"(?:.*\.)?(?:{key})", name)), None)
 
 
 def block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
@@ -147,6 +148,8 @@ def _block(name: str, layers_pattern: str | Sequence[str] | None) -> re.Match[st
     if not layers_pattern:
         return re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     patterns = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
+    for pattern in patterns:
+        check_searched(pattern)
     tried = (re.search(rf"(?:^|\.){pattern}\.(\d+)(?:\.|$)", name) for pattern in patterns)
     return next((found for found in tried if found is not None), None)
 
@@ -420,7 +423,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def _each_matches(setting: str, target: str | Sequence[str], names: list[str]) -> None:
     if isinstance(target, str):
         try:
-            hit = any(re.fullmatch(target, n) for n in names)
+            hit = any(fullmatches(target, n) for n in names)
         except re.error as error:
             raise SettingsError(f"{setting}: {target!r} is not a regular expression ({error})") from error
         if not hit:

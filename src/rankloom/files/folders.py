@@ -150,8 +150,9 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        place = error.filename2 or error.filename or out
         raise FileError(
-            f"{error.filename or out}: cannot be written: {error.strerror or error}; free space, or give another out="
+            f"{place}: cannot be written: {error.strerror or error}; free space, or give another out="
         ) from error
 
 

@@ -81,7 +81,7 @@ def _unknown(source: Source, unknown: UnknownBase) -> None:
     words = f"{source.folder}: nothing says which weights the adapter was made on (no fingerprint of the base)"
     if unknown == "refuse":
         raise FileError(f"{words}; load it once in the library and save it anew, or pass unknown_base='warn'")
-    warnings.warn(f"{words}; only names and shapes were compared", stacklevel=4)
+    warnings.warn(f"{words}; only names and shapes were compared", stacklevel=6)
 
 
 def _name(path: str, slot: str) -> str:

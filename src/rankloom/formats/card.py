@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from rankloom.errors import SettingsError, suggest
+from rankloom.errors import SettingsError, one_line, printable, suggest
 from rankloom.settings import yamltext
 
 FIELDS = frozenset(
     {"data", "description", "intended_use", "language", "license", "metrics", "settings", "tags", "title"}
 )
+MARKS = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")
+FIRST = re.compile(r"^(\d*)([#>]|[-+.)](?=\s|$))")
+"""What means something in a line of Markdown, and at its beginning."""
+TICKS = re.compile("`+")
 
 
 def render(card: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -37,8 +42,8 @@ def render(card: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def _body(card: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
-    lines = [f"# {card.get('title', about['name'])}", ""]
-    lines += [card.get("description", f"A {about['method']} adapter for {_base(about['base'])}."), ""]
+    lines = [f"# {said(card.get('title', about['name']))}", ""]
+    lines += [printable(card.get("description", f"A {about['method']} adapter for {_base(about['base'])}.")), ""]
     lines += [
         "## Method",
         "",
@@ -53,24 +58,37 @@ def _body(card: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     if card.get("metrics"):
         lines += ["## Results", "", *_results(card["metrics"]), ""]
     if card.get("intended_use"):
-        lines += ["## Intended use", "", str(card["intended_use"]), ""]
-    lines += ["## Load it", "", "```python", *about["usage"], "```", "", f"{about['compat']}", ""]
+        lines += ["## Intended use", "", printable(str(card["intended_use"])), ""]
+    lines += ["## Load it", "", "```python", *about["usage"], "```", "", said(about["compat"]), ""]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return [*lines, "## Versions", "", versions]
 
 
+def said(value: Any) -> str:
+    """Any value as one line of Markdown that shows it: nothing in it is a heading, a link, code or HTML."""
+    text = MARKS.sub(r"\\\g<0>", one_line(str(value)))
+    return FIRST.sub(r"\1\\\2", text).replace("&", "&amp;").replace("<", "&lt;")
+
+
 def _base(name: str | None) -> str:
-    return f"`{name}`" if name else "a base model that does not know its own name"
+    return _code(name) if name else "a base model that does not know its own name"
+
+
+def _code(text: str) -> str:
+    """A text as a span of code, in more backticks than it has."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, TICKS.findall(line)), default=0))
+    return f"{fence} {line} {fence}" if line.startswith("`") or line.endswith("`") else f"{fence}{line}{fence}"
 
 
 def _bullets(value: Any) -> list[str]:
     if isinstance(value, Mapping):
-        return [f"- {k}: {v}" for k, v in value.items()]
-    return [f"- {v}" for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+        return [f"- {said(k)}: {said(v)}" for k, v in value.items()]
+    return [f"- {said(v)}" for v in value] if isinstance(value, (list, tuple)) else [said(value)]
 
 
 def _table(head: tuple[str, ...], rows: Mapping[str, Any]) -> list[str]:
-    return [_row(head), _row(("---",) * len(head)), *(_row((k, v)) for k, v in rows.items())]
+    return [_row(head), _rule(head), *(_row((k, v)) for k, v in rows.items())]
 
 
 def _results(metrics: Mapping[str, Any]) -> list[str]:
@@ -81,10 +99,14 @@ def _results(metrics: Mapping[str, Any]) -> list[str]:
     cells = {k: v if isinstance(v, Mapping) else {columns[-1]: v} for k, v in metrics.items()}
     return [
         _row(head),
-        _row(("---",) * len(head)),
+        _rule(head),
         *(_row((k, *(v.get(c, "") for c in columns))) for k, v in cells.items()),
     ]
 
 
 def _row(cells: tuple[Any, ...]) -> str:
-    return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+    return "| " + " | ".join(map(said, cells)) + " |"
+
+
+def _rule(head: tuple[Any, ...]) -> str:
+    return "| " + " | ".join("---" for _ in head) + " |"

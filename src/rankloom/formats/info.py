@@ -10,7 +10,7 @@ from typing import Any
 
 from rankloom.formats.limits import Limits
 from rankloom.formats.loading import reader_of
-from rankloom.formats.manifest import open_folder
+from rankloom.formats.manifest import Source, open_folder
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,12 @@ class Info:
 
 def inspect(folder: str | Path, *, limits: Limits | None = None) -> Info:
     """Read and check config, header and manifest of an adapter folder. Raises `FileError`."""
-    source = open_folder(folder, limits)
+    with open_folder(folder, limits) as source:
+        source.verify()
+        return _info(source)
+
+
+def _info(source: Source) -> Info:
     reader = reader_of(source)
     native = reader.peft_type == "RANKLOOM"
     base = source.config.get("base_model_name_or_path")

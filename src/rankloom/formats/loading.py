@@ -66,7 +66,11 @@ def load(
         pack: False leaves the base as it is, whatever store the adapter was trained on.
         unknown_base: a folder without a fingerprint of its base is a warning, or "refuse" for a server.
     """
-    source = open_folder(folder, limits, ignore)
+    with open_folder(folder, limits, ignore) as source:
+        return _load(model, source, name, base_check, unknown_base, pack)
+
+
+def _load(model: nn.Module, source: Source, name: str, base_check: bool, unknown_base: UnknownBase, pack: bool) -> Bank:
     _check_name(name, source.limits)
     reader = reader_of(source)
     _check_bank(model, name)

@@ -1,8 +1,9 @@
 """The gate in front of every adapter folder: what is read is checked before torch sees a byte.
 
-Order: plain files, sizes → strict JSON → numbers within the limits → safetensors header → digests → finite values.
-Each file is read once, so what was checked is what is used. Whoever calls it then checks the exact key set and shapes
-against the model. Limits are arguments, never switched off by the environment.
+Order: plain files, sizes → strict JSON → numbers within the limits → safetensors header; whoever opens a folder then
+checks the exact key set and shapes against the model, and only then the numbers are read: → digests → finite values.
+Each file is opened and read once, so what was checked is what is used. Limits are arguments, never switched off by the
+environment.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,27 +36,48 @@ KIND, CHECKPOINT = "rankloom-adapter", "rankloom-checkpoint"
 """Kinds of manifest: a checkpoint of a run is an adapter folder with more files in it."""
 TRIES = 5
 """How often a folder is opened anew that was replaced while it was read."""
+PIECE = 1 << 20
+"""Bytes that are read at a time for a digest."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter folder that passed the gate; its tensors are made by `tensors`.
+    """An adapter folder that passed the gate, but for the numbers in its weights file, which is open: `tensors` reads
+    them, once.
 
     `ignore`: unknown config fields that the caller vouches for; `plan`, `base`: the plan and the base's fingerprint as
-    data, when the folder has a manifest of ours; `verified`: sizes and digests are those of saving; `size`: bytes of
-    the weights file; `body`: those after its header.
+    data, when the folder has a manifest of ours; `verified`: sizes and digests are those of saving, which `tensors` and
+    `verify` ask of the weights; `head`: the bytes before the numbers.
     """
 
     folder: Path
     config: dict[str, Any]
     header: dict[str, Header]
-    plan: dict[str, Any] | None
-    base: dict[str, Any] | None
-    verified: bool
+    manifest: dict[str, Any] | None
     limits: Limits
     ignore: Collection[str]
-    size: int
-    body: Tensor
+    file: File
+    head: bytes
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The plan as data, where there is a manifest."""
+        return None if self.manifest is None else self.manifest["plan"]
+
+    @property
+    def base(self) -> dict[str, Any] | None:
+        """The fingerprint of the base, where a manifest has one."""
+        return None if self.manifest is None else self.manifest.get("base")
+
+    @property
+    def verified(self) -> bool:
+        """Whether there is a manifest to check against."""
+        return self.manifest is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights file."""
+        return self.file.size
 
     @property
     def config_file(self) -> str:
@@ -67,10 +90,28 @@ class Source:
         return str(self.folder / WEIGHTS)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the file, on the CPU. Raises `FileError` for NaN, infinite or huge values, by name."""
-        found = tensors_in(self.header, self.body)
+        """Every tensor of the file, on the CPU. Raises `FileError` for bytes that are not those of saving, and for NaN,
+        infinite or huge values, by name.
+        """
+        raw = bytearray(self.file.size)
+        raw[: len(self.head)] = self.head
+        self.file.take_into(memoryview(raw)[len(self.head) :])
+        self._check_weights(hashlib.sha256(raw) if self.verified else hashlib.sha256())
+        found = tensors_in(self.header, torch.frombuffer(raw, dtype=torch.uint8)[len(self.head) :])
         check_values(found, self.weights_file, self.limits)
         return found
+
+    def verify(self) -> None:
+        """Read the weights for their digest alone, where there is a manifest. Raises `FileError`."""
+        if self.verified:
+            found, left = hashlib.sha256(self.head), self.file.size - len(self.head)
+            for size in (min(PIECE, left - at) for at in range(0, left, PIECE)):
+                found.update(self.file.take(size))
+            self._check_weights(found)
+
+    def _check_weights(self, digest: Any) -> None:
+        if self.manifest is not None:
+            _check_digest(self.folder / WEIGHTS, self.manifest, self.file.size, digest.hexdigest())
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str, limits: Limits) -> None:
@@ -89,17 +130,29 @@ def check_values(tensors: Mapping[str, Tensor], where: str, limits: Limits) -> N
             )
 
 
-def open_folder(folder: str | Path, limits: Limits | None = None, ignore: Collection[str] = ()) -> Source:
-    """Read and check an adapter folder. Raises `FileError` naming the file and what is wrong."""
+@contextmanager
+def open_folder(folder: str | Path, limits: Limits | None = None, ignore: Collection[str] = ()) -> Iterator[Source]:
+    """Check an adapter folder; its weights file is open in the block. Raises `FileError` naming the file and what is
+    wrong.
+    """
     root = Path(folder)
+    with ExitStack() as stack:
+        yield _opened(root, limits or Limits(), ignore, stack)
+
+
+def _opened(root: Path, limits: Limits, ignore: Collection[str], stack: ExitStack) -> Source:
+    """The source, of one state of a folder that may be replaced meanwhile; `stack` closes its file."""
     for attempt in range(TRIES):
         _is_adapter_folder(root)
-        with opened(root) as found:
+        with opened(root) as found, ExitStack() as trial:
             try:
-                return _read(found, limits or Limits(), ignore)
+                source = _read(found, limits, ignore, trial)
             except FileError:
                 if not found.replaced() or attempt == TRIES - 1:
                     raise
+            else:
+                stack.push(trial.pop_all())
+                return source
     raise AssertionError
 
 
@@ -134,36 +187,29 @@ def check_readable(
         ) from error
 
 
-def _read(folder: Folder, limits: Limits, ignore: Collection[str]) -> Source:
+def _read(folder: Folder, limits: Limits, ignore: Collection[str], stack: ExitStack) -> Source:
     config_raw = folder.read(CONFIG, limits.config)
     manifest = _manifest(folder, limits)
     config = parse(config_raw, str(folder.path / CONFIG), limits.depth)
     if not isinstance(config.get("peft_type"), str):
         raise FileError(f"{folder.path / CONFIG}: 'peft_type' is {config.get('peft_type')!r}; it must name the method")
     check_numbers(config, str(folder.path / CONFIG), limits)
-    with folder.opened(WEIGHTS) as file:
-        header, raw, start = _weights(file, limits)
+    file = stack.enter_context(folder.opened(WEIGHTS))
     if manifest is not None:
-        _check_digests(folder.path, manifest, {CONFIG: config_raw, WEIGHTS: raw})
-    plan, base = (None, None) if manifest is None else (manifest["plan"], manifest.get("base"))
-    body = torch.frombuffer(raw, dtype=torch.uint8)[start:]
-    return Source(folder.path, config, header, plan, base, manifest is not None, limits, ignore, len(raw), body)
+        _check_digest(folder.path / CONFIG, manifest, len(config_raw), hashlib.sha256(config_raw).hexdigest())
+        _check_digest(folder.path / WEIGHTS, manifest, file.size, None)
+    header, head = _weights(file, limits)
+    return Source(folder.path, config, header, manifest, limits, ignore, file, head)
 
 
-def _weights(file: File, limits: Limits) -> tuple[dict[str, Header], bytearray, int]:
-    """(the header, the whole file, where its data starts); nothing is allocated before the header is checked."""
+def _weights(file: File, limits: Limits) -> tuple[dict[str, Header], bytes]:
+    """(the header, checked; the bytes before the numbers); nothing else is read."""
     where = str(file.path)
     if file.size > limits.file:
         raise FileError(f"{where}: {file.size} bytes; at most {limits.file} are read (limits=Limits(file={file.size}))")
     prefix = file.take(min(LENGTH, file.size))
-    length = header_size(prefix, file.size, where, limits)
-    said = file.take(length)
-    start = LENGTH + length
-    header = read_header(said, file.size - start, where, limits)
-    raw = bytearray(file.size)
-    raw[:start] = prefix + said
-    file.take_into(memoryview(raw)[start:])
-    return header, raw, start
+    said = file.take(header_size(prefix, file.size, where, limits))
+    return read_header(said, file.size - LENGTH - len(said), where, limits), prefix + said
 
 
 def _manifest(folder: Folder, limits: Limits) -> dict[str, Any] | None:
@@ -184,14 +230,14 @@ def _manifest(folder: Folder, limits: Limits) -> dict[str, Any] | None:
     return data
 
 
-def _check_digests(root: Path, manifest: Mapping[str, Any], content: Mapping[str, bytes | bytearray]) -> None:
-    for name, data in content.items():
-        said = manifest["files"][name]
-        if said["size"] != len(data) or said["sha256"] != hashlib.sha256(data).hexdigest():
-            raise FileError(
-                f"{root / name} is not the file that was saved: its size or SHA-256 differs from {MANIFEST}. "
-                f"Delete {MANIFEST} to load the folder as it is, unverified"
-            )
+def _check_digest(path: Path, manifest: Mapping[str, Any], size: int, digest: str | None) -> None:
+    """Refuse a file of another size or digest (None: not known yet) than the manifest says."""
+    said = manifest["files"][path.name]
+    if said["size"] != size or digest not in (None, said["sha256"]):
+        raise FileError(
+            f"{path} is not the file that was saved: its size or SHA-256 differs from {MANIFEST}. "
+            f"Delete {MANIFEST} to load the folder as it is, unverified"
+        )
 
 
 def _is_adapter_folder(root: Path) -> None:

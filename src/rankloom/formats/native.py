@@ -15,7 +15,7 @@ from rankloom.errors import FileError
 from rankloom.formats.base import base_name
 from rankloom.formats.entry import Entry, plain
 from rankloom.formats.manifest import Source
-from rankloom.formats.patterns import exactly, simple
+from rankloom.formats.patterns import check_expressions, exactly, fault
 from rankloom.formats.peft.targets import our_targets
 from rankloom.formats.view import View
 
@@ -79,13 +79,13 @@ def portable(view: View) -> Plan:
     plan = view.plan
     changes: dict[str, Any] = {}
     wordings = [v for v in (plan.target_modules, plan.exclude_modules) if isinstance(v, str)]
-    if not all(map(simple, wordings)):
+    if fault(wordings):
         modules, _ = our_targets(view)
         changes |= {"target_modules": tuple(sorted(modules)), "exclude_modules": (), "layers_to_transform": None}
         changes["layers_pattern"] = None
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(plan, field)
-        if not all(map(simple, patterns)):
+        if fault(patterns):
             names = [site.name for site, _ in view.adapted]
             hits = {name: key for name in names if (key := pattern_key(patterns, name)) is not None}
             changes[field] = {exactly(name): patterns[key] for name, key in hits.items()}
@@ -93,14 +93,14 @@ def portable(view: View) -> Plan:
 
 
 def check_patterns(plan: Plan, where: str) -> None:
-    """Refuse a plan from a file whose regular expressions could run for ever."""
-    wordings = [plan.target_modules, plan.exclude_modules, plan.layers_pattern]
-    for pattern in [*(w for w in wordings if isinstance(w, str)), *plan.rank_pattern, *plan.alpha_pattern]:
-        if not simple(pattern):
-            raise FileError(
-                f"{where}: the regular expression {pattern!r} has repeats over groups, or more than four: "
-                "it is not run; name the modules instead"
-            )
+    """Refuse a plan from a file whose regular expressions are not run."""
+    for field in ("target_modules", "exclude_modules", "target_parameters"):
+        said = getattr(plan, field)
+        check_expressions(field, [said] if isinstance(said, str) else (), where)
+    layers = plan.layers_pattern or ()
+    check_expressions("layers_pattern", [layers] if isinstance(layers, str) else layers, where, searched=True)
+    for field in ("rank_pattern", "alpha_pattern"):
+        check_expressions(field, getattr(plan, field), where)
 
 
 def _object(source: Source) -> dict[str, Any]:

@@ -1,38 +1,40 @@
-"""Regular expressions that come from a file: which of them may run at all."""
+"""Regular expressions that come from a file: which of them are run."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-LONGEST, LONGEST_PLAIN = 2000, 100_000
-"""Letters of an expression with repeats, and of one without."""
-REPEATS = 4
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,\d*\}|[*+)]|.", re.DOTALL)
+from rankloom.core.patterns import cheap, check, check_searched
+from rankloom.errors import FileError, SettingsError
 
-
-def simple(pattern: str) -> bool:
-    """True if it is an expression whose matching takes little time: at most four open repeats, none over a group.
-
-    A repeat over a group can take exponential time, and many repeats a high polynomial.
-    """
-    if len(pattern) > LONGEST_PLAIN:
-        return False
-    repeats, after_group = 0, False
-    for token in _TOKEN.findall(pattern):
-        if token in "*+" or (token[0] == "{" and len(token) > 1):
-            if after_group:
-                return False
-            repeats += 1
-        after_group = token == ")"
-    return repeats <= REPEATS and (not repeats or len(pattern) <= LONGEST) and _compiles(pattern)
+LONGEST, LONGEST_COSTLY = 100_000, 4_000
+"""Letters of all expressions of one field together, and of those with many ways to match."""
 
 
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
+def fault(expressions: Iterable[str], searched: bool = False) -> str | None:
+    """Why these expressions of one field are not run, if they are not. `searched`: for a place within a name."""
+    letters = costly = 0
+    for expression in expressions:
+        letters += len(expression)
+        if letters > LONGEST:
+            return f"regular expressions of more than {LONGEST:,} letters"
+        try:
+            (check_searched if searched else check)(expression)
+            costly += 0 if cheap(expression) else len(expression)
+        except re.error as error:
+            return f"{expression[:80]!r} is no regular expression ({error})"
+        except SettingsError as error:
+            return str(error)
+        if costly > LONGEST_COSTLY:
+            return f"regular expressions with many ways to match, of more than {LONGEST_COSTLY:,} letters"
+    return None
+
+
+def check_expressions(field: str, expressions: Iterable[str], where: str, searched: bool = False) -> None:
+    """Refuse a field of a file whose expressions are not run. Raises `FileError`."""
+    if found := fault(expressions, searched):
+        raise FileError(f"{where}: {field}: {found}; name the modules instead")
 
 
 def exactly(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from rankloom.core.plan import Plan
-from rankloom.errors import FileError, MissingExtra, SettingsError, suggest
+from rankloom.errors import FileError, MissingExtra, RankloomError, SettingsError, one_line, suggest
 from rankloom.hf.classes import Head, head_of
+from rankloom.hf.folder import LAST, broken_weights, check_folder, holds_tokenizer, shapes_in
 from rankloom.hf.packed import is_packed, load_packed, skeleton_packed
 from rankloom.train.config import ModelSettings, Task
 
@@ -22,6 +23,8 @@ EMBEDDED = "microworld"
 WHOLE: dict[str, Any] = {"missing_keys": (), "unexpected_keys": ()}
 """What loading says of a model that lacks nothing."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+COUNTED, MOST = re.compile(r"(layers?|experts?|blocks?|depth)$"), 4096
+"""Names of numbers by which modules are made, and the largest of them."""
 CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
@@ -34,9 +37,9 @@ CLASSES = {
 class Loaded:
     """A model with what belongs to it.
 
-    `tokenizer`: None for a skeleton; `source`: the folder or hub id; `task`: as resolved; `heads`: modules that this
-    task puts on the base and those that the files do not have: they start at random, so they train whole and are
-    saved; `notes`: what a user ought to know about the loading.
+    `tokenizer`: None where it was not asked for; `source`: the folder or hub id; `task`: as resolved; `heads`: modules
+    that this task puts on the base and those that the files do not have: they start at random, so they train whole and
+    are saved; `notes`: what a user ought to know about the loading.
     """
 
     model: Any
@@ -59,7 +62,14 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
         FileError: the folder or hub id does not hold such a model, or cannot be reached (HF_HUB_OFFLINE is named).
         SettingsError: task, labels and model do not fit together.
     """
+    loaded = load_weights(settings, form, labels)
+    return replace(loaded, tokenizer=load_tokenizer(settings))
+
+
+def load_weights(settings: ModelSettings, form: str | None = None, labels: Sequence[str] = ()) -> Loaded:
+    """The same without a tokenizer."""
     source, config, task = _config(settings, form, labels)
+    _check_bare(source, settings)
     device = device_of(settings.device)
     dtype = _dtype(settings.dtype, config, device)
     cls = _class(task)
@@ -68,9 +78,18 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
         if is_packed(config):
             model, info = load_packed(cls, config, source, _dtype_argument(dtype)), WHOLE
         else:
-            model, info = cls.from_pretrained(
-                source, config=config, output_loading_info=True, **fresh, **_dtype_argument(dtype), **_remote(settings)
-            )
+            try:
+                model, info = cls.from_pretrained(
+                    source,
+                    config=config,
+                    output_loading_info=True,
+                    **fresh,
+                    **_dtype_argument(dtype),
+                    **_remote(settings),
+                )
+            except RuntimeError as error:
+                _check_shapes(source, skeleton(settings, form, labels).model)
+                raise error
     heads = (*_heads(model, task), *_unwritten(model, info["missing_keys"], task))
     notes = list(_loading_notes(source, info, heads))
     if task == "classification" and settings.head == "new":
@@ -79,7 +98,7 @@ def load_model(settings: ModelSettings, form: str | None = None, labels: Sequenc
     model.name_or_path = settings.path
     return Loaded(
         model=model.to(device).eval(),
-        tokenizer=load_tokenizer(settings),
+        tokenizer=None,
         source=source,
         task=task,
         heads=heads,
@@ -91,7 +110,7 @@ def skeleton(settings: ModelSettings, form: str | None = None, labels: Sequence[
     """The model on the meta device: every name, shape and dtype, no values and no memory. Raises as `load_model`."""
     source, config, task = _config(settings, form, labels)
     dtype = _dtype(settings.dtype, config, device_of(settings.device))
-    arguments = {**_dtype_argument(dtype), **({"trust_remote_code": True} if settings.trust_remote_code else {})}
+    arguments = {**_dtype_argument(dtype), "trust_remote_code": settings.trust_remote_code}
     with _explained(source, "a model"), torch.device("meta"):
         if is_packed(config):
             model = skeleton_packed(_class(task), config, source, arguments)
@@ -102,17 +121,55 @@ def skeleton(settings: ModelSettings, form: str | None = None, labels: Sequence[
 
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The fast tokenizer of the model. Raises `FileError` where there is none."""
+    found = find_tokenizer(settings)
+    if found is None:
+        raise FileError(
+            f"{settings.path}: no tokenizer in this folder: put the files of the model's there, as "
+            "tokenizer.save_pretrained(folder) does"
+        )
+    return found
+
+
+def find_tokenizer(settings: ModelSettings) -> Any:
+    """The same, or None where the folder has none: one without a word is what transformers makes of nothing."""
     source = find_model(settings.path)
     with _explained(source, "a tokenizer"):
-        return _transformers().AutoTokenizer.from_pretrained(source, **_remote(settings))
+        try:
+            found = _transformers().AutoTokenizer.from_pretrained(source, **_remote(settings))
+        except (OSError, ValueError):
+            if not Path(source).is_dir() or holds_tokenizer(Path(source)):
+                raise
+            return None
+        return found if set(found.get_vocab()) - set(found.all_special_tokens) else None
+
+
+def _check_shapes(source: str, bare: Any) -> None:
+    """Refuse weight files of other shapes than the configuration makes."""
+    wanted = {name: tuple(value.shape) for name, value in bare.state_dict().items()}
+    inner = f"{bare.base_model_prefix}."
+    for name, shape in shapes_in(Path(source)).items():
+        made = next((wanted[n] for n in (name, inner + name, name.removeprefix(inner)) if n in wanted), shape)
+        if made != shape:
+            raise FileError(
+                f"{source}: its weights do not fit its config.json: {name!r} has shape {shape}, the configuration "
+                f"makes it {made}; download the folder again, or mend config.json"
+            )
 
 
 def architectures(settings: ModelSettings) -> tuple[str, ...]:
     """The model classes that its configuration names."""
-    source = find_model(settings.path)
+    return tuple(_read_config(settings, find_model(settings.path)).architectures or ())
+
+
+def _check_bare(source: str, settings: ModelSettings) -> None:
+    """Refuse a model with an adapter beside it: transformers would let PEFT put that into the base, unasked."""
     with _explained(source, "a model"):
-        config = _transformers().AutoConfig.from_pretrained(source, **_remote(settings))
-    return tuple(config.architectures or ())
+        found = _transformers().utils.find_adapter_config_file(source, revision=settings.revision)
+    if found is not None:
+        raise FileError(
+            f"{source}: holds a model and an adapter (adapter_config.json), which would become part of the base: keep "
+            "the adapter's files in a folder of their own"
+        )
 
 
 def find_model(path: str) -> str:
@@ -123,7 +180,8 @@ def find_model(path: str) -> str:
         path = str(base_path())
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if (folder / "config.json").is_file():
+        if (folder / LAST).is_file():
+            check_folder(folder)
             return str(folder)
         if (folder / "adapter_config.json").is_file():
             raise FileError(f"{path}: an adapter folder, not a model: give its base as model= and this as adapter")
@@ -157,7 +215,8 @@ def known_head(settings: ModelSettings) -> Head | None:
     """The classifier that the model's files have and that is to be kept, if there is one."""
     if settings.head == "new":
         return None
-    return head_of(_read_config(settings, find_model(settings.path)), settings.path)
+    source = find_model(settings.path)
+    return _head(_read_config(settings, source), source, settings.path)
 
 
 def task_of(settings: ModelSettings, form: str | None) -> Task:
@@ -195,11 +254,29 @@ def _read_config(settings: ModelSettings, source: str) -> Any:
     """The model's configuration, with the `label2id` that its file says: transformers 5 reads `id2label` alone."""
     library = _transformers()
     with _explained(source, "a model"):
+        said, _ = library.PretrainedConfig.get_config_dict(source, revision=settings.revision)
         config = library.AutoConfig.from_pretrained(source, **_remote(settings))
-        said, _ = library.PretrainedConfig.get_config_dict(source, **_remote(settings))
     if isinstance(said.get("label2id"), dict):
         config.label2id = said["label2id"]
+    _check_counts(said, source)
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise FileError(f"{source}: its config.json says architectures={names!r}; expected a list of class names")
     return config
+
+
+def _check_counts(said: Mapping[str, Any], source: str) -> None:
+    """Refuse a configuration that would make more layers than there are in any model."""
+    for key, value in said.items():
+        if isinstance(value, Mapping):
+            _check_counts(value, source)
+        elif COUNTED.search(key) and type(value) is int and value > MOST:
+            raise FileError(f"{source}: its config.json says {key}={value}; at most {MOST} are made")
+
+
+def _head(config: Any, source: str, path: str) -> Head | None:
+    with _explained(source, "the classes of a model"):
+        return head_of(config, path)
 
 
 def _config(settings: ModelSettings, form: str | None, labels: Sequence[str]) -> tuple[str, Any, Task]:
@@ -216,7 +293,7 @@ def _config(settings: ModelSettings, form: str | None, labels: Sequence[str]) ->
             f"{source} predicts hidden tokens ({config.model_type}), so it cannot answer in a conversation: give it "
             "running text (a column 'text') or texts with a label, or use a causal model"
         )
-    head = head_of(config, settings.path) if settings.head == "keep" else None
+    head = _head(config, source, settings.path) if settings.head == "keep" else None
     if labels and head is not None:
         head.check(labels)
     if labels:
@@ -292,7 +369,12 @@ def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     said = config.to_dict()
-    found = getattr(torch, str(said.get("dtype") or said.get("torch_dtype") or "float32").removeprefix("torch."))
+    word = said.get("dtype") or said.get("torch_dtype") or "float32"
+    found = getattr(torch, str(word).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise FileError(
+            f"{config.name_or_path}: its config.json says dtype={word!r}; mend it, or give model.dtype=float32"
+        )
     return torch.promote_types(found, torch.float32) if device.type == "cpu" else found
 
 
@@ -303,7 +385,8 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _remote(settings: ModelSettings) -> dict[str, Any]:
-    found: dict[str, Any] = {"trust_remote_code": True} if settings.trust_remote_code else {}
+    """Said even where it is false, for transformers would ask standard input otherwise."""
+    found: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     return {**found, "revision": settings.revision} if settings.revision is not None else found
 
 
@@ -338,17 +421,28 @@ def _explained(source: str, what: str) -> Iterator[None]:
     """What transformers raises, as one message with the next step."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if Path(source).is_dir():
-            raise FileError(f"{source}: {what} cannot be loaded from this folder: {reason}") from error
-        near = suggest(source, [EMBEDDED])
-        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-            raise FileError(
-                f"{source!r} is no folder here and not in the local cache, and HF_HUB_OFFLINE=1 forbids the "
-                f"download of {what}: unset it, or give a folder{near} ({reason})"
-            ) from error
-        raise FileError(
-            f"{source!r} is no folder here, and the hub does not give {what} under that id: {reason}; check the "
-            f"spelling, the network, and access (huggingface-cli login){near}"
-        ) from error
+    except RankloomError:
+        raise
+    except Exception as error:  # broken files make any code of the library fail, in any way
+        raise FileError(_told(source, what, error)) from error
+
+
+def _told(source: str, what: str, error: Exception) -> str:
+    reason = one_line(str(error))[:300].strip() or type(error).__name__
+    if "trust_remote_code" in str(error):
+        return (
+            f"{source}: {what} that is Python code of its own, which is not run: add trust_remote_code=true to the "
+            "command if you trust it"
+        )
+    if Path(source).is_dir():
+        return broken_weights(Path(source)) or f"{source}: {what} cannot be loaded from this folder: {reason}"
+    near = suggest(source, [EMBEDDED])
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return (
+            f"{source!r} is no folder here and not in the local cache, and HF_HUB_OFFLINE=1 forbids the "
+            f"download of {what}: unset it, or give a folder{near} ({reason})"
+        )
+    return (
+        f"{source!r} is no folder here, and the hub does not give {what} under that id: {reason}; check the "
+        f"spelling, the network, and access (huggingface-cli login){near}"
+    )

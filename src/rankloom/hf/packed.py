@@ -48,7 +48,8 @@ def save_packed(model: Any, tokenizer: Any, folder: Path) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:

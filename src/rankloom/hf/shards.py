@@ -15,11 +15,12 @@ from rankloom.core.merging import edited, edits, kind_at
 from rankloom.core.site import Site
 from rankloom.core.slots import present
 from rankloom.core.targets import base_modules
+from rankloom.errors import FileError
+from rankloom.hf.folder import INDEX, weight_files
 from rankloom.hf.packed import GLOB
 from rankloom.store.base import Packed, dense
 from rankloom.store.files import from_files, metadata_of, packed_keys
 
-INDEX = "model.safetensors.index.json"
 LARGEST = 5 * 10**9
 """Bytes of a file after which the next one begins."""
 
@@ -28,9 +29,7 @@ class Shards:
     """The weight files of a folder; `names`: its tensors, packed ones by the name of the weight. Reads when asked."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob(GLOB)) or _plain_files(folder)]
+        files = [_opened(path) for path in sorted(folder.glob(GLOB)) or _plain_files(folder)]
         self._file = {key: file for file in files for key in file.keys()}  # noqa: SIM118
         self._about: dict[str, str] = {k: v for file in files for k, v in (file.metadata() or {}).items()}
         self._parts = packed_keys(self._about)
@@ -46,16 +45,23 @@ class Shards:
         return from_files(parts, metadata_of(name, self._about))[name]
 
 
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise FileError(f"{path}: {error}; the file is damaged or not all there: download it again") from error
+
+
 def has_shards(folder: Path) -> bool:
     """Whether a folder has weight files that can be read tensor by tensor."""
     return any(folder.glob(GLOB)) or bool(_plain_files(folder))
 
 
 def _plain_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in dict.fromkeys(names)]
-    return [path for path in [folder / "model.safetensors"] if path.is_file()]
+    names = weight_files(folder) or ["model.safetensors"]
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 class FromFile:

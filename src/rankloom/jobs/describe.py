@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ from rankloom import formats
 from rankloom.core.kinds import kind_of
 from rankloom.core.targets import base_modules
 from rankloom.errors import FileError
+from rankloom.files.reading import plain_file
+from rankloom.files.strict import parse
 from rankloom.hf.models import architectures, skeleton
 from rankloom.jobs.opening import ADAPTER_CONFIG
 from rankloom.jobs.runs import ADAPTER, RECORD, plain
 from rankloom.train.config import ModelSettings
+from rankloom.train.configfile import read_config
+
+LARGEST, DEEPEST = 64 << 20, 50
+"""Bytes of a run's record that are read, and its levels."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,16 @@ class Description:
     tables: tuple[Table, ...] = field(default=())
 
 
-def describe(path: str) -> Description:
-    """What `path` is and holds. Raises `FileError` for a path to nothing that is known."""
+def describe(path: str, changes: Sequence[str] = ()) -> Description:
+    """What `path` is and holds; `changes` (`key=value`) say how a model is loaded. Raises `FileError` for a path to
+    nothing that is known.
+    """
     folder = Path(path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file():
         return _adapter(folder)
     if (folder / RECORD).is_file():
         return _run(folder)
-    return _model(path)
+    return _model(read_config(None, [f"model={json.dumps(path)}", *changes]).need_model())
 
 
 def _adapter(folder: Path) -> Description:
@@ -64,14 +73,14 @@ def _adapter(folder: Path) -> Description:
 
 def _run(folder: Path) -> Description:
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse(plain_file(folder / RECORD, LARGEST), str(folder / RECORD), DEEPEST)
         before, after, config = dict(record["before"]), dict(record["after"]), dict(record["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"{folder / RECORD}: not a run's record: {error}") from error
     facts = (
         ("run", folder),
-        ("model", config.get("model", {}).get("path")),
-        ("data", config.get("data", {}).get("source")),
+        ("model", _of(config.get("model"), "path")),
+        ("data", _of(config.get("data"), "source")),
         ("plan", json.dumps(config.get("plan"))),
         ("steps", f"{record.get('steps')} ({record.get('stopped')}) in {record.get('seconds')} s"),
         ("loads in", record.get("compatibility")),
@@ -81,10 +90,14 @@ def _run(folder: Path) -> Description:
     return Description({"kind": "run", **record, "adapter_info": inner}, facts, (metrics,))
 
 
-def _model(path: str) -> Description:
+def _of(part: Any, key: str) -> Any:
+    return part.get(key) if isinstance(part, dict) else part
+
+
+def _model(settings: ModelSettings) -> Description:
     """Every layer and parameter that could be adapted, blocks put together."""
-    causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in architectures(ModelSettings(path)))
-    loaded = skeleton(ModelSettings(path, task="causal-lm" if causal else "encoder"))
+    causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in architectures(settings))
+    loaded = skeleton(replace(settings, task="causal-lm" if causal else "encoder"))
     model = loaded.model
     groups: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for name, module in base_modules(model):

@@ -25,17 +25,26 @@ class Difference:
     same_choice: float
 
 
-def sample_batch(config: RunConfig, tokenizer: Any) -> tuple[dict[str, Tensor], str]:
-    """Rows of the data where there is some, else random tokens; and what they are, in words."""
-    if config.data is not None:
+def sample_batch(config: RunConfig, tokenizer: Any, words: int) -> tuple[dict[str, Tensor], str]:
+    """Rows of the data where there is some and a tokenizer, else random ones of `words` tokens; and what they are, in
+    words.
+    """
+    if config.data is not None and tokenizer is not None:
         few = replace(config.data, eval_examples=ROWS)
         records, _ = judged_records(few, config.seed, known_head(config.need_model()))
         rows = Batches(prepared(records, tokenizer, config.data), ROWS, shuffle=False).batch_at(0)
         del rows["labels"]
         return rows, f"{len(rows['input_ids'])} rows of {records.source}"
     generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(0, len(tokenizer), (ROWS, LENGTH), generator=generator)
+    ids = torch.randint(0, words, (ROWS, LENGTH), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, f"{ROWS}×{LENGTH} random tokens"
+
+
+def words_of(model: Any, tokenizer: Any) -> int:
+    """How many tokens there are to draw from: those of the tokenizer, else the rows of the input embedding."""
+    if tokenizer is not None:
+        return len(tokenizer)
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def output(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -22,10 +22,10 @@ from rankloom.formats.folds import Folds
 from rankloom.formats.loading import kept_plan
 from rankloom.formats.manifest import open_folder
 from rankloom.hf.folder import folder_size, model_folder
-from rankloom.hf.models import Loaded, load_model, load_tokenizer, model_files, quiet, skeleton
+from rankloom.hf.models import Loaded, find_tokenizer, load_weights, model_files, quiet, skeleton
 from rankloom.hf.packed import save_packed
 from rankloom.hf.shards import Shards, hang, has_shards, merged, write_shards
-from rankloom.jobs.difference import Difference, difference, output, sample_batch
+from rankloom.jobs.difference import Difference, difference, output, sample_batch, words_of
 from rankloom.jobs.runs import check_empty, known_labels, on_its_base, plain
 from rankloom.store.base import Packed
 from rankloom.store.model import unpack
@@ -89,7 +89,9 @@ def merge_job(
     if into not in ("16bit", "store"):
         raise SettingsError(f"into={into!r}: '16bit' or 'store'")
     other_base = into == "16bit" and _packs_on_loading(config, adapter)
-    batch, measured_on = sample_batch(config, load_tokenizer(config.need_model()))
+    settings = config.need_model()
+    bare, tokenizer = skeleton(settings, labels=known_labels(config)).model, find_tokenizer(settings)
+    batch, measured_on = sample_batch(config, tokenizer, words_of(bare, tokenizer))
     spoken = _spoken(config, adapter, batch, pack=not other_base) if verify else None
     trained = _spoken(config, adapter, batch, pack=True) if verify and other_base else None
     with model_folder(out) as hidden:
@@ -133,7 +135,7 @@ class _Written:
 
 
 def _spoken(config: RunConfig, adapter: Path, batch: dict[str, Tensor], pack: bool) -> _Spoken:
-    loaded = load_model(config.need_model(), labels=known_labels(config))
+    loaded = load_weights(config.need_model(), labels=known_labels(config))
     bank = formats.load(loaded.model, adapter, config.name, pack=pack)
     with bank.using(config.name):
         adapted = output(loaded.model, batch)
@@ -143,7 +145,8 @@ def _spoken(config: RunConfig, adapter: Path, batch: dict[str, Tensor], pack: bo
 
 def _packs_on_loading(config: RunConfig, adapter: Path) -> bool:
     """Whether loading the adapter would pack a dense base."""
-    plan = kept_plan(open_folder(adapter))
+    with open_folder(adapter) as source:
+        plan = kept_plan(source)
     if plan is None or plan.store is None or plan.start is not None:
         return False
     model = skeleton(config.need_model(), labels=known_labels(config)).model
@@ -155,8 +158,8 @@ def _into_dense(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> _
     settings = config.need_model()
     bare = skeleton(settings, labels=known_labels(config))
     files = model_files(settings)
-    source = open_folder(adapter)
-    why = _why_whole(kept_plan(source), files, folded=Folds.of(source) is not None)
+    with open_folder(adapter) as source:
+        why = _why_whole(kept_plan(source), files, folded=Folds.of(source) is not None)
     if not why:
         shards = Shards(files)
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -193,7 +196,7 @@ def _why_tied(bank: Bank, name: str, missing: set[str]) -> str:
 
 
 def _in_memory(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> torch.dtype:
-    loaded = load_model(config.need_model(), labels=known_labels(config))
+    loaded = load_weights(config.need_model(), labels=known_labels(config))
     model = loaded.model
     formats.load(model, adapter, config.name, pack=pack).fold(config.name, into="dense")
     detach(model)
@@ -203,14 +206,14 @@ def _in_memory(config: RunConfig, adapter: Path, hidden: Path, pack: bool) -> to
         model.config.tie_word_embeddings = False
     with quiet():
         model.save_pretrained(hidden)
-        loaded.tokenizer.save_pretrained(hidden)
+        _copy_tokenizer(config.need_model(), hidden)
     dtype: torch.dtype = model.dtype
     return dtype
 
 
 def _into_store(config: RunConfig, adapter: Path, hidden: Path) -> _Written:
     """Write the packed model with the adapter in it."""
-    loaded = load_model(config.need_model(), labels=known_labels(config))
+    loaded = load_weights(config.need_model(), labels=known_labels(config))
     bank = formats.load(loaded.model, adapter, config.name)
     if not any(isinstance(parameter, Packed) for parameter in loaded.model.parameters()):
         raise StateError(
@@ -218,7 +221,7 @@ def _into_store(config: RunConfig, adapter: Path, hidden: Path) -> _Written:
             "with a store in its plan; or merge into='16bit'"
         )
     lost = bank.merge(config.name, into="store")
-    save_packed(loaded.model, loaded.tokenizer, hidden)
+    save_packed(loaded.model, find_tokenizer(config.need_model()), hidden)
     return _Written("in memory, packed", None, lost)
 
 
@@ -229,12 +232,19 @@ def _write_about(bare: Loaded, settings: ModelSettings, files: Path, dtype: torc
     generation = files / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, hidden / generation.name)
-    load_tokenizer(settings).save_pretrained(hidden)
+    _copy_tokenizer(settings, hidden)
+
+
+def _copy_tokenizer(settings: ModelSettings, hidden: Path) -> None:
+    """The model's tokenizer beside it, if it has one."""
+    tokenizer = find_tokenizer(settings)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(hidden)
 
 
 def _read_back(config: RunConfig, folder: Path, batch: dict[str, Tensor]) -> Tensor:
     settings = replace(config.need_model(), path=str(folder), revision=None)
-    return output(load_model(settings, labels=known_labels(config)).model, batch)
+    return output(load_weights(settings, labels=known_labels(config)).model, batch)
 
 
 def _check(found: Difference, spoken: _Spoken, written: _Written, tolerance: float | None) -> None:

@@ -14,7 +14,7 @@ from rankloom.errors import SettingsError
 from rankloom.hf.folder import folder_size, model_folder
 from rankloom.hf.models import load_model
 from rankloom.hf.packed import save_packed
-from rankloom.jobs.difference import Difference, difference, output, sample_batch
+from rankloom.jobs.difference import Difference, difference, output, sample_batch, words_of
 from rankloom.jobs.runs import ADAPTER, calibration, check_empty, plain
 from rankloom.store.footprint import Kept, footprint
 from rankloom.train.config import RunConfig
@@ -55,7 +55,7 @@ def quantize_job(config: RunConfig, out: Path) -> QuantizeReport:
         raise SettingsError("the plan has no store: plan.store=normal_float, or a method with one: method=loftq bits=2")
     loaded = load_model(config.need_model())
     model, tokenizer = loaded.model, loaded.tokenizer
-    batch, measured_on = sample_batch(config, tokenizer)
+    batch, measured_on = sample_batch(config, tokenizer, words_of(model, tokenizer))
     before, dense = footprint(model.modules()).rows, output(model, batch)
     splits = {}
     if plan.start is None:

@@ -20,7 +20,7 @@ from rankloom.files.strict import as_json
 from rankloom.formats.saving import Parcel, parcel
 from rankloom.hf.folder import LAST as MODEL
 from rankloom.hf.folder import model_folder
-from rankloom.hf.models import Loaded, device_of, known_head, load_model, task_of, with_heads
+from rankloom.hf.models import Loaded, device_of, known_head, load_model, load_weights, task_of, with_heads
 from rankloom.hf.packed import GLOB as PACKED
 from rankloom.hf.packed import save_packed
 from rankloom.jobs.evaluation import Answer, Evaluator
@@ -246,8 +246,11 @@ def load_adapted(config: RunConfig, adapter: Path | None) -> Loaded:
     """The model of `config` with the adapter of a folder, speaking."""
     config = on_its_base(config, adapter)
     loaded = load_model(config.need_model(), labels=known_labels(config))
-    if adapter is not None:
-        formats.load(loaded.model, adapter, config.name).use(config.name)
+    return loaded if adapter is None else _with_adapter(loaded, config, adapter)
+
+
+def _with_adapter(loaded: Loaded, config: RunConfig, adapter: Path) -> Loaded:
+    formats.load(loaded.model, adapter, config.name).use(config.name)
     return loaded
 
 
@@ -272,7 +275,8 @@ def known_labels(config: RunConfig) -> tuple[str, ...]:
 def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int | None = None) -> Any:
     """The adapter as another kind of file: `as_="lora"` is a LoRA of rank `r` at most, with its error by site."""
     check_out(out, False)
-    loaded = load_adapted(config, adapter)
+    config = on_its_base(config, adapter)
+    loaded = _with_adapter(load_weights(config.need_model(), labels=known_labels(config)), config, adapter)
     with writing(out):
         return formats.export(loaded.model, out, config.name, as_=as_, r=r)
 

@@ -14,7 +14,7 @@ import torch
 
 from rankloom import formats
 from rankloom.hf.models import EMBEDDED, load_model
-from rankloom.jobs.difference import Difference, difference, output, sample_batch
+from rankloom.jobs.difference import Difference, difference, output, sample_batch, words_of
 from rankloom.jobs.evaluation import Answer
 from rankloom.jobs.merge import merge_job
 from rankloom.jobs.plan import plan_job
@@ -171,7 +171,7 @@ def _reloaded(config: RunConfig, trained: Trained) -> Difference:
     """The saved adapter on a fresh base, against the model that was trained."""
     fresh = load_model(config.need_model())
     formats.load(fresh.model, trained.result.adapter, config.name)
-    batch, _ = sample_batch(config, fresh.tokenizer)
+    batch, _ = sample_batch(config, fresh.tokenizer, words_of(fresh.model, fresh.tokenizer))
     return difference(output(fresh.model, batch), output(trained.loaded.model, batch))
 
 

@@ -68,6 +68,12 @@ def _loader() -> Any:
         yaml_implicit_resolvers: dict[str, Any] = {}
         depth = aliases = 0
 
+        def fetch_flow_collection_start(self, kind: Any) -> None:
+            """An opening bracket; the scanner reads a thousand of them before anything is composed."""
+            if self.flow_level >= DEEPEST:
+                raise yaml.YAMLError(f"more than {DEEPEST} levels")
+            super().fetch_flow_collection_start(kind)
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             self.aliases += self.check_event(yaml.AliasEvent)
             self.depth += 1

@@ -53,7 +53,7 @@ class ModelSettings(Settings):
       the classes of the data.
     - `dtype`: of the base weights; `auto` keeps what the file has, half precision on the CPU becomes float32.
     - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `revision`: branch, tag or commit of a hub model.
-    - `trust_remote_code`: run Python code that comes with the model.
+    - `trust_remote_code`: run Python code that comes with the model; said in the command, for no file turns it on.
     """
 
     short: ClassVar[str] = "path"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rankloom.errors import FileError, SettingsError, suggest
 from rankloom.files.reading import plain_file
@@ -14,6 +15,8 @@ from rankloom.train.config import ELSEWHERE, RunConfig, as_data, from_data
 
 LONGEST = 4 * yamltext.LONGEST
 """Bytes of a file that is opened."""
+CODE = "trust_remote_code"
+"""The setting of a model that runs what comes with it: said in the command, never by a file."""
 
 
 def read_config(file: Path | None, changes: Sequence[str] = ()) -> RunConfig:
@@ -25,12 +28,20 @@ def read_config(file: Path | None, changes: Sequence[str] = ()) -> RunConfig:
 
 
 def config_of(text: str, where: str, changes: Sequence[str] = ()) -> RunConfig:
-    """The run of a YAML text, `where` being its name in errors, with changes."""
+    """The run of a YAML text, `where` being its name in errors, with changes; `CODE` is taken from these alone."""
     data, lines = yamltext.parse(text, where)
     if not isinstance(data, dict | None):
         raise SettingsError(f"{where}: expected settings 'key: value', got {str(data)[:80]!r}")
     origins = {path: f"{where}, line {line}" for path, line in lines.items()}
-    data = changed(RunConfig, data or {}, changes, origins, ELSEWHERE)
+    said = origins.get(f"model.{CODE}", where)
+    data, asks = _without_code(data or {})
+    data = changed(RunConfig, data, changes, origins, ELSEWHERE)
+    if asks and CODE not in _model_of(data):
+        raise SettingsError(
+            f"{said}: asks for Python code of its model to be run, which no file "
+            f"may decide: add {CODE}=true to the command if you trust it, else {CODE}=false",
+            f"model.{CODE}",
+        )
     try:
         return from_data(data)
     except SettingsError as error:
@@ -41,6 +52,20 @@ def config_of(text: str, where: str, changes: Sequence[str] = ()) -> RunConfig:
 def dump(config: RunConfig) -> str:
     """The run as YAML that `read_config` takes."""
     return yamltext.dump(as_data(config))
+
+
+def _without_code(data: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The data without `CODE`, and whether they ask for it."""
+    model = _model_of(data)
+    if CODE not in model:
+        return dict(data), False
+    kept = {key: value for key, value in model.items() if key != CODE}
+    return {**data, "model": kept}, model[CODE] is not False
+
+
+def _model_of(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    model = data.get("model")
+    return model if isinstance(model, Mapping) else {}
 
 
 def _text(file: Path) -> str:

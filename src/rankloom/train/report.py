@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rankloom.errors import MissingExtra, SettingsError, suggest
+from rankloom.errors import MissingExtra, SettingsError, one_line, suggest
 from rankloom.files import disk
 from rankloom.files.folders import replace_file, sweep, writing
 
@@ -135,9 +135,8 @@ class Progress(Report):
 
     def row(self, row: Row) -> None:
         if row["event"] == "eval":
-            self.bar.console.print(
-                f"step {row['step']}: " + ", ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items())
-            )
+            values = ", ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items())
+            self.bar.console.print(one_line(f"step {row['step']}: {values}"), markup=False)
 
     def step(self, row: Row) -> None:
         speed = row.get("tokens_per_second")

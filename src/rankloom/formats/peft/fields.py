@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from rankloom.errors import FileError, SettingsError, suggest
-from rankloom.formats.patterns import simple
+from rankloom.errors import FileError, SettingsError, one_line, suggest
+from rankloom.formats.patterns import fault
 from rankloom.settings import NotNegative, Probability, Where, Within, from_data
 from rankloom.settings.values import shown
 
@@ -33,7 +33,7 @@ class Start:
 Whole = Annotated[int, Within(1)]
 Index = Annotated[int, Within(0)]
 Names = str | tuple[str, ...]
-SIMPLE = Where("{}, with names or regular expressions without nested repeats", lambda value: all(map(simple, value)))
+SIMPLE = Where("{}, with names or short regular expressions", lambda value: not fault(value))
 EMPTY = Where("nothing", lambda value: not value)
 
 FLAG = Field(bool, False)
@@ -173,7 +173,8 @@ def read_fields(
                 f"{suggest(key, [k for k in schema if k not in config], n=1)}; load(…, ignore=[{key!r}]) reads over it"
             )
     if unknown:
-        warnings.warn(f"{where}: unknown fields are left aside: {', '.join(sorted(unknown))}", stacklevel=5)
+        names = one_line(", ".join(sorted(unknown)))
+        warnings.warn(f"{where}: unknown fields are left aside: {names}", stacklevel=6)
     return filled(config, fields)
 
 

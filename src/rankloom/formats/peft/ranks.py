@@ -16,7 +16,7 @@ from rankloom.core.method import Method
 from rankloom.core.site import Site
 from rankloom.core.targets import pattern_key
 from rankloom.errors import FileError
-from rankloom.formats.patterns import exactly, simple
+from rankloom.formats.patterns import exactly, fault
 from rankloom.formats.peft.pairs import whole_pair
 from rankloom.formats.view import View, attention_of
 from rankloom.methods.lora import scale_of
@@ -33,7 +33,7 @@ def rank_fields(view: View) -> dict[str, Any]:
     scaling = getattr(method, "scaling", "standard")
     wanted = {place_of(site, view): rank_and_scale(site, adapter) for site, adapter in view.adapted}
     plan = view.plan
-    if method is not None and all(map(simple, (*plan.rank_pattern, *plan.alpha_pattern))):
+    if method is not None and not fault(plan.rank_pattern) and not fault(plan.alpha_pattern):
         own = {
             "r": method.r,  # type: ignore[attr-defined]
             "lora_alpha": tidy(method.lora_alpha),  # type: ignore[attr-defined]

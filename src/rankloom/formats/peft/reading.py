@@ -13,7 +13,7 @@ from rankloom.core.plan import PATTERNS, Plan
 from rankloom.core.targets import matches
 from rankloom.errors import FileError, suggest
 from rankloom.formats.manifest import Source
-from rankloom.formats.patterns import simple
+from rankloom.formats.patterns import check_expressions
 from rankloom.formats.peft.paths import strip
 from rankloom.formats.peft.targets import ends_with, selected, selected_parameters
 
@@ -129,12 +129,15 @@ def _owners(source: Source, suffixes: Sequence[str], modules: Modules) -> dict[s
 
 
 def _agree(source: Source, values: Values, modules: Modules, layers: set[str]) -> None:
-    """The config's targets and the file's tensors name the same modules, where the config's wording may be run."""
+    """The config's targets and the file's tensors name the same modules."""
     target = values["target_modules"]
-    layers_pattern = values.get("layers_pattern") or ()
-    inner = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    wordings = [*(v for v in (target, values.get("exclude_modules")) if isinstance(v, str)), *inner]
-    if target is None or target == "all-linear" or not all(map(simple, wordings)):
+    blocks_in = values.get("layers_pattern") or ()
+    for field in ("target_modules", "exclude_modules"):
+        said = values.get(field)
+        check_expressions(field, [said] if isinstance(said, str) else (), source.config_file)
+    blocks_in = [blocks_in] if isinstance(blocks_in, str) else blocks_in
+    check_expressions("layers_pattern", blocks_in, source.config_file, searched=True)
+    if target is None or target == "all-linear":
         return
     meant = selected(values, modules)
     said = ", ".join(f"{field}={values[field]!r}" for field in TARGETING if values.get(field) is not None)

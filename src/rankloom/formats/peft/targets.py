@@ -114,7 +114,7 @@ def _selects(config: Config, name: str) -> bool:
         return False
     layers = blocks(config.get("layers_to_transform"))
     if isinstance(target, str):
-        return layers is None and re.fullmatch(target, name) is not None
+        return layers is None and matches(target, name)
     if name in target:
         return True
     if not matches(target, name):

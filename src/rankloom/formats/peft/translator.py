@@ -134,8 +134,8 @@ class Translator(ABC):
     def plans(self, source: Source, model: nn.Module) -> tuple[Plan, Plan]:
         """(plan to attach with, plan to keep). The first names exactly the places whose tensors the file has.
 
-        `model` is a copy that may be changed. No regular expression of the file runs unless it is a simple one. Raises
-        `FileError` where config, tensors and model disagree on the places.
+        `model` is a copy that may be changed. Raises `FileError` where config, tensors and model disagree on
+        the places.
         """
         values = read_fields(source.config, self.fields, source.config_file, source.ignore)
         values = with_ties(values, dict(base_modules(model)))

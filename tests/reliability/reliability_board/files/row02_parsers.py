@@ -26,10 +26,12 @@ from rankloom.settings import engine, values, yamltext
 from rankloom.train import configfile
 from reliability_board.board import Budget, Finding, Row, Sabotage, swapped
 from reliability_board.child import Outcome, forked
+from reliability_board.files import growing
 from reliability_board.files.coverage import explore
 from reliability_board.files.world import bare, good, silent
 
 Parser = Callable[[bytes], object]
+Grower = Callable[[random.Random], bytes]
 CORPUS = Path(__file__).parent / "corpus"
 FULL, QUICK, MINUTES, LED_SECONDS = 500_000, 1_500, 9.0, 60
 RARE = 50
@@ -91,7 +93,7 @@ def measure(budget: Budget) -> Finding:
     with silent():
         for name, parser in PARSERS.items():
             found: Outcome = forked(
-                partial(_fuzz, parser, _seeds(name), corpus(name), inputs, budget.seed), 60 * MINUTES
+                partial(_fuzz, parser, _seeds(name), corpus(name), inputs, budget.seed, _grower(name)), 60 * MINUTES
             )
             if found.died:
                 faults.append(f"{name}: {found.died.strip().splitlines()[-1]}")
@@ -120,11 +122,25 @@ def _led(seed: int, faults: list[str]) -> dict[str, int]:
     return done
 
 
-def _fuzz(parser: Parser, seeds: list[bytes], pool: list[bytes], inputs: int, seed: int) -> dict[str, Any]:
+def _grower(name: str) -> Grower | None:
+    """What grows inputs for a parser from a grammar, where there is one."""
+    if name == "recipe":
+        return growing.raw_yaml
+    return partial(growing.raw_config, fields=sorted(TRANSLATORS["LORA"].fields)) if name == "config" else None
+
+
+def _fuzz(
+    parser: Parser, seeds: list[bytes], pool: list[bytes], inputs: int, seed: int, grow: Grower | None
+) -> dict[str, Any]:
     draw, faults = random.Random(seed), []
     start, tried = time.monotonic(), 0
     for turn in range(inputs):
-        raw = pool[turn] if turn < len(pool) else damaged(draw.choice(seeds if turn % RARE else pool), draw)
+        if turn < len(pool):
+            raw = pool[turn]
+        elif grow is not None and turn % 2:
+            raw = grow(draw)
+        else:
+            raw = damaged(draw.choice(seeds if turn % RARE else pool), draw)
         fault = crash(parser, raw)
         tried += 1
         if fault:

@@ -21,6 +21,9 @@ from rankloom.files import folders
 from rankloom.files.manifest import sealed
 from rankloom.formats import manifest as gate
 from rankloom.formats.manifest import CONFIG, KIND, WEIGHTS
+from rankloom.jobs.opening import open_path
+from rankloom.jobs.runs import CONFIG as CONFIG_OF_RUN
+from rankloom.train import configfile
 from rankloom.train.checkpoint import load_checkpoint, save_checkpoint
 from rankloom.train.configfile import read_config
 from reliability_board.board import Budget, Finding, Row, Sabotage, swapped
@@ -107,6 +110,8 @@ def _payloads() -> dict[str, Payload]:
     for name in ("evil_module:Model", "evil_module.Model", "megatron.core:Model", "os:system", "rankloom.cli:main"):
         found[f"method {name} in a native plan"] = functools.partial(_native, name)
         found[f"rule {name} in a manifest"] = functools.partial(_rule, files, name)
+    for name in ("run.yaml", "config.yaml"):
+        found[f"trust_remote_code in {name}"] = functools.partial(_trusting, name)
     for tag in (
         "!!python/object/apply:os.system ['touch @']",
         "!!python/module:evil_module",
@@ -168,6 +173,14 @@ def _yaml(tag: str, work: Path, marker: Path) -> None:
     read_config(path, [])
 
 
+def _trusting(name: str, work: Path, marker: Path) -> None:
+    """A file that turns on the code of its model: the marker stands for that code."""
+    (work / name).write_text("model: {path: base, trust_remote_code: true}\n")
+    opened = open_path(work if name == CONFIG_OF_RUN else work / name)
+    if opened.config.need_model().trust_remote_code:
+        marker.touch()
+
+
 @contextlib.contextmanager
 def _unpickling() -> Iterator[None]:
     """Weights that are no safetensors are tried as a pickle: the classic fall-back."""
@@ -200,6 +213,9 @@ ROW = Row(
     measure,
     (
         Sabotage("weights fall back to a pickle", _unpickling),
+        Sabotage(
+            "a file may say whose code is trusted", lambda: swapped(configfile, "_without_code", lambda d: (d, False))
+        ),
         Sabotage("names of methods and rules are imported", lambda: swapped(registry, "class_of", _importing)),
     ),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +13,16 @@ from typing import Any
 import torch
 
 import rankloom as rl
+from rankloom.core import patterns
 from rankloom.errors import RankloomError
+from rankloom.formats import loading, numbers
 from rankloom.formats import manifest as gate
-from rankloom.formats import numbers
 from rankloom.formats.limits import Limits
 from rankloom.formats.manifest import CONFIG, WEIGHTS
-from rankloom.formats.peft import reading
 from rankloom.train.configfile import read_config
 from reliability_board.board import Budget, Finding, Row, Sabotage, swapped
 from reliability_board.child import Outcome, forked
+from reliability_board.files import growing
 from reliability_board.files.world import (
     Files,
     bare,
@@ -43,7 +46,7 @@ def measure(budget: Budget) -> Finding:
     """Each file in a child: refused (or read) in half a second of CPU time and 64 MB."""
     faults, slowest, largest = [], 0.0, 0
     with folder() as root, silent():
-        cases = [*_folders(root), *_yamls(root)]
+        cases = [*_folders(root), *_grown(root, budget), *_yamls(root)]
         for name, job in cases:
             outcome = _best(job)
             seconds = outcome.value["seconds"] if outcome.value else outcome.seconds
@@ -124,8 +127,37 @@ def _folders(root: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
     folders["a native plan with a regex bomb"] = with_config(
         native, plan={**config_of(native)["plan"], "target_modules": bomb}
     )
+    for name, (said, size) in _claims(head).items():
+        place = write({**plain, WEIGHTS: joined(said, b"")}, root / name)
+        os.truncate(place / WEIGHTS, (place / WEIGHTS).stat().st_size + size)
+        yield name, functools.partial(_load, model, place)
     for name, files in folders.items():
         yield name, functools.partial(_load, model, write(files, root / name.replace("/", " ")))
+
+
+def _grown(root: Path, budget: Budget) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Folders with regular expressions that nobody thought of, in every field that takes some."""
+    model, plain, draw = base(), bare(good()), random.Random(budget.seed)
+    for turn in range(budget.of(200, 6)):
+        said = [f"{growing.expression(draw)}!" for _ in range(3)]
+        fields = {"rank_pattern": {said[0]: 8}, "target_modules": said[1], "exclude_modules": said[2]}
+        field = draw.choice(sorted(fields))
+        place = write(with_config(plain, **{field: fields[field]}), root / f"grown {turn}")
+        yield f"{field} {fields[field]}", functools.partial(_load, model, place)
+
+
+def _claims(head: dict[str, Any]) -> dict[str, tuple[dict[str, Any], int]]:
+    """Headers that claim gigabytes, and how many bytes; their files are sparse."""
+    first = next(key for key in head if key != "__metadata__")
+    end = max(said["data_offsets"][1] for said in head.values() if "data_offsets" in said)
+    claims = {}
+    for gigabytes in (2, 4):
+        size = (gigabytes << 30) - (1 << 20)
+        one = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+        more = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        claims[f"a sparse file of {gigabytes} GB"] = ({first: one}, size)
+        claims[f"{gigabytes} GB beside honest tensors"] = ({**head, f"{first}.x": more}, end + size)
+    return claims
 
 
 def _native(root: Path) -> Files:
@@ -166,6 +198,14 @@ def _configure(path: Path) -> bool:
     return False
 
 
+def _reading(source: Any, expected: Any, model: Any) -> Any:
+    source.tensors()
+    return _check(source, expected, model)
+
+
+_check = loading._check
+
+
 @contextmanager
 def _unlimited() -> Iterator[None]:
     """The limits of nobody."""
@@ -181,7 +221,8 @@ ROW = Row(
     measure,
     (
         Sabotage("no limits", _unlimited),
+        Sabotage("the numbers are read before the header is compared", lambda: swapped(loading, "_check", _reading)),
         Sabotage("long lists are not counted", lambda: swapped(numbers, "_check_entries", lambda *a: None)),
-        Sabotage("every regular expression is run", lambda: swapped(reading, "simple", lambda pattern: True)),
+        Sabotage("`re` runs every regular expression", lambda: swapped(patterns, "WORK", 1 << 60)),
     ),
 )

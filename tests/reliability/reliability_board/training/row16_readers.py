@@ -91,8 +91,8 @@ def _reading(folder: Path, stop: Path, number: int) -> None:
 
 def _adapter(folder: Path) -> tuple[int, str | None]:
     try:
-        source = open_folder(folder / "adapter")
-        low, high = (float(n) for n in source.tensors()["a"].aminmax())
+        with open_folder(folder / "adapter") as source:
+            low, high = (float(n) for n in source.tensors()["a"].aminmax())
     except (FileError, OSError) as error:
         return 0, f"the adapter cannot be read: {error}"
     step = int(source.config["r"])
