@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rankloom import registry
@@ -14,6 +14,8 @@ from rankloom.settings.engine import REQUIRED, Setting, Settings, maker_of, part
 Path = tuple[str, ...]
 Origins = dict[str, str]
 """Dotted path of a setting → where it was given."""
+Elsewhere = Callable[[str, str], str]
+"""(name, value) of an argument → the end of the error, where another program has a setting of that name; else ""."""
 NAME = Setting("name", str)
 
 
@@ -55,9 +57,9 @@ def spots(target: Any, data: Mapping[str, Any], base: type | None = None, at: Pa
 
 
 def changed(
-    cls: type[Settings], data: Mapping[str, Any], said: Sequence[str], origins: Origins, elsewhere: Mapping[str, str]
+    cls: type[Settings], data: Mapping[str, Any], said: Sequence[str], origins: Origins, elsewhere: Elsewhere
 ) -> dict[str, Any]:
-    """`data` with the changes made, noted in `origins`. `elsewhere`: words of other programs → our name.
+    """`data` with the changes made, noted in `origins`. `elsewhere`: what is said of settings of other programs.
 
     A part is chosen before its own settings are set, whatever the order. Raises `SettingsError`.
     """
@@ -65,7 +67,7 @@ def changed(
     waiting = [_parsed(each) for each in said]
     while waiting:
         there = {spot.path: spot for spot in spots(cls, found)}
-        parts = [(len(ends[0].path), i) for i, c in enumerate(waiting) if _is_part(ends := _ends(c.key, there))]
+        parts = [(len(here[0].path), i) for i, c in enumerate(waiting) if _is_part(here := ends(c.key, there))]
         change = waiting.pop(min(parts)[1] if parts else 0)
         path = _make(found, change, there, elsewhere)
         for old in [p for p in origins if p == path or p.startswith((f"{path}.", f"{path}["))]:
@@ -95,11 +97,11 @@ def _parsed(said: str) -> Change:
     )
 
 
-def _is_part(ends: list[Spot]) -> bool:
-    return len(ends) == 1 and (ends[0].part is not None or ends[0].setting is NAME)
+def _is_part(found: list[Spot]) -> bool:
+    return len(found) == 1 and (found[0].part is not None or found[0].setting is NAME)
 
 
-def _ends(key: Path, there: Mapping[Path, Spot]) -> list[Spot]:
+def ends(key: Path, there: Mapping[Path, Spot]) -> list[Spot]:
     """The settings that a key may mean: that of its path, or those whose paths end in it, the outer of nested ones."""
     if key in there:
         return [there[key]]
@@ -108,23 +110,22 @@ def _ends(key: Path, there: Mapping[Path, Spot]) -> list[Spot]:
     return found[:1] if all(spot.path[: len(around)] == around for spot in found) else found
 
 
-def _meant(change: Change, there: Mapping[Path, Spot], elsewhere: Mapping[str, str]) -> tuple[Spot, Path]:
+def _meant(change: Change, there: Mapping[Path, Spot], elsewhere: Elsewhere) -> tuple[Spot, Path]:
     """The setting that a change names, and the key in it where it is a mapping."""
     for cut in range(len(change.key), 0, -1):
-        ends, rest = _ends(change.key[:cut], there), ".".join(change.key[cut:])
-        if len(ends) > 1 and not rest:
-            said = " or ".join(".".join(spot.path) for spot in ends)
+        found, rest = ends(change.key[:cut], there), ".".join(change.key[cut:])
+        if len(found) > 1 and not rest:
+            said = " or ".join(".".join(spot.path) for spot in found)
             raise SettingsError(f"argument {change.said!r}: {'.'.join(change.key)!r} may mean {said}: write it in full")
-        if len(ends) == 1 and (not rest or takes_mapping(ends[0].setting.hint)):
-            return ends[0], (rest,) if rest else ()
+        if len(found) == 1 and (not rest or takes_mapping(found[0].setting.hint)):
+            return found[0], (rest,) if rest else ()
     said = ".".join(change.key)
     names = {path[-1] for path in there} if len(change.key) == 1 else {".".join(path) for path in there}
-    ours = elsewhere.get(change.key[-1])
-    better = f"; it is {ours}" if ours else suggest(said, names)
+    better = elsewhere(change.key[-1], change.said.partition("=")[2]) or suggest(said, names)
     raise SettingsError(f"argument {change.said!r}: there is no setting {said!r}{better}")
 
 
-def _make(data: dict[str, Any], change: Change, there: Mapping[Path, Spot], elsewhere: Mapping[str, str]) -> str:
+def _make(data: dict[str, Any], change: Change, there: Mapping[Path, Spot], elsewhere: Elsewhere) -> str:
     """Make one change; the dotted path at which it was made."""
     spot, rest = _meant(change, there, elsewhere)
     spot = there[spot.path[:-1]] if spot.setting is NAME else spot

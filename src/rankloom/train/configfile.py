@@ -9,8 +9,9 @@ from pathlib import Path
 from rankloom.errors import FileError, SettingsError, suggest
 from rankloom.files.reading import plain_file
 from rankloom.settings import yamltext
-from rankloom.settings.changes import Origins, changed
-from rankloom.train.config import ELSEWHERE, RunConfig, as_data, from_data
+from rankloom.settings.changes import Origins, changed, ends, spots
+from rankloom.train.config import RunConfig, as_data, from_data
+from rankloom.train.elsewhere import ELSEWHERE
 
 LONGEST = 4 * yamltext.LONGEST
 """Bytes of a file that is opened."""
@@ -30,7 +31,7 @@ def config_of(text: str, where: str, changes: Sequence[str] = ()) -> RunConfig:
     if not isinstance(data, dict | None):
         raise SettingsError(f"{where}: expected settings 'key: value', got {str(data)[:80]!r}")
     origins = {path: f"{where}, line {line}" for path, line in lines.items()}
-    data = changed(RunConfig, data or {}, changes, origins, ELSEWHERE)
+    data = changed(RunConfig, data or {}, changes, origins, foreign)
     try:
         return from_data(data)
     except SettingsError as error:
@@ -41,6 +42,17 @@ def config_of(text: str, where: str, changes: Sequence[str] = ()) -> RunConfig:
 def dump(config: RunConfig) -> str:
     """The run as YAML that `read_config` takes."""
     return yamltext.dump(as_data(config))
+
+
+def foreign(name: str, value: str) -> str:
+    """What is said of an argument with another program's name; "" where none is known by it."""
+    word = ELSEWHERE.get(name)
+    return "" if word is None else word.as_argument(value)
+
+
+def is_setting(key: str) -> bool:
+    """Whether a run, as it is by default, has a setting of this path or with this end."""
+    return bool(ends(tuple(key.split(".")), {spot.path: spot for spot in spots(RunConfig, {})}))
 
 
 def _text(file: Path) -> str:
