@@ -46,6 +46,11 @@ class Screen:
         """Lines for people, control characters written out."""
         self.console.print(printable(text), markup=False, soft_wrap=True)
 
+    def piece(self, text: str) -> None:
+        """A part of a line for people, seen at once."""
+        self.console.print(printable(text), markup=False, soft_wrap=True, end="")
+        self.console.file.flush()
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
         """A table for people."""
         from rich.table import Table

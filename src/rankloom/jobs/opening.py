@@ -1,13 +1,15 @@
-"""What a path on the command line means: a run's folder, an adapter's folder, or a configuration file."""
+"""What a path on the command line means: the folder of a run, an adapter or a model, or a configuration file."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rankloom.errors import FileError, SettingsError, suggest
+from rankloom.hf.folder import LAST as MODEL
 from rankloom.jobs.runs import ADAPTER, CONFIG
 from rankloom.train.config import ModelSettings, RunConfig
 from rankloom.train.configfile import read_config
@@ -32,7 +34,8 @@ class Opened:
 def open_path(path: Path | None, changes: Sequence[str] = ()) -> Opened:
     """The configuration and adapter that `path` means, with changes `key=value` applied.
 
-    A run's folder has both. An adapter's folder names its base model itself; `model=` comes before that.
+    A run's folder has both. An adapter's folder names its base model itself; `model=` comes before that. A model's
+    folder, as merge and quantize write it, is the model, with the adapter in it if there is one.
     """
     if path is None:
         return Opened(read_config(None, changes), None)
@@ -41,14 +44,19 @@ def open_path(path: Path | None, changes: Sequence[str] = ()) -> Opened:
         return Opened(read_config(path / CONFIG, changes), adapter if adapter.is_dir() else None)
     if (path / ADAPTER_CONFIG).is_file():
         return Opened(_with_base(read_config(_config_beside(path), changes), path), path)
+    if (path / MODEL).is_file():
+        adapter = path / ADAPTER
+        config = read_config(None, [f"model.path={json.dumps(str(path))}", *changes])
+        return Opened(config, adapter if (adapter / ADAPTER_CONFIG).is_file() else None)
     if path.is_dir():
         there = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
         raise FileError(
-            f"{path}: neither a run's folder ({CONFIG}) nor an adapter's ({ADAPTER_CONFIG}); there is {there}"
+            f"{path}: not the folder of a run ({CONFIG}), an adapter ({ADAPTER_CONFIG}) or a model ({MODEL}); "
+            f"there is {there}"
         )
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         raise FileError(
-            f"{path}: a {path.suffix or 'nameless'} file; name a run's folder, an adapter's, or a YAML file"
+            f"{path}: a {path.suffix or 'nameless'} file; name the folder of a run, adapter or model, or a YAML file"
         )
     if not path.exists() and not path.suffix:
         near = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -269,21 +269,9 @@ def known_labels(config: RunConfig) -> tuple[str, ...]:
     return config.data.labels or () if config.data is not None else ()
 
 
-def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int | None = None) -> Any:
-    """The adapter as another kind of file: `as_="lora"` is a LoRA of rank `r` at most, with its error by site."""
-    check_out(out, False)
-    loaded = load_adapted(config, adapter)
-    with writing(out):
-        return formats.export(loaded.model, out, config.name, as_=as_, r=r)
-
-
 def check_out(out: Path, resume: bool | str) -> None:
     """Refuse a folder that cannot be written, or that holds a run which is not to be resumed."""
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise FileError(f"{out}: cannot be written: {there} is a file; give another out=")
-    if model := next((n for n in (MODEL, "model.safetensors", "pytorch_model.bin") if (out / n).exists()), None):
-        raise StateError(f"{out} is a model's folder ({model}): give another out=")
+    _check_place(out, "out=")
     held = [n for n in HELD if (out / n).exists()]
     if held and not resume:
         raise StateError(
@@ -291,11 +279,23 @@ def check_out(out: Path, resume: bool | str) -> None:
         )
 
 
-def check_empty(out: Path) -> None:
-    """Refuse a folder that holds anything, or that cannot be written."""
-    check_out(out, False)
-    if out.exists() and any(out.iterdir()):
-        raise StateError(f"{out} is not empty: a model gets a folder of its own; give another --out")
+def check_empty(out: Path, what: str = "a model") -> None:
+    """Refuse a folder that holds anything, or that cannot be written; `what` is to be written there."""
+    _check_place(out, "--out")
+    held = sorted(x.name for x in out.iterdir()) if out.is_dir() else []
+    if held:
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise StateError(
+            f"{out} is not empty ({', '.join(held[:3])}{more}): {what} gets a folder of its own; give another --out"
+        )
+
+
+def _check_place(out: Path, option: str) -> None:
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileError(f"{out}: cannot be written: {there} is a file; give another {option}")
+    if model := next((n for n in (MODEL, "model.safetensors", "pytorch_model.bin") if (out / n).exists()), None):
+        raise StateError(f"{out} is a model's folder ({model}): give another {option}")
 
 
 def versions() -> dict[str, str]:

@@ -20,13 +20,17 @@ NAME = Setting("name", str)
 
 
 class Spot(NamedTuple):
-    """A setting in a tree of parts: its path, whose it is, and for a part its class and the data that stand there."""
+    """A setting in a tree of parts: its path, whose it is, and for a part its class and the data that stand there.
+
+    `brought`: it belongs to a part that another choice brings along, as a preset its store.
+    """
 
     path: Path
     owner: Any
     setting: Setting
     part: type | None
     data: Mapping[str, Any]
+    brought: bool = False
 
 
 class Change(NamedTuple):
@@ -37,7 +41,9 @@ class Change(NamedTuple):
     value: Any
 
 
-def spots(target: Any, data: Mapping[str, Any], base: type | None = None, at: Path = ()) -> Iterator[Spot]:
+def spots(
+    target: Any, data: Mapping[str, Any], base: type | None = None, at: Path = (), brought: bool = False
+) -> Iterator[Spot]:
     """Every setting of a class and of the parts in it, as `data` chooses them."""
     try:
         shown = target.spelled(data, "") if hasattr(target, "spelled") else data
@@ -47,13 +53,14 @@ def spots(target: Any, data: Mapping[str, Any], base: type | None = None, at: Pa
         part, path = part_of(s.hint), (*at, s.name)
         given = data.get(s.name, shown.get(s.name))
         here = _parts_data(part, _default(s) if given is None else given) if part is not None else {}
-        yield Spot(path, target, s, part, here)
+        yield Spot(path, target, s, part, here, brought)
+        extra = brought or (s.name in shown and s.name not in data)
         if part is not None and registry.kind_of(part):
-            yield Spot((*path, "name"), part, NAME, None, {})
+            yield Spot((*path, "name"), part, NAME, None, {}, extra)
             chosen = here.get("name") in registry.names(part)
-            yield from spots(maker_of(part, here["name"]), here, part, path) if chosen else ()
+            yield from spots(maker_of(part, here["name"]), here, part, path, extra) if chosen else ()
         elif part is not None:
-            yield from spots(part, here, part, path)
+            yield from spots(part, here, part, path, extra)
 
 
 def changed(
@@ -102,10 +109,13 @@ def _is_part(found: list[Spot]) -> bool:
 
 
 def ends(key: Path, there: Mapping[Path, Spot]) -> list[Spot]:
-    """The settings that a key may mean: that of its path, or those whose paths end in it, the outer of nested ones."""
+    """The settings that a key may mean: that of its path, or those whose paths end in it, the outer of nested ones,
+    and where others are meant beside it, none of a part that is only brought along.
+    """
     if key in there:
         return [there[key]]
     found = sorted((spot for path, spot in there.items() if path[-len(key) :] == key), key=lambda spot: len(spot.path))
+    found = [spot for spot in found if not spot.brought] or found
     around = found[0].path[: -len(key)] if found else ()
     return found[:1] if all(spot.path[: len(around)] == around for spot in found) else found
 
