@@ -1,6 +1,8 @@
 """What comes after a training: folders that commands write are taken by the others, and a talk survives its user."""
 
 import json
+import shlex
+import sys
 
 import pytest
 import torch
@@ -132,3 +134,39 @@ def test_quantise_measures_on_text(run, model, chats, tmp_path):
     ).json
     assert "chats" in given["measured_on"]
     assert json.dumps(given)
+
+
+def commands(text):
+    return [shlex.split(line.removeprefix("next: ")) for line in text.splitlines() if line.startswith("next: ")]
+
+
+def test_what_comes_next_runs_when_it_is_pasted(run, model, chats, tmp_path):
+    out = tmp_path / "a run"
+    trained = run("train", f"model={model}", f"data={chats}", f"out={out}", "r=2", "steps=2", "answer_tokens=4")
+    assert trained.code == 0, trained.err
+    found = commands(trained.out)
+    assert [each[:2] for each in found] == [["rankloom", word] for word in ("eval", "generate", "chat", "merge")]
+    for each in found:
+        done = run(*each[1:], input="")
+        assert done.code == 0, (each, done.err)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "step 2/2" in (out / "train.log").read_text()
+    assert "step 2/2" in trained.err
+    assert json.loads((out / "run.json").read_text())["curve"] == str(out / "loss.png")
+
+
+def test_no_merge_is_proposed_where_there_is_no_matrix_and_no_answer_for_classes(run, encoder, tmp_path):
+    rows = "".join(f'{{"text": "{w}{n}", "label": "{w}"}}\n' for n in range(8) for w in ("ab", "cd"))
+    (tmp_path / "classes.jsonl").write_text(rows)
+    given = [f"model={encoder}", f"data={tmp_path / 'classes.jsonl'}", f"out={tmp_path / 'c'}", "steps=2"]
+    found = run("train", *given, "method=molora", "n=2", "r=2")
+    assert found.code == 0, found.err
+    assert [each[1] for each in commands(found.out)] == ["eval"]
+
+
+def test_without_matplotlib_a_note_says_how_to_get_the_picture(run, model, chats, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = run("train", f"model={model}", f"data={chats}", f"out={tmp_path / 'o'}", "steps=1", "eval_answers=0")
+    assert found.code == 0, found.err
+    assert "rankloom[plot]" in found.out
+    assert not (tmp_path / "o" / "loss.png").exists()

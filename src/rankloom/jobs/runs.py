@@ -13,7 +13,7 @@ from typing import Any
 
 from rankloom import formats
 from rankloom.core.attach import attach
-from rankloom.errors import FileError, StateError
+from rankloom.errors import FileError, MissingExtra, StateError
 from rankloom.files.folders import replace_file, writing
 from rankloom.files.lock import check_free, locked
 from rankloom.files.strict import as_json
@@ -29,12 +29,13 @@ from rankloom.store.base import Store
 from rankloom.train.checkpoint import PLACE
 from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
+from rankloom.train.curve import PICTURE, picture
 from rankloom.train.data import Batches, Masking, Prepared, masking, preview
 from rankloom.train.engine import join
 from rankloom.train.fit import Result, fit
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.processes import Processes
-from rankloom.train.report import METRICS, Report, Row
+from rankloom.train.report import METRICS, Report, Row, read_metrics
 from rankloom.train.rng import seed_all
 from rankloom.train.settings import TrainSettings
 
@@ -51,7 +52,7 @@ Tell = Callable[[str, str], None]
 @dataclass(frozen=True)
 class JobResult:
     """What a training came to. `before`, `after`: metrics on held-out data; `compatibility`: who else can load the
-    adapter; `answers`: (before, after) to the same question.
+    adapter; `answers`: (before, after) to the same question; `curve`: the picture of the losses, if drawn.
     """
 
     out: Path
@@ -68,6 +69,7 @@ class JobResult:
     compatibility: str = ""
     answers: tuple[tuple[Answer, Answer], ...] = ()
     notes: tuple[str, ...] = field(default=())
+    curve: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -92,8 +94,8 @@ def train_job(
 ) -> Trained:
     """Fine-tune by `config`, judged before and after, into `config.out`.
 
-    That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `checkpoints/`, `adapter/`
-    and `run.json`.
+    That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `train.log`, `loss.png`
+    (extra `plot`), `checkpoints/`, `adapter/` and `run.json`.
 
     Started in several processes (torchrun), each does its share, and the main one tells, reports and writes.
 
@@ -110,6 +112,7 @@ def train_job(
         processes.agree(lambda: stack.enter_context(locked(out)) if processes.main else None)
         processes.agree(lambda: _begin(ready, out, resume) if processes.main else None)
         batches, chosen = ready.batches, config.train
+        say("training", f"{chosen.steps} steps; before and after, the model is judged on {ready.evaluator.scope}")
         result = fit(
             loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
         )
@@ -180,9 +183,19 @@ def _saved(ready: _Ready, found: JobResult, made: Parcel) -> JobResult:
     with writing(out):
         card = _card(config, ready.records, found)
         saved = made.write(out / ADAPTER, card)
-        found = dataclasses.replace(found, compatibility=str(saved.compat))
+        found = _pictured(dataclasses.replace(found, compatibility=str(saved.compat)))
         replace_file(out / RECORD, as_json({"config": as_data(config), "versions": versions(), **found.as_dict()}))
     return found
+
+
+def _pictured(found: JobResult) -> JobResult:
+    """With the curve of its losses drawn, or a note on what is missing for it."""
+    try:
+        made = picture(read_metrics(found.out), found.out.name)
+    except MissingExtra as error:
+        return dataclasses.replace(found, notes=(*found.notes, str(error)))
+    replace_file(found.out / PICTURE, made)
+    return dataclasses.replace(found, curve=found.out / PICTURE)
 
 
 def _adapt(loaded: Loaded, config: RunConfig, batches: Batches, *, made: bool) -> None:
