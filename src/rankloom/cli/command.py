@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import sys
 import typing
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 
-from rankloom.errors import RankloomError, SettingsError, TargetError, Terminated
+from rankloom.errors import RankloomError, SettingsError, TargetError, Terminated, printable
 
 USAGE, RUNTIME, INTERRUPTED = 2, 1, 130
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -32,7 +34,8 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **options)
             return
         try:
-            function(*args, **options)
+            with for_people():
+                function(*args, **options)
         except RankloomError as error:
             code = USAGE if isinstance(error, (SettingsError, TargetError)) else RUNTIME
             raise _exit(f"error: {error}" if speaks() or _untold(error) else None, code) from error
@@ -54,6 +57,29 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=[*parameters, own])  # type: ignore[attr-defined]
     run.__annotations__ = {**hints, "debug": Debug}
     return run
+
+
+@contextlib.contextmanager
+def for_people() -> Iterator[None]:
+    """Warnings as one line each, said once, without the place in the source; none that are for programmers alone. What
+    is noted of data comes with their summary.
+    """
+    log = logging.getLogger("rankloom.data")
+    before, level, seen = warnings.formatwarning, log.level, set[str]()
+
+    def line(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+        said = f"warning: {printable(str(message))}\n"
+        told = said in seen or issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning))
+        seen.add(said)
+        return "" if told else said
+
+    warnings.formatwarning = line
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+        log.setLevel(level)
 
 
 def speaks() -> bool:

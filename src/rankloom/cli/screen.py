@@ -24,6 +24,7 @@ class Screen:
     def __init__(self, machine: bool) -> None:
         self.machine = machine
         self.data: Any = NOTHING
+        self.told = ""
         self._console: Console | None = None
 
     @property
@@ -68,7 +69,8 @@ class Screen:
             self.text(f"{name:<{width}}  {shown(value)}")
 
     def stage(self, what: str, text: str) -> None:
-        """One stage of a job, as it comes."""
+        """One stage of a job, as it comes; `told` remembers it."""
+        self.told += text
         self.text(
             f"{what}: {text}" if "\n" not in text else f"{what}:\n" + "\n".join(f"  {x}" for x in text.splitlines())
         )

@@ -46,7 +46,7 @@ def train(
                 ("loads in", found.compatibility),
             ]
         )
-        for note in found.notes:
+        for note in (note for note in found.notes if note not in out.told):
             out.text(f"note: {note}")
         for command in next_commands(trained):
             out.text(f"next: {command}")

@@ -27,6 +27,7 @@ from rankloom.core.targets import base_modules
 from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.hf.models import known_head, load_tokenizer, skeleton, task_of, with_heads
+from rankloom.jobs.notes import plan_notes
 from rankloom.jobs.rundata import LENGTH, prepared, read_records
 from rankloom.ops.kept import kept_bytes
 from rankloom.registry import name_of
@@ -188,6 +189,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
     mergeable, why = _mergeable(bank, config.name)
     notes = [f"{', '.join(loaded.heads)} starts at random and is trained whole"] if loaded.heads else []
     notes += [why] if why else []
+    notes += plan_notes(plan, model)
     site = bank.sites(config.name)
     sites, missed = tuple(_sites(bank, config.name)), tuple(_missed(model, bank, config.name))
     rows = config.data.batch_size if config.data is not None else 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from rankloom import formats
 from rankloom.core.attach import attach
 from rankloom.errors import FileError, MissingExtra, StateError
-from rankloom.files.folders import replace_file, writing
+from rankloom.files.folders import drop, replace_file, writing
 from rankloom.files.lock import check_free, locked
 from rankloom.files.strict import as_json
 from rankloom.formats.saving import Parcel, parcel
@@ -24,6 +24,7 @@ from rankloom.hf.models import Loaded, device_of, known_head, load_model, task_o
 from rankloom.hf.packed import GLOB as PACKED
 from rankloom.hf.packed import save_packed
 from rankloom.jobs.evaluation import Answer, Evaluator
+from rankloom.jobs.notes import plan_notes
 from rankloom.jobs.rundata import RunRecords, judged_records, prepared, read_records
 from rankloom.store.base import Store
 from rankloom.train.checkpoint import PLACE
@@ -33,6 +34,7 @@ from rankloom.train.curve import PICTURE, picture
 from rankloom.train.data import Batches, Masking, Prepared, masking, preview
 from rankloom.train.engine import join
 from rankloom.train.fit import Result, fit
+from rankloom.train.lines import LOG
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.processes import Processes
 from rankloom.train.report import METRICS, Report, Row, read_metrics
@@ -110,13 +112,15 @@ def train_job(
     config, loaded = ready.config, ready.loaded
     with ExitStack() as stack:
         processes.agree(lambda: stack.enter_context(locked(out)) if processes.main else None)
+        if processes.main and not resume:
+            stack.enter_context(_taken_back(out))
         processes.agree(lambda: _begin(ready, out, resume) if processes.main else None)
         batches, chosen = ready.batches, config.train
         say("training", f"{chosen.steps} steps; before and after, the model is judged on {ready.evaluator.scope}")
         result = fit(
             loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
         )
-        found = _result(loaded, result, ready.evaluator, out)
+        found = _result(ready, result, out)
         together = processes.agree if chosen.sharding == "none" else processes.meet
         made = together(lambda: parcel(loaded.model, config.name))
         written = processes.agree(lambda: _saved(ready, found, made) if processes.main else found)
@@ -129,6 +133,19 @@ def _begin(ready: _Ready, out: Path, resume: bool | str) -> None:
     with writing(out):
         _keep_base(ready, out)
         replace_file(out / CONFIG, dump(ready.config).encode())
+
+
+@contextmanager
+def _taken_back(out: Path) -> Iterator[None]:
+    """Where a run that begins here is refused before its first step, nothing stays that a second try would meet."""
+    try:
+        yield
+    except Exception:
+        trained = any(row.get("event") == "train" for row in read_metrics(out))
+        if not trained and not (out / PLACE).exists():
+            for name in (CONFIG, METRICS, LOG, BASE):
+                drop(out / name)
+        raise
 
 
 @dataclass(frozen=True)
@@ -357,7 +374,9 @@ def _probe(batches: Batches, loaded: Loaded) -> dict[str, Any]:
     return first
 
 
-def _result(loaded: Loaded, result: Result, evaluator: Evaluator, out: Path) -> JobResult:
+def _result(ready: _Ready, result: Result, out: Path) -> JobResult:
+    loaded, evaluator = ready.loaded, ready.evaluator
+    notes = (*loaded.notes, *ready.batches.prepared.notes, *plan_notes(ready.config.plan, loaded.model))
     history = evaluator.history
     return JobResult(
         out=out,
@@ -372,7 +391,7 @@ def _result(loaded: Loaded, result: Result, evaluator: Evaluator, out: Path) -> 
         final_loss=result.losses[-1],
         stopped=result.stopped,
         answers=tuple(zip(history[0], history[-1])) if len(history) > 1 else (),
-        notes=loaded.notes + evaluator.prepared.notes,
+        notes=notes,
     )
 
 
