@@ -100,6 +100,8 @@ def test_no_file_is_all_defaults():
         ("train.seed=1", "argument 'train.seed=1': train.seed: the seed of a run stands at the top"),
         ("epochs=0", "argument 'epochs=0': data.epochs=0: expected a number above 0 or null"),
         ("lr=[1", "not YAML"),
+        ("data={split: test}", "data: source is missing"),
+        ("model={dtype: float32}", "model: path is missing"),
     ],
 )
 def test_a_wrong_change_names_itself_and_the_remedy(file, change, message):

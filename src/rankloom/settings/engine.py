@@ -139,7 +139,8 @@ def build(target: Any, data: Any, where: str, base: type | None = None) -> Any:
             raise UnknownSetting(where, name, key, data[key], known)
     for s in known.values():
         if s.default is REQUIRED and s.name not in data:
-            raise SettingsError(f"{where or name}: {s.name} is missing: {reader_of(s.hint).words}", where)
+            said = f"{where or name}: {s.name} is missing: {reader_of(s.hint).words}"
+            raise SettingsError(said, where, advised=True)
     given = {key: known[key].read(value, join(where, key)) for key, value in data.items()}
     try:
         return target(**given)
