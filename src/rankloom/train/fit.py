@@ -93,6 +93,9 @@ def fit(
 ) -> Result:
     """Train `model` in place, on the device where it is.
 
+    The settings' seed makes what is drawn here repeat. A method draws its factors before, in `attach`: with
+    `torch.manual_seed(…)` ahead of that, the whole run repeats.
+
     With adapters, the tensors of the active ones train and the base stays bitwise as it is; without, every parameter
     that requires a gradient trains.
 
