@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rankloom.settings import settings_of
 from rankloom.settings.reference import Field, describe, reference
 from rankloom.systems import found_facts
 from rankloom.train.config import RunConfig
+from rankloom.train.elsewhere import AXOLOTL, LLAMA_FACTORY, PEFT, TRL, Word
 
 ROOT = Path(__file__).resolve().parents[1]
 END = "<!-- end -->"
@@ -328,6 +330,24 @@ def reliability_page() -> str:
     )
 
 
+def names_table(words: Mapping[str, Word]) -> str:
+    """Another program's settings and ours."""
+    rows = ["| there | here | |", "|---|---|---|"]
+    for name, word in sorted(words.items()):
+        ours = f"`{word.setting}: {word.value}`" if word.value else f"`{word.setting}`" if word.ours else "–"
+        rows.append(f"| `{name}` | {ours} | {word.note} |")
+    return "\n".join(rows)
+
+
+COMING = {"peft": PEFT, "trl": TRL, "axolotl": AXOLOTL, "llama_factory": LLAMA_FACTORY}
+
+
+def coming_page(name: str) -> str:
+    """How another program's user finds what they know."""
+    page = (ROOT / "docs" / "coming" / f"{name}.md").read_text(encoding="utf-8")
+    return filled(page, "names", names_table(COMING[name]))
+
+
 def pages() -> dict[Path, str]:
     """Every generated file and its text."""
     every = rl.list_systems()
@@ -344,6 +364,7 @@ def pages() -> dict[Path, str]:
         + "\n"
     )
     made[docs / "settings.md"] = settings_page()
+    made |= {docs / "coming" / f"{name}.md": coming_page(name) for name in COMING}
     made[ROOT / "src" / "rankloom" / "methods.json"] = method_table()
     made[docs / "reliability.md"] = reliability_page()
     summary = f"{len(works)} of {len(every)} systems work today ([all](docs/systems.md)):\n"

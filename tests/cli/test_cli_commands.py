@@ -159,7 +159,7 @@ def test_training_learns_and_the_saved_adapter_is_the_trained_one(run, model, tm
     merged = run("merge", out, tmp_path / "merged", "--json").json
     assert merged["error"]["relative"] < 1e-5
     assert run("generate", f"model={tmp_path / 'merged'}", "-p", "q", "--json").json[0]["answer"] == "yes"
-    talk = run("chat", out, "--json", input="q\n/base\n/adapter\n/reset\nq\n\n").json
+    talk = run("chat", out, "--json", input="q\n/base\n/adapter\n/reset\nq\n").json
     assert [t["role"] for t in talk] == ["user", "assistant"]
     assert talk[1]["content"] == "yes"
 

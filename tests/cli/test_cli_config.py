@@ -69,6 +69,10 @@ def test_what_is_written_is_read_back_the_same(file):
         (["model=there"], lambda c: c.model.path == "there"),
         (["model.dtype=bfloat16", "model=there"], lambda c: (c.model.path, c.model.dtype) == ("there", "bfloat16")),
         (["data=x.jsonl"], lambda c: (c.data.source, c.data.batch_size) == ("x.jsonl", 16)),
+        (["method=loftq", "bits=2"], lambda c: c.plan.store.bits == 2),
+        (["bits=2", "method=qlora"], lambda c: c.plan.store.bits == 2),
+        (["method=qlora", "store.bits=3"], lambda c: c.plan.store.bits == 3),
+        (["store=uniform", "bits=8"], lambda c: c.plan.store.bits == 8),
         (["clip=null"], lambda c: c.train.clip is None),
         (["seed=3"], lambda c: c.seed == c.train.seed == 3),
     ],
@@ -96,6 +100,8 @@ def test_no_file_is_all_defaults():
         ("train.seed=1", "argument 'train.seed=1': train.seed: the seed of a run stands at the top"),
         ("epochs=0", "argument 'epochs=0': data.epochs=0: expected a number above 0 or null"),
         ("lr=[1", "not YAML"),
+        ("data={split: test}", "data: source is missing"),
+        ("model={dtype: float32}", "model: path is missing"),
     ],
 )
 def test_a_wrong_change_names_itself_and_the_remedy(file, change, message):

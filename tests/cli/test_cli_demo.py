@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from rankloom.cli.screen import Screen
 from rankloom.errors import FileError
 from rankloom.recipes import demo, wordorder
 from rankloom.recipes.docstrings import labelled
@@ -15,6 +16,8 @@ def test_demo_runs_every_arrow(run, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "JUDGED", 4)
     monkeypatch.setattr(demo, "RECORDS", 40)
     monkeypatch.setattr(wordorder, "installed", lambda: False)
+    told = []
+    monkeypatch.setattr(Screen, "stage", lambda self, what, text: told.append(f"{what}: {text}"))
     found = run("demo", "--out", tmp_path / "d", "--json")
     assert found.code == 0, found.err
     data = found.json
@@ -28,6 +31,10 @@ def test_demo_runs_every_arrow(run, monkeypatch, tmp_path):
     assert (tmp_path / "d" / "run" / "adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "d" / "merged" / "model.safetensors").is_file()
     assert run("demo", "--out", tmp_path / "d" / "run").code == 1
+    assert "step 4/4" in found.err
+    for word in ("model: the embedded base", "list_rotate", "preview", "loss: ", "•", "word order: skipped"):
+        assert word in "\n".join(told), word
+    assert [command.split()[1] for command in data["next_commands"]] == ["eval", "generate", "chat", "merge", "train"]
 
 
 def test_sentences_are_disjoint_balanced_and_short():

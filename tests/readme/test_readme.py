@@ -15,10 +15,10 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/pattern.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/pattern.md", "docs/coming/peft.md", "docs/coming/trl.md"])
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     found = blocks(page, "python")
-    assert len(found) >= 2
+    assert found
     script = tmp_path / "page.py"
     script.write_text("\n".join(found), encoding="utf-8")
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -29,6 +29,20 @@ def planted(rows: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(x, x @ torch.randn(6, 3, generator=draw))]
 
 
+@pytest.mark.parametrize("noise", [1, 7])
+@pytest.mark.parametrize("method", [rl.LoRA(r=3, lora_dropout=0.3), rl.DoRA(rl.LoRA(r=2)), rl.VeRA(r=4)])
+def test_a_run_repeats_whose_adapter_is_drawn_after_a_seed(method: Any, noise: int) -> None:
+    def losses(drawn_before: int) -> list[float]:
+        model = llama()
+        torch.rand(drawn_before)
+        torch.manual_seed(5)
+        rl.attach(model, method)
+        torch.rand(drawn_before)
+        return fit(model, texts(), settings=settings(steps=3, seed=0), report=lambda row: None).losses
+
+    assert losses(0) == losses(noise)
+
+
 # What is learned.
 
 

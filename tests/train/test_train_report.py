@@ -79,11 +79,6 @@ def test_a_resumed_run_goes_on_in_the_same_file(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_nothing_is_printed_where_nobody_watches(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    fit(mlp(), points(), settings=settings(), out=tmp_path)
-    assert capsys.readouterr() == ("", "")
-
-
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -92,13 +87,14 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for ci, shown in (("", True), ("1", False)):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(sys, "stdout", Terminal())
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setenv("CI", ci)
         fit(attached(llama, {"default": LORA}, 1), texts(), settings=settings(steps=3), evaluate=lambda m: 0.125)
         text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
-        parts = ("3/3", "loss 4.", "lr ", "tok/s", " MB", "step 0: loss 0.125")
-        assert [part in text for part in parts] == [shown] * len(parts)
+        assert all(part in text for part in ("3/3", "loss 4.", "lr ", "tok/s", "loss 0.125"))
+        assert (" MB" in text) == shown
 
 
 def test_tensorboard(tmp_path: Path) -> None:

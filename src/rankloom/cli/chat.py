@@ -11,6 +11,8 @@ import typer
 from rankloom.cli.options import Arguments, Json, split
 from rankloom.cli.screen import Screen, screen
 
+LEAVE = ("/exit", "/quit", "/bye")
+
 
 def chat(
     arguments: Arguments = None,
@@ -20,7 +22,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability.")] = 1.0,
     json: Json = False,
 ) -> None:
-    """Talk with a model, line by line, until an empty line. `/reset` forgets, `/base` and `/adapter` switch."""
+    """Talk with a model, line by line, until Ctrl-D or `/exit`; `/help` lists the other commands."""
     with screen(json) as out:
         from rankloom.hf.generate import Decoding
         from rankloom.jobs.opening import open_path
@@ -30,17 +32,19 @@ def chat(
         opened = open_path(path, changes)
         talk = Conversation.start(opened, Decoding(max_new_tokens, temperature, top_p, opened.config.seed), system)
         for line in _lines(out):
-            out.text(talk.say(line))
+            talk.say(line, out.piece)
+            out.text("")
         out.result(talk.turns())
 
 
 def _lines(out: Screen) -> Iterator[str]:
-    """What is typed, up to an empty line."""
+    """What is typed, empty lines left out, up to the end or `/exit`."""
     person = sys.stdin.isatty()
     while True:
         if person:
-            out.console.print("you> ", end="")
-        line = sys.stdin.readline().strip()
-        if not line:
+            out.piece("you> ")
+        line = sys.stdin.readline()
+        if not line or line.strip() in LEAVE:
             return
-        yield line
+        if line.strip():
+            yield line.strip()

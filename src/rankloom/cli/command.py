@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import sys
 import typing
@@ -33,7 +34,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **options)
             return
         try:
-            with _warnings_in_a_line():
+            with for_people():
                 function(*args, **options)
         except RankloomError as error:
             code = USAGE if isinstance(error, (SettingsError, TargetError)) else RUNTIME
@@ -58,6 +59,29 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@contextlib.contextmanager
+def for_people() -> Iterator[None]:
+    """Warnings as one line each, said once, without the place in the source; none that are for programmers alone. What
+    is noted of data comes with their summary.
+    """
+    log = logging.getLogger("rankloom.data")
+    before, level, seen = warnings.formatwarning, log.level, set[str]()
+
+    def line(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+        said = f"warning: {one_line(str(message))}\n"
+        told = said in seen or issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning))
+        seen.add(said)
+        return "" if told else said
+
+    warnings.formatwarning = line
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+        log.setLevel(level)
+
+
 def speaks() -> bool:
     """True in the one of several processes that prints; what fails in one fails in all, and is told once."""
     return os.environ.get("RANK", "0") == "0"
@@ -73,14 +97,3 @@ def _exit(message: str | None, code: int) -> typer.Exit:
     if message is not None:
         typer.echo(printable(message), err=True)
     return typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Warnings as people read them: what is said, without the source line, and nothing that commands a terminal."""
-    shown = warnings.formatwarning
-    warnings.formatwarning = lambda message, *rest: f"warning: {one_line(str(message))}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = shown

@@ -11,6 +11,7 @@ from rankloom.cli.command import guarded
 from rankloom.cli.demo import demo
 from rankloom.cli.eval import evaluate
 from rankloom.cli.export import export
+from rankloom.cli.flags import Command
 from rankloom.cli.generate import generate
 from rankloom.cli.info import info
 from rankloom.cli.limits import limits
@@ -64,4 +65,4 @@ for _name, _function in (
     ("systems", systems),
     ("demo", demo),
 ):
-    app.command(_name)(guarded(_function))
+    app.command(_name, cls=Command)(guarded(_function))

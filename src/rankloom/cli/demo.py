@@ -25,3 +25,6 @@ def demo(
         show.result(found.as_dict())
         show.table(found.columns, found.rows())
         show.facts([*found.places(), ("time", f"{found.seconds:.0f} s")])
+        for command in found.next_commands:
+            show.text(f"next: {command}")
+        show.text("your own: model=FOLDER or model=OWNER/NAME of the hub, and data=FILE (rankloom settings data)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import Annotated
 
 import typer
 
 from rankloom.cli.options import HELP, Json, split_prompts
 from rankloom.cli.screen import screen
+from rankloom.errors import SettingsError
 
 
 def generate(
@@ -31,7 +33,11 @@ def generate(
         from rankloom.jobs.talk import answer_job
 
         path, given, changes = split_prompts(arguments, prompt)
-        opened = open_path(path, changes)
+        try:
+            opened = open_path(path, changes)
+        except SettingsError as error:
+            told = next((change for change in changes if f"argument {change!r}" in str(error)), None)
+            raise error if told is None else SettingsError(f"{error}; if it is the prompt: -p {quote(told)}") from None
         decoding = Decoding(max_new_tokens, temperature, top_p, opened.config.seed)
         prompts = given or [typer.get_text_stream("stdin").read()]
         found = answer_job(opened, prompts, decoding, raw=raw)

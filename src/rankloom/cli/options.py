@@ -11,7 +11,7 @@ import typer
 from rankloom.errors import SettingsError
 
 CHANGE = re.compile(r"[A-Za-z_][\w.-]*=.*", re.DOTALL)
-HELP = "A YAML file, a run's folder or an adapter's; then changes: model=… data=… method=dora r=4 lr=1e-3."
+HELP = "A YAML file, or the folder of a run, adapter or model; then changes: model=… data=… method=dora r=4 lr=1e-3."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output and nothing else.")]
 Arguments = Annotated[list[str] | None, typer.Argument(metavar="[PATH] [KEY=VALUE]...", help=HELP, show_default=False)]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import typer
 
 from rankloom.cli.options import Arguments, Json, split
 from rankloom.cli.screen import screen, size
+
+if TYPE_CHECKING:
+    from rankloom.jobs.plan import Memory
 
 
 def plan(arguments: Arguments = None, json: Json = False) -> None:
@@ -30,6 +38,7 @@ def plan(arguments: Arguments = None, json: Json = False) -> None:
                 ("trainable", f"{found.trainable:,} of {found.total:,} ({100 * found.trainable / found.total:.3g} %)"),
                 ("trained whole", found.whole or None),
                 ("linear layers missed", found.missed or None),
+                ("stacked experts missed", _counted(found.stacked) or None),
                 ("rules", found.rules or None),
                 ("mergeable", found.mergeable),
                 ("adapter file", size(found.file)),
@@ -38,7 +47,7 @@ def plan(arguments: Arguments = None, json: Json = False) -> None:
                 ("adapters + gradients", size(memory.adapters + memory.gradients)),
                 ("optimizer", size(memory.optimizer)),
                 (f"activations, {memory.rows} × {memory.length} tokens", size(memory.activations)),
-                ("memory in training", f"{size(memory.total)} (activations: {memory.formula})"),
+                ("memory in training", _memory(memory)),
             ]
         )
         for note in found.notes:
@@ -47,3 +56,16 @@ def plan(arguments: Arguments = None, json: Json = False) -> None:
             out.text(f"conflict: {conflict}")
     if found.conflicts:
         raise typer.Exit(2)
+
+
+def _counted(names: Iterable[str]) -> list[str]:
+    """Names with block numbers left out, each with its count."""
+    found = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return [f"{count} × {name}" for name, count in found.items()]
+
+
+def _memory(memory: Memory) -> str:
+    known = memory.activations is not None
+    return (
+        f"{'' if known else 'at least '}{size(memory.total)} (activations: {memory.formula if known else 'not known'})"
+    )

@@ -24,6 +24,7 @@ class Screen:
     def __init__(self, machine: bool) -> None:
         self.machine = machine
         self.data: Any = NOTHING
+        self.told = ""
         self._console: Console | None = None
 
     @property
@@ -46,6 +47,11 @@ class Screen:
         """Lines for people, control characters written out."""
         self.console.print(printable(text), markup=False, soft_wrap=True)
 
+    def piece(self, text: str) -> None:
+        """A part of a line for people, seen at once."""
+        self.console.print(printable(text), markup=False, soft_wrap=True, end="")
+        self.console.file.flush()
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
         """A table for people."""
         from rich.table import Column, Table
@@ -65,7 +71,8 @@ class Screen:
             self.text(f"{name:<{width}}  {one_line(shown(value))}")
 
     def stage(self, what: str, text: str) -> None:
-        """One stage of a job, as it comes."""
+        """One stage of a job, as it comes; `told` remembers it."""
+        self.told += text
         self.text(
             f"{what}: {text}" if "\n" not in text else f"{what}:\n" + "\n".join(f"  {x}" for x in text.splitlines())
         )

@@ -21,11 +21,13 @@ def train(
 ) -> None:
     """Fine-tune, judged before and after: `rankloom train model=microworld data=microworld:list_rotate#900 out=run`."""
     with screen(json) as out:
+        from rankloom.jobs.after import next_commands
         from rankloom.jobs.opening import open_path
         from rankloom.jobs.runs import train_job
 
         path, changes = split(arguments)
-        found = train_job(open_path(path, changes).config, resume=resume or False, tell=out.stage).result
+        trained = train_job(open_path(path, changes).config, resume=resume or False, tell=out.stage)
+        found = trained.result
         if not speaks():
             return
         out.result(found.as_dict())
@@ -40,8 +42,11 @@ def train(
                 ("trainable", f"{found.trainable:,} of {found.total:,} ({100 * found.trainable / found.total:.3g} %)"),
                 ("adapter", f"{found.adapter} ({size(sum(x.stat().st_size for x in found.adapter.iterdir()))})"),
                 ("run", found.out),
+                ("loss curve", found.curve),
                 ("loads in", found.compatibility),
             ]
         )
-        for note in found.notes:
+        for note in (note for note in found.notes if note not in out.told):
             out.text(f"note: {note}")
+        for command in next_commands(trained):
+            out.text(f"next: {command}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ def continue_texts(
     special: bool = False,
     batch_size: int = 16,
     stops: Sequence[int] = (),
+    tell: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The continuation of each prompt, without special tokens.
 
@@ -59,6 +60,7 @@ def continue_texts(
         special: let the tokenizer put its own BOS before the prompt (a prompt from a chat template has it already).
         batch_size: prompts per forward, padded on the left.
         stops: token ids that end an answer, beside the model's and the tokenizer's own.
+        tell: is told the answer piece by piece, as it comes, where there is one prompt alone.
     """
     decoding = decoding or Decoding()
     if not callable(getattr(model, "generate", None)):
@@ -70,12 +72,48 @@ def continue_texts(
         torch.manual_seed(decoding.seed)
         for start in range(0, len(prompts), batch_size):
             ids = [_ids(text, tokenizer, special) for text in prompts[start : start + batch_size]]
-            new = _generate(model, ids, pad, ends, decoding)
-            found += [str(tokenizer.decode(_cut(row, ends), skip_special_tokens=True)).strip() for row in new]
+            told = _Told(tokenizer, ends, tell) if tell is not None and len(prompts) == 1 else None
+            new = _generate(model, ids, pad, ends, decoding, told)
+            found += [_text(tokenizer, row, ends) for row in new]
     return found
 
 
-def _generate(model: Any, ids: list[list[int]], pad: int, ends: list[int], decoding: Decoding) -> list[list[int]]:
+class _Told:
+    """What `generate` of transformers calls a streamer: hands on what the text gains by each token.
+
+    A text that ends within a character, or in white space that may be the last, waits for the next token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ends: list[int], tell: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.tell = tell
+        self.row: list[int] | None = None
+        self.said = ""
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """The prompt, then one token at a time."""
+        if self.row is None:
+            self.row = []
+            return
+        self.row += tokens.flatten().tolist()
+        text = _text(self.tokenizer, self.row, self.ends)
+        if text.startswith(self.said) and not text.endswith("\ufffd"):
+            self._gain(text)
+
+    def end(self) -> None:
+        """After the last token."""
+        self._gain(_text(self.tokenizer, self.row or [], self.ends))
+
+    def _gain(self, text: str) -> None:
+        if len(text) > len(self.said):
+            self.tell(text[len(self.said) :])
+            self.said = text
+
+
+def _generate(
+    model: Any, ids: list[list[int]], pad: int, ends: list[int], decoding: Decoding, told: _Told | None
+) -> list[list[int]]:
     width = max(map(len, ids))
     device = next(model.parameters()).device
     inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
@@ -92,6 +130,7 @@ def _generate(model: Any, ids: list[list[int]], pad: int, ends: list[int], decod
         eos_token_id=ends or None,
         top_k=None,
         use_cache=True,
+        streamer=told,
         **how,
     )
     return [[int(t) for t in row] for row in out[:, width:]]
@@ -108,6 +147,10 @@ def _ends(model: Any, tokenizer: Tokenizer, stops: Sequence[int]) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     every = [*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id, *stops]
     return list(dict.fromkeys(int(e) for e in every if e is not None))
+
+
+def _text(tokenizer: Tokenizer, row: list[int], ends: list[int]) -> str:
+    return str(tokenizer.decode(_cut(row, ends), skip_special_tokens=True)).strip()
 
 
 def _cut(row: list[int], ends: list[int]) -> list[int]:

@@ -60,6 +60,12 @@ class Evaluator:
         """Of the last call."""
         return self.history[-1] if self.history else ()
 
+    @property
+    def scope(self) -> str:
+        """What is judged, in words."""
+        answers = len(self._asked())
+        return f"{len(self.prepared)} examples" + (f" and the answers to {answers} of them" if answers else "")
+
     def __call__(self, model: Any) -> dict[str, float]:
         with mode(model, False), torch.no_grad():
             run = TrainRun(model, 1, device=next(model.parameters()).device)
@@ -86,7 +92,7 @@ class Evaluator:
         return right / len(self.prepared)
 
     def _answers(self, model: Any) -> tuple[Answer, ...]:
-        chats = [r for r in self.prepared.records if isinstance(r, Chat)][: self.most_answers]
+        chats = self._asked()
         if not chats:
             return ()
         used, _ = choose(self.tokenizer, self.template)
@@ -99,6 +105,9 @@ class Evaluator:
             stops=self.stops(),
         )
         return tuple(Answer(_question(chat), expected, g) for chat, (_, expected), g in zip(chats, asked, given))
+
+    def _asked(self) -> list[Chat]:
+        return [r for r in self.prepared.records if isinstance(r, Chat)][: self.most_answers]
 
     def _room(self, answers: Sequence[str]) -> int:
         """Tokens that the longest expected answer needs, with some to spare, at most `answer_tokens`."""

@@ -72,7 +72,7 @@ def merge_job(
     """Fold the adapter into the model and save it as a model's folder, atomically.
 
     Args:
-        config: model, the adapter's name, and data to measure on (random tokens where there is none).
+        config: model, the adapter's name, and data to measure on (a text that comes along where there is none).
         tolerance: largest relative error against the adapter on the same base; by default 1e-3 in float32, 2e-2 in
             float16, 5e-2 in bfloat16, and into the store half of what the adapter itself changes.
         into: "16bit": the base as its files have it (in their dtype), packed weights made dense; "store": the packed

@@ -1,4 +1,4 @@
-"""What a path on the command line means: a run's folder, an adapter's folder, or a configuration file."""
+"""What a path on the command line means: the folder of a run, an adapter or a model, or a configuration file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankloom.errors import FileError, SettingsError, suggest
+from rankloom.hf.folder import LAST as MODEL
 from rankloom.jobs.runs import ADAPTER, CONFIG
 from rankloom.train.config import RunConfig
 from rankloom.train.configfile import read_config
@@ -36,7 +37,8 @@ def open_path(path: Path | None, changes: Sequence[str] = ()) -> Opened:
     """The configuration and adapter that `path` means, with changes `key=value` applied.
 
     A run's folder has both, and is the one that the run writes to, wherever it has been moved. An adapter's folder
-    names its base model itself; `model=` comes before that.
+    names its base model itself; `model=` comes before that. A model's folder, as merge and quantize write it, is the
+    model, with the adapter in it if there is one.
     """
     if path is None:
         return Opened(read_config(None, changes), None)
@@ -46,14 +48,19 @@ def open_path(path: Path | None, changes: Sequence[str] = ()) -> Opened:
     if (path / ADAPTER_CONFIG).is_file():
         beside = _run_around(path)
         return Opened(_of_run(beside, changes) if beside is not None else _of_adapter(path, changes), path)
+    if (path / MODEL).is_file():
+        adapter = path / ADAPTER
+        config = read_config(None, [f"model.path={json.dumps(str(path))}", *changes])
+        return Opened(config, adapter if (adapter / ADAPTER_CONFIG).is_file() else None)
     if path.is_dir():
         there = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
         raise FileError(
-            f"{path}: neither a run's folder ({CONFIG}) nor an adapter's ({ADAPTER_CONFIG}); there is {there}"
+            f"{path}: not the folder of a run ({CONFIG}), an adapter ({ADAPTER_CONFIG}) or a model ({MODEL}); "
+            f"there is {there}"
         )
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         raise FileError(
-            f"{path}: a {path.suffix or 'nameless'} file; name a run's folder, an adapter's, or a YAML file"
+            f"{path}: a {path.suffix or 'nameless'} file; name the folder of a run, adapter or model, or a YAML file"
         )
     if not path.exists() and not path.suffix:
         near = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []

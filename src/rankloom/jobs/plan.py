@@ -27,6 +27,8 @@ from rankloom.core.targets import base_modules
 from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.hf.models import known_head, load_tokenizer, skeleton, task_of, with_heads
+from rankloom.jobs.fake import without_values
+from rankloom.jobs.notes import plan_notes
 from rankloom.jobs.rundata import LENGTH, prepared, read_records
 from rankloom.ops.kept import kept_bytes
 from rankloom.registry import name_of
@@ -70,7 +72,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """All together; at least that, where the activations are not known."""
         return self.weights + self.adapters + self.gradients + self.optimizer + (self.activations or 0)
 
 
@@ -87,7 +89,8 @@ class StoreCost:
 class PlanReport:
     """What `plan_job` finds out.
 
-    `sites`: places hit; `missed`: linear layers that stay as they are; `whole`: tensors trained whole; `mergeable`:
+    `sites`: places hit; `missed`: linear layers that stay as they are, `stacked`: experts that do, all in one
+    parameter; `whole`: tensors trained whole; `mergeable`:
     whether the change has one matrix; `file`: bytes of the adapter's tensors; `weights`: the base's, by how they are
     kept; `stores`: what the base would take in other stores; `conflicts`: what would stop the run.
     """
@@ -98,6 +101,7 @@ class PlanReport:
     rules: tuple[str, ...]
     sites: tuple[PlannedSite, ...]
     missed: tuple[str, ...]
+    stacked: tuple[str, ...]
     whole: tuple[str, ...]
     trainable: int
     total: int
@@ -189,13 +193,16 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
     mergeable, why = _mergeable(bank, config.name)
     notes = [f"{', '.join(loaded.heads)} starts at random and is trained whole"] if loaded.heads else []
     notes += [why] if why else []
+    notes += plan_notes(plan, model)
     site = bank.sites(config.name)
     sites, missed = tuple(_sites(bank, config.name)), tuple(_missed(model, bank, config.name))
     rows = config.data.batch_size if config.data is not None else 1
     length = length or _length(model, config)
     activations, trouble = _activations(model, config, loaded.task, rows, length)
     notes += [f"the activations cannot be traced: {trouble}"] if trouble else []
-    notes += _paths(bank, config.name, config.train.gradient_checkpointing)
+    notes += [] if trouble else _paths(bank, config.name, config.train.gradient_checkpointing)
+    stacked = tuple(_stacked(model, bank, config.name))
+    notes += _left_out(model, stacked)
     return PlanReport(
         model=config.need_model().path,
         task=loaded.task,
@@ -203,6 +210,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
         rules=rules,
         sites=sites,
         missed=missed,
+        stacked=stacked,
         whole=tuple(f.name for f in site if isinstance(f.adapter, WholeAdapter)),
         trainable=sum(t.numel() for t in trained),
         total=total + sum(t.numel() for t in tensors),
@@ -255,6 +263,29 @@ def _missed(model: nn.Module, bank: Bank, name: str) -> Iterator[str]:
             yield path
 
 
+def _stacked(model: nn.Module, bank: Bank, name: str) -> Iterator[str]:
+    """Experts in one parameter (E, out, in) that nothing adapts."""
+    hit = {site.name for site in bank.sites(name)}
+    for path, module in base_modules(model):
+        for leaf, value in module._parameters.items():
+            where = f"{path}.{leaf}" if path else leaf
+            if value is not None and value.ndim == 3 and kind_of(module) is None and where not in hit:
+                yield where
+
+
+def _left_out(model: nn.Module, stacked: tuple[str, ...]) -> list[str]:
+    """What part of the weights stacked experts are, and how they are reached."""
+    if not stacked:
+        return []
+    experts = sum(model.get_parameter(name).numel() for name in stacked)
+    share = experts / sum(p.numel() for p in dict.fromkeys(model.parameters()))
+    leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in stacked))
+    return [
+        f"{share:.0%} of the weights are experts in {len(stacked)} stacked parameters, which are not adapted: "
+        f"target_parameters=[{leaves}] adapts them"
+    ]
+
+
 def _conflicts(model: nn.Module, config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What the rules refuse at the start of such a run, and the rules' names."""
     with only_these_train(model) as parameters:
@@ -285,11 +316,9 @@ def _length(model: Any, config: RunConfig) -> int:
 
 def _activations(model: Any, config: RunConfig, task: str, rows: int, length: int) -> tuple[int | None, str]:
     """(bytes, "") or (None, the reason)."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with without_values():
             model.to_empty(device="cpu").train()
             ids = torch.zeros(rows, length, dtype=torch.long)
             labels = {

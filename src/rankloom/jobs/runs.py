@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,28 +13,31 @@ from typing import Any
 
 from rankloom import formats
 from rankloom.core.attach import attach
-from rankloom.errors import FileError, StateError
-from rankloom.files.folders import replace_file, writing
+from rankloom.errors import FileError, MissingExtra, StateError
+from rankloom.files.folders import drop, replace_file, writing
 from rankloom.files.lock import check_free, locked
 from rankloom.files.strict import as_json
 from rankloom.formats.saving import Parcel, parcel
 from rankloom.hf.folder import LAST as MODEL
 from rankloom.hf.folder import model_folder
-from rankloom.hf.models import Loaded, device_of, known_head, load_model, load_weights, task_of, with_heads
+from rankloom.hf.models import Loaded, device_of, known_head, load_model, task_of, with_heads
 from rankloom.hf.packed import GLOB as PACKED
 from rankloom.hf.packed import save_packed
 from rankloom.jobs.evaluation import Answer, Evaluator
+from rankloom.jobs.notes import plan_notes
 from rankloom.jobs.rundata import RunRecords, judged_records, prepared, read_records
 from rankloom.store.base import Store
 from rankloom.train.checkpoint import PLACE
 from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
+from rankloom.train.curve import PICTURE, picture
 from rankloom.train.data import Batches, Masking, Prepared, masking, preview
 from rankloom.train.engine import join
 from rankloom.train.fit import Result, fit
+from rankloom.train.lines import LOG
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.processes import Processes
-from rankloom.train.report import METRICS, Report, Row
+from rankloom.train.report import METRICS, Report, Row, read_metrics
 from rankloom.train.rng import seed_all
 from rankloom.train.settings import TrainSettings
 
@@ -51,7 +54,7 @@ Tell = Callable[[str, str], None]
 @dataclass(frozen=True)
 class JobResult:
     """What a training came to. `before`, `after`: metrics on held-out data; `compatibility`: who else can load the
-    adapter; `answers`: (before, after) to the same question.
+    adapter; `answers`: (before, after) to the same question; `curve`: the picture of the losses, if drawn.
     """
 
     out: Path
@@ -68,6 +71,7 @@ class JobResult:
     compatibility: str = ""
     answers: tuple[tuple[Answer, Answer], ...] = ()
     notes: tuple[str, ...] = field(default=())
+    curve: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -92,8 +96,8 @@ def train_job(
 ) -> Trained:
     """Fine-tune by `config`, judged before and after, into `config.out`.
 
-    That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `checkpoints/`, `adapter/`
-    and `run.json`.
+    That folder then holds `config.yaml` (the resolved run, to be repeated), `metrics.jsonl`, `train.log`, `loss.png`
+    (extra `plot`), `checkpoints/`, `adapter/` and `run.json`.
 
     Started in several processes (torchrun), each does its share, and the main one tells, reports and writes.
 
@@ -108,12 +112,15 @@ def train_job(
     config, loaded = ready.config, ready.loaded
     with ExitStack() as stack:
         processes.agree(lambda: stack.enter_context(locked(out)) if processes.main else None)
+        if processes.main and not resume:
+            stack.enter_context(_taken_back(out))
         processes.agree(lambda: _begin(ready, out, resume) if processes.main else None)
         batches, chosen = ready.batches, config.train
+        say("training", f"{chosen.steps} steps; before and after, the model is judged on {ready.evaluator.scope}")
         result = fit(
             loaded.model, batches, settings=chosen, evaluate=ready.evaluator, out=out, resume=resume, report=report
         )
-        found = _result(loaded, result, ready.evaluator, out)
+        found = _result(ready, result, out)
         together = processes.agree if chosen.sharding == "none" else processes.meet
         made = together(lambda: parcel(loaded.model, config.name))
         written = processes.agree(lambda: _saved(ready, found, made) if processes.main else found)
@@ -126,6 +133,19 @@ def _begin(ready: _Ready, out: Path, resume: bool | str) -> None:
     with writing(out):
         _keep_base(ready, out)
         replace_file(out / CONFIG, dump(ready.config).encode())
+
+
+@contextmanager
+def _taken_back(out: Path) -> Iterator[None]:
+    """Where a run that begins here is refused before its first step, nothing stays that a second try would meet."""
+    try:
+        yield
+    except Exception:
+        trained = any(row.get("event") == "train" for row in read_metrics(out))
+        if not trained and not (out / PLACE).exists():
+            for name in (CONFIG, METRICS, LOG, BASE):
+                drop(out / name)
+        raise
 
 
 @dataclass(frozen=True)
@@ -180,9 +200,19 @@ def _saved(ready: _Ready, found: JobResult, made: Parcel) -> JobResult:
     with writing(out):
         card = _card(config, ready.records, found)
         saved = made.write(out / ADAPTER, card)
-        found = dataclasses.replace(found, compatibility=str(saved.compat))
+        found = _pictured(dataclasses.replace(found, compatibility=str(saved.compat)))
         replace_file(out / RECORD, as_json({"config": as_data(config), "versions": versions(), **found.as_dict()}))
     return found
+
+
+def _pictured(found: JobResult) -> JobResult:
+    """With the curve of its losses drawn, or a note on what is missing for it."""
+    try:
+        made = picture(read_metrics(found.out), found.out.name)
+    except MissingExtra as error:
+        return dataclasses.replace(found, notes=(*found.notes, str(error)))
+    replace_file(found.out / PICTURE, made)
+    return dataclasses.replace(found, curve=found.out / PICTURE)
 
 
 def _adapt(loaded: Loaded, config: RunConfig, batches: Batches, *, made: bool) -> None:
@@ -246,11 +276,8 @@ def load_adapted(config: RunConfig, adapter: Path | None) -> Loaded:
     """The model of `config` with the adapter of a folder, speaking."""
     config = on_its_base(config, adapter)
     loaded = load_model(config.need_model(), labels=known_labels(config))
-    return loaded if adapter is None else _with_adapter(loaded, config, adapter)
-
-
-def _with_adapter(loaded: Loaded, config: RunConfig, adapter: Path) -> Loaded:
-    formats.load(loaded.model, adapter, config.name).use(config.name)
+    if adapter is not None:
+        formats.load(loaded.model, adapter, config.name).use(config.name)
     return loaded
 
 
@@ -272,22 +299,9 @@ def known_labels(config: RunConfig) -> tuple[str, ...]:
     return config.data.labels or () if config.data is not None else ()
 
 
-def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int | None = None) -> Any:
-    """The adapter as another kind of file: `as_="lora"` is a LoRA of rank `r` at most, with its error by site."""
-    check_out(out, False)
-    config = on_its_base(config, adapter)
-    loaded = _with_adapter(load_weights(config.need_model(), labels=known_labels(config)), config, adapter)
-    with writing(out):
-        return formats.export(loaded.model, out, config.name, as_=as_, r=r)
-
-
 def check_out(out: Path, resume: bool | str) -> None:
     """Refuse a folder that cannot be written, or that holds a run which is not to be resumed."""
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise FileError(f"{out}: cannot be written: {there} is a file; give another out=")
-    if model := next((n for n in (MODEL, "model.safetensors", "pytorch_model.bin") if (out / n).exists()), None):
-        raise StateError(f"{out} is a model's folder ({model}): give another out=")
+    _check_place(out, "out=")
     held = [n for n in HELD if (out / n).exists()]
     if held and not resume:
         raise StateError(
@@ -295,11 +309,23 @@ def check_out(out: Path, resume: bool | str) -> None:
         )
 
 
-def check_empty(out: Path) -> None:
-    """Refuse a folder that holds anything, or that cannot be written."""
-    check_out(out, False)
-    if out.exists() and any(out.iterdir()):
-        raise StateError(f"{out} is not empty: a model gets a folder of its own; give another --out")
+def check_empty(out: Path, what: str = "a model") -> None:
+    """Refuse a folder that holds anything, or that cannot be written; `what` is to be written there."""
+    _check_place(out, "--out")
+    held = sorted(x.name for x in out.iterdir()) if out.is_dir() else []
+    if held:
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise StateError(
+            f"{out} is not empty ({', '.join(held[:3])}{more}): {what} gets a folder of its own; give another --out"
+        )
+
+
+def _check_place(out: Path, option: str) -> None:
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileError(f"{out}: cannot be written: {there} is a file; give another {option}")
+    if model := next((n for n in (MODEL, "model.safetensors", "pytorch_model.bin") if (out / n).exists()), None):
+        raise StateError(f"{out} is a model's folder ({model}): give another {option}")
 
 
 def versions() -> dict[str, str]:
@@ -348,7 +374,9 @@ def _probe(batches: Batches, loaded: Loaded) -> dict[str, Any]:
     return first
 
 
-def _result(loaded: Loaded, result: Result, evaluator: Evaluator, out: Path) -> JobResult:
+def _result(ready: _Ready, result: Result, out: Path) -> JobResult:
+    loaded, evaluator = ready.loaded, ready.evaluator
+    notes = (*loaded.notes, *ready.batches.prepared.notes, *plan_notes(ready.config.plan, loaded.model))
     history = evaluator.history
     return JobResult(
         out=out,
@@ -363,7 +391,7 @@ def _result(loaded: Loaded, result: Result, evaluator: Evaluator, out: Path) -> 
         final_loss=result.losses[-1],
         stopped=result.stopped,
         answers=tuple(zip(history[0], history[-1])) if len(history) > 1 else (),
-        notes=loaded.notes + evaluator.prepared.notes,
+        notes=notes,
     )
 
 

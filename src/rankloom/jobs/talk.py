@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from rankloom.errors import SettingsError
+from rankloom.errors import suggest
 from rankloom.hf.generate import Decoding, chat_prompt, continue_texts
 from rankloom.hf.models import Loaded
 from rankloom.jobs.opening import Opened
@@ -43,13 +43,15 @@ class Conversation:
         talk._forget()
         return talk
 
-    def say(self, line: str) -> str:
-        """The answer to a line, or to a command."""
+    def say(self, line: str, tell: Callable[[str], None] | None = None) -> str:
+        """The answer to a line, or to a command; `tell` is told it piece by piece."""
         if line.startswith("/"):
-            return self._command(line[1:])
+            found = self._command(line[1:].strip())
+            (tell or _silent)(found)
+            return found
         asked = [*self.said, Turn("user", line)]
         text = chat_prompt(asked, self.loaded.tokenizer, self.template)
-        [answer] = continue_texts(self.loaded.model, self.loaded.tokenizer, [text], self.decoding)
+        [answer] = continue_texts(self.loaded.model, self.loaded.tokenizer, [text], self.decoding, tell=tell)
         self.said = [*asked, Turn("assistant", answer)]
         return answer
 
@@ -57,16 +59,22 @@ class Conversation:
         """What was said, as messages."""
         return [{"role": turn.role, "content": turn.content} for turn in self.said]
 
+    @property
+    def commands(self) -> dict[str, str]:
+        """What `/word` does here; `/exit` is the reader's business."""
+        found = {"help": "shows this", "reset": "forgets what was said", "exit": "ends, as Ctrl-D does"}
+        return found | ({"base": "lets the bare model speak", "adapter": "the adapted one"} if self.adapter else {})
+
     def _command(self, name: str) -> str:
+        if name not in self.commands:
+            return f"(there is no command /{name}{suggest(f'/{name}', [f'/{word}' for word in self.commands])})"
+        if name == "help":
+            return "\n".join(f"/{word:<8} {does}" for word, does in self.commands.items())
         if name == "reset":
             self._forget()
             return "(forgotten)"
-        if name in ("base", "adapter") and self.adapter is not None:
-            self.loaded.model.rankloom.use(*([self.adapter] if name == "adapter" else []))
-            return f"({name} speaks)"
-        raise SettingsError(
-            f"there is no command /{name} here; there is /reset" + (", /base, /adapter" * bool(self.adapter))
-        )
+        self.loaded.model.rankloom.use(*([self.adapter] if name == "adapter" else []))
+        return f"({name} speaks)"
 
     def _forget(self) -> None:
         self.said = [Turn("system", self.system)] if self.system else []
@@ -75,3 +83,7 @@ class Conversation:
 def _template(opened: Opened) -> str:
     """The chat template that the run trained with."""
     return opened.config.data.template if opened.config.data is not None else "auto"
+
+
+def _silent(text: str) -> None:
+    return None

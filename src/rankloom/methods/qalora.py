@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -27,8 +27,11 @@ from rankloom.store.uniform import Uniform, fold_into_zeros
 @dataclass(frozen=True)
 class QALoRA(Method):
     """`group_size` columns share their change (that of the base's store, to merge into it); `pool`: they are summed, or
-    averaged; `lora_alpha` over r is the scale; `lora_dropout` on what was pooled.
+    averaged; `lora_alpha` over r is the scale; `lora_dropout` on what was pooled. The base is as the plan has it: with
+    `store=uniform start=gptq` it is quantised as in the paper, without a store it stays dense.
     """
+
+    made_for: ClassVar[str] = "a base in groups, as in store=uniform start=gptq"
 
     r: Rank = 64
     lora_alpha: float = 16.0

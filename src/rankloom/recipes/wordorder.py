@@ -33,6 +33,8 @@ SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 CLASSES = 2
 BATCH, MAX_TOKENS, LR, RANK = 24, 40, 3e-3, 8
 POOL = 20
+SAID = 6
+"""Batches of sentences between two words of how far it is."""
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -95,16 +97,19 @@ def run_word_order(seed: int = 0, tell: Callable[[str, str], None] | None = None
     judge, tokenizer = Judge(loaded.model), loaded.tokenizer
     rows = labelled()
     train, test = _encoded(tokenizer, rows["train"]), _encoded(tokenizer, rows["test"])
+    say = tell or _silent
     with mode(judge, False):
-        probe = probe_accuracy(_each(train, judge.vectors), train[2], _each(test, judge.vectors), test[2])
-    if tell is not None:
-        tell("word order", f"linear probe on the frozen encoder: {probe:.1%} of {len(test[2])} right")
+        vectors = [_each(part, judge.vectors, say) for part in (train, test)]
+        say("word order", "fitting a linear probe on these vectors")
+        probe = probe_accuracy(vectors[0], train[2], vectors[1], test[2])
+    say("word order", f"linear probe on the frozen encoder: {probe:.1%} of {len(test[2])} right")
     bank = attach(judge, LoRA(r=RANK, lora_alpha=2 * RANK), modules_to_save=["head"], exclude_modules=["pooler.dense"])
     batches = _batches(train, seed)
     settings = TrainSettings(steps=len(batches), lr=LR, schedule="linear", warmup_ratio=0.1, seed=seed)
-    fit(judge, batches, settings=settings, report=_nothing)
+    say("word order", f"LoRA r={RANK} on every linear layer, {len(batches)} steps")
+    fit(judge, batches, settings=settings)
     with mode(judge, False):
-        found = _each(test, judge).argmax(-1)
+        found = _each(test, judge, say).argmax(-1)
     return WordOrder(
         probe=probe,
         lora=float((found == test[2]).float().mean()),
@@ -153,13 +158,21 @@ def _encoded(tokenizer: Any, found: Sequence[tuple[str, int]]) -> tuple[Tensor, 
     return coded["input_ids"], coded["attention_mask"], torch.tensor([label for _, label in found])
 
 
-def _each(data: tuple[Tensor, Tensor, Tensor], function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _each(
+    data: tuple[Tensor, Tensor, Tensor],
+    function: Callable[[Tensor, Tensor], Tensor],
+    say: Callable[[str, str], None],
+) -> Tensor:
     """`function(ids, mask)` of every row, in the data's order; rows of like length go together."""
     order = data[1].sum(1).argsort(stable=True)
     parts = [_trimmed(tuple(t[rows_] for t in data))[:2] for rows_ in torch.split(order, 4 * BATCH)]
+    found = []
     with torch.no_grad():
-        found = torch.cat([function(*part) for part in parts])
-    return found[order.argsort()]
+        for number, part in enumerate(parts, 1):
+            found.append(function(*part))
+            if number % SAID == 0 or number == len(parts):
+                say("word order", f"{sum(map(len, found)):,} of {len(order):,} sentences read")
+    return torch.cat(found)[order.argsort()]
 
 
 def _batches(data: tuple[Tensor, Tensor, Tensor], seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -178,5 +191,5 @@ def _trimmed(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :width], attention[:, :width], labels
 
 
-def _nothing(row: Any) -> None:
+def _silent(what: str, text: str) -> None:
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rankloom import registry
@@ -14,17 +14,23 @@ from rankloom.settings.engine import REQUIRED, Setting, Settings, maker_of, part
 Path = tuple[str, ...]
 Origins = dict[str, str]
 """Dotted path of a setting → where it was given."""
+Elsewhere = Callable[[str, str], str]
+"""(name, value) of an argument → the end of the error, where another program has a setting of that name; else ""."""
 NAME = Setting("name", str)
 
 
 class Spot(NamedTuple):
-    """A setting in a tree of parts: its path, whose it is, and for a part its class and the data that stand there."""
+    """A setting in a tree of parts: its path, whose it is, and for a part its class and the data that stand there.
+
+    `brought`: it belongs to a part that another choice brings along, as a preset its store.
+    """
 
     path: Path
     owner: Any
     setting: Setting
     part: type | None
     data: Mapping[str, Any]
+    brought: bool = False
 
 
 class Change(NamedTuple):
@@ -35,7 +41,9 @@ class Change(NamedTuple):
     value: Any
 
 
-def spots(target: Any, data: Mapping[str, Any], base: type | None = None, at: Path = ()) -> Iterator[Spot]:
+def spots(
+    target: Any, data: Mapping[str, Any], base: type | None = None, at: Path = (), brought: bool = False
+) -> Iterator[Spot]:
     """Every setting of a class and of the parts in it, as `data` chooses them."""
     try:
         shown = target.spelled(data, "") if hasattr(target, "spelled") else data
@@ -45,19 +53,20 @@ def spots(target: Any, data: Mapping[str, Any], base: type | None = None, at: Pa
         part, path = part_of(s.hint), (*at, s.name)
         given = data.get(s.name, shown.get(s.name))
         here = _parts_data(part, _default(s) if given is None else given) if part is not None else {}
-        yield Spot(path, target, s, part, here)
+        yield Spot(path, target, s, part, here, brought)
+        extra = brought or (s.name in shown and s.name not in data)
         if part is not None and registry.kind_of(part):
-            yield Spot((*path, "name"), part, NAME, None, {})
+            yield Spot((*path, "name"), part, NAME, None, {}, extra)
             chosen = here.get("name") in registry.names(part)
-            yield from spots(maker_of(part, here["name"]), here, part, path) if chosen else ()
+            yield from spots(maker_of(part, here["name"]), here, part, path, extra) if chosen else ()
         elif part is not None:
-            yield from spots(part, here, part, path)
+            yield from spots(part, here, part, path, extra)
 
 
 def changed(
-    cls: type[Settings], data: Mapping[str, Any], said: Sequence[str], origins: Origins, elsewhere: Mapping[str, str]
+    cls: type[Settings], data: Mapping[str, Any], said: Sequence[str], origins: Origins, elsewhere: Elsewhere
 ) -> dict[str, Any]:
-    """`data` with the changes made, noted in `origins`. `elsewhere`: words of other programs → our name.
+    """`data` with the changes made, noted in `origins`. `elsewhere`: what is said of settings of other programs.
 
     A part is chosen before its own settings are set, whatever the order. Raises `SettingsError`.
     """
@@ -65,7 +74,7 @@ def changed(
     waiting = [_parsed(each) for each in said]
     while waiting:
         there = {spot.path: spot for spot in spots(cls, found)}
-        parts = [(len(ends[0].path), i) for i, c in enumerate(waiting) if _is_part(ends := _ends(c.key, there))]
+        parts = [(len(here[0].path), i) for i, c in enumerate(waiting) if _is_part(here := ends(c.key, there))]
         change = waiting.pop(min(parts)[1] if parts else 0)
         path = _make(found, change, there, elsewhere)
         for old in [p for p in origins if p == path or p.startswith((f"{path}.", f"{path}["))]:
@@ -95,36 +104,38 @@ def _parsed(said: str) -> Change:
     )
 
 
-def _is_part(ends: list[Spot]) -> bool:
-    return len(ends) == 1 and (ends[0].part is not None or ends[0].setting is NAME)
+def _is_part(found: list[Spot]) -> bool:
+    return len(found) == 1 and (found[0].part is not None or found[0].setting is NAME)
 
 
-def _ends(key: Path, there: Mapping[Path, Spot]) -> list[Spot]:
-    """The settings that a key may mean: that of its path, or those whose paths end in it, the outer of nested ones."""
+def ends(key: Path, there: Mapping[Path, Spot]) -> list[Spot]:
+    """The settings that a key may mean: that of its path, or those whose paths end in it, the outer of nested ones,
+    and where others are meant beside it, none of a part that is only brought along.
+    """
     if key in there:
         return [there[key]]
     found = sorted((spot for path, spot in there.items() if path[-len(key) :] == key), key=lambda spot: len(spot.path))
+    found = [spot for spot in found if not spot.brought] or found
     around = found[0].path[: -len(key)] if found else ()
     return found[:1] if all(spot.path[: len(around)] == around for spot in found) else found
 
 
-def _meant(change: Change, there: Mapping[Path, Spot], elsewhere: Mapping[str, str]) -> tuple[Spot, Path]:
+def _meant(change: Change, there: Mapping[Path, Spot], elsewhere: Elsewhere) -> tuple[Spot, Path]:
     """The setting that a change names, and the key in it where it is a mapping."""
     for cut in range(len(change.key), 0, -1):
-        ends, rest = _ends(change.key[:cut], there), ".".join(change.key[cut:])
-        if len(ends) > 1 and not rest:
-            said = " or ".join(".".join(spot.path) for spot in ends)
+        found, rest = ends(change.key[:cut], there), ".".join(change.key[cut:])
+        if len(found) > 1 and not rest:
+            said = " or ".join(".".join(spot.path) for spot in found)
             raise SettingsError(f"argument {change.said!r}: {'.'.join(change.key)!r} may mean {said}: write it in full")
-        if len(ends) == 1 and (not rest or takes_mapping(ends[0].setting.hint)):
-            return ends[0], (rest,) if rest else ()
+        if len(found) == 1 and (not rest or takes_mapping(found[0].setting.hint)):
+            return found[0], (rest,) if rest else ()
     said = ".".join(change.key)
     names = {path[-1] for path in there} if len(change.key) == 1 else {".".join(path) for path in there}
-    ours = elsewhere.get(change.key[-1])
-    better = f"; it is {ours}" if ours else suggest(said, names)
+    better = elsewhere(change.key[-1], change.said.partition("=")[2]) or suggest(said, names)
     raise SettingsError(f"argument {change.said!r}: there is no setting {said!r}{better}")
 
 
-def _make(data: dict[str, Any], change: Change, there: Mapping[Path, Spot], elsewhere: Mapping[str, str]) -> str:
+def _make(data: dict[str, Any], change: Change, there: Mapping[Path, Spot], elsewhere: Elsewhere) -> str:
     """Make one change; the dotted path at which it was made."""
     spot, rest = _meant(change, there, elsewhere)
     spot = there[spot.path[:-1]] if spot.setting is NAME else spot

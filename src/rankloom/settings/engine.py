@@ -89,12 +89,13 @@ class Setting:
 
 
 class UnknownSetting(SettingsError):
-    """`key` is no setting of the part at `where`."""
+    """`key`, given as `value`, is no setting of the part at `where`."""
 
-    def __init__(self, where: str, name: str, key: Any, known: typing.Iterable[str]) -> None:
+    def __init__(self, where: str, name: str, key: Any, value: Any, known: typing.Iterable[str]) -> None:
         said = f"{where or 'the configuration'}: {name} has no setting {shown(key)}{suggest(str(key), known)}"
         super().__init__(said, join(where, str(key)), advised=True)
         self.key = str(key)
+        self.value = value
 
 
 def from_data(cls: Any, data: Any, where: str = "") -> Any:
@@ -135,10 +136,11 @@ def build(target: Any, data: Any, where: str, base: type | None = None) -> Any:
     known = {s.name: s for s in settings_of(target, base)}
     for key in data:
         if key not in known:
-            raise UnknownSetting(where, name, key, known)
+            raise UnknownSetting(where, name, key, data[key], known)
     for s in known.values():
         if s.default is REQUIRED and s.name not in data:
-            raise SettingsError(f"{where or name}: {s.name} is missing: {reader_of(s.hint).words}", where)
+            said = f"{where or name}: {s.name} is missing: {reader_of(s.hint).words}"
+            raise SettingsError(said, where, advised=True)
     given = {key: known[key].read(value, join(where, key)) for key, value in data.items()}
     try:
         return target(**given)
@@ -219,7 +221,8 @@ def _each(make: Callable[..., Reader]) -> Callable[..., Reader]:
 def _tuple(*inner: Any) -> Reader:
     repeated = inner[-1:] == (Ellipsis,)
     items = inner[:1] if repeated else inner
-    lone = repeated and int in (inner[0], *typing.get_args(inner[0]))
+    held = {inner[0], *typing.get_args(inner[0])}
+    lone = next((kind for kind in (int, str) if repeated and kind in held), None)
     return values.sequence(*map(reader_of, items), repeated=repeated, lone=lone)
 
 

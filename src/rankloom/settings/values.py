@@ -123,10 +123,10 @@ def bounded(inner: Reader, *notes: Any) -> Reader:
     return Reader(words, read, inner.known)
 
 
-def sequence(*items: Reader, repeated: bool, lone: bool = False) -> Reader:
+def sequence(*items: Reader, repeated: bool, lone: type | None = None) -> Reader:
     """A list with one value for each reader, or, `repeated`, of any length for the one reader.
 
-    A set is sorted. `lone`: a whole number is a list of one, as in PEFT's configs.
+    A set is sorted. `lone`: int or str, of which a single one is a list of one, as in PEFT's configs.
     """
     words = [item.words for item in items]
     said = (
@@ -138,7 +138,7 @@ def sequence(*items: Reader, repeated: bool, lone: bool = False) -> Reader:
     def read(value: Any, where: str) -> Any:
         if isinstance(value, (set, frozenset)):
             value = sorted(value, key=repr)
-        if lone and whole(value) is not None:
+        if lone is not None and LONE[lone](value) is not None:
             value = [value]
         if not isinstance(value, (list, tuple)) or not (repeated or len(value) == len(items)):
             raise refusal(where, value, said)
@@ -196,6 +196,7 @@ def text(value: Any) -> str | None:
     return str.__str__(value) if isinstance(value, str) and not NO_TEXT.search(value) else None
 
 
+LONE: Mapping[type, Callable[[Any], Any]] = {int: whole, str: text}
 ANYTHING = Reader("anything", lambda value, where: value)
 NOTHING = literal(None)._replace(words="null")
 SCALARS: Mapping[Any, Reader] = {

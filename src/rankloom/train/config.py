@@ -11,35 +11,13 @@ from rankloom.errors import SettingsError
 from rankloom.registry import kinds_with
 from rankloom.settings import Count, Positive, Seed, Settings, Steps, to_data
 from rankloom.settings import from_data as build
-from rankloom.settings.changes import spots
+from rankloom.settings.changes import Path, Spot, ends, spots
 from rankloom.settings.engine import UnknownSetting
 from rankloom.settings.reference import Field, describe, find, reference
+from rankloom.train.elsewhere import ELSEWHERE, Word
 from rankloom.train.settings import TrainSettings
 
 Task = Literal["auto", "causal-lm", "masked-lm", "classification", "encoder"]
-ELSEWHERE = {
-    "cutoff_len": "max_length",
-    "gradient_accumulation_steps": "accumulate",
-    "learning_rate": "lr",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "lora_target_modules": "target_modules",
-    "lr_scheduler_type": "schedule",
-    "max_grad_norm": "clip",
-    "max_seq_length": "max_length",
-    "max_steps": "steps",
-    "micro_batch_size": "batch_size",
-    "model_name_or_path": "model",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "optim": "optimizer",
-    "output_dir": "out",
-    "per_device_train_batch_size": "batch_size",
-    "save_steps": "save_every",
-    "eval_steps": "eval_every",
-    "logging_steps": "log_every",
-}
-"""What other trainers call our settings."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +143,20 @@ def from_data(data: Mapping[str, Any]) -> RunConfig:
     try:
         config: RunConfig = build(RunConfig, data)
     except UnknownSetting as error:
-        paths = [".".join(spot.path) for spot in spots(RunConfig, data)]
-        found = [path for path in paths if path.rpartition(".")[2] == ELSEWHERE.get(error.key, error.key)]
-        if not found:
+        better = _better(error.key, error.value, {spot.path: spot for spot in spots(RunConfig, data)})
+        if not better:
             raise
         said = str(error).partition(";")[0]
-        raise SettingsError(f"{said}; it is {' or '.join(found)}", error.path) from error
+        raise SettingsError(f"{said}{better}", error.path) from error
     return config
+
+
+def _better(key: str, value: Any, there: Mapping[Path, Spot]) -> str:
+    """The end of an error about a key that stands at the wrong place, or that is another program's; "" for neither."""
+    word = Word(key) if ends((key,), there) else ELSEWHERE.get(key)
+    if word is None:
+        return ""
+    return word.as_key(str(value), [".".join(spot.path) for spot in ends(tuple(word.setting.split(".")), there)])
 
 
 def as_data(config: RunConfig) -> dict[str, Any]:

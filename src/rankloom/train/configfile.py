@@ -10,8 +10,9 @@ from typing import Any
 from rankloom.errors import FileError, SettingsError, suggest
 from rankloom.files.reading import plain_file
 from rankloom.settings import yamltext
-from rankloom.settings.changes import Origins, changed
-from rankloom.train.config import ELSEWHERE, RunConfig, as_data, from_data
+from rankloom.settings.changes import Origins, changed, ends, spots
+from rankloom.train.config import RunConfig, as_data, from_data
+from rankloom.train.elsewhere import ELSEWHERE
 
 LONGEST = 4 * yamltext.LONGEST
 """Bytes of a file that is opened."""
@@ -35,7 +36,7 @@ def config_of(text: str, where: str, changes: Sequence[str] = ()) -> RunConfig:
     origins = {path: f"{where}, line {line}" for path, line in lines.items()}
     said = origins.get(f"model.{CODE}", where)
     data, asks = _without_code(data or {})
-    data = changed(RunConfig, data, changes, origins, ELSEWHERE)
+    data = changed(RunConfig, data, changes, origins, foreign)
     if asks and CODE not in _model_of(data):
         raise SettingsError(
             f"{said}: asks for Python code of its model to be run, which no file "
@@ -66,6 +67,17 @@ def _without_code(data: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 def _model_of(data: Mapping[str, Any]) -> Mapping[str, Any]:
     model = data.get("model")
     return model if isinstance(model, Mapping) else {}
+
+
+def foreign(name: str, value: str) -> str:
+    """What is said of an argument with another program's name; "" where none is known by it."""
+    word = ELSEWHERE.get(name)
+    return "" if word is None else word.as_argument(value)
+
+
+def is_setting(key: str) -> bool:
+    """Whether a run, as it is by default, has a setting of this path or with this end."""
+    return bool(ends(tuple(key.split(".")), {spot.path: spot for spot in spots(RunConfig, {})}))
 
 
 def _text(file: Path) -> str:

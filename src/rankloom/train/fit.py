@@ -27,6 +27,7 @@ from rankloom.train.drive import Rules
 from rankloom.train.engine import accelerator, processes_of
 from rankloom.train.evaluate import Evaluate
 from rankloom.train.identity import identity
+from rankloom.train.lines import lines_for_people, log_file
 from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
 from rankloom.train.loss import Loss, Terms, one
@@ -92,6 +93,9 @@ def fit(
 ) -> Result:
     """Train `model` in place, on the device where it is.
 
+    The settings' seed makes what is drawn here repeat. A method draws its factors before, in `attach`: with
+    `torch.manual_seed(…)` ahead of that, the whole run repeats.
+
     With adapters, the tensors of the active ones train and the base stays bitwise as it is; without, every parameter
     that requires a gradient trains.
 
@@ -108,10 +112,10 @@ def fit(
             every `settings.eval_every` steps.
         context: columns of each batch that gates are told (a mapping's keys, such as "attention_mask" or "task"); the
             model itself gets them only where its forward names them. Here or in `settings`.
-        out: folder for metrics.jsonl and checkpoints; one run at a time.
+        out: folder for metrics.jsonl, train.log and checkpoints; one run at a time.
         resume: `True` or `"auto"`: go on from the newest good checkpoint in `out`, if there is one (else a warning says
             that there is none); or a folder.
-        report: is told every row of metrics.jsonl.
+        report: is told every row of metrics.jsonl, in the place of the bar, or of the lines where no terminal is.
 
     Raises:
         SettingsError, StateError: before anything is trained; also where `Batches` and the model do not fit: texts for
@@ -275,14 +279,16 @@ def _reports(loop: Loop, report: Callable[[Row], None] | Report | None, checkpoi
     if report is not None:
         each.append(report if isinstance(report, Report) else Told(report))
     reports = Reports(each)
+    total, done = loop.settings.steps, loop.run.step
     config = {k: v for k, v in dataclasses.asdict(loop.settings).items() if k != "report_to"}
     try:
         each += [tracker(name, loop.out, config) for name in loop.settings.trackers]
         if loop.out is not None:
             mine = checkpoint is not None and checkpoint.folder.parent == loop.out / PLACE
             each.append(MetricsFile(loop.out, checkpoint.step if checkpoint is not None and mine else None))
-        if report is None and on_terminal():
-            each.append(Progress(loop.settings.steps, loop.run.step))
+            each.append(log_file(loop.out, total, done, resumed=mine))
+        if report is None:
+            each.append(Progress(total, done) if on_terminal() else lines_for_people(total, done))
         reports.row(_first_row(loop, config, checkpoint))
     except BaseException:
         reports.close()

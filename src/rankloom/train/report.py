@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, one progress line on a terminal, trackers, and whoever wants the rows."""
+"""What a run tells: metrics.jsonl, a bar on a terminal, trackers, and whoever wants the rows."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class MetricsFile(Report):
         with writing(out):
             sweep(out, METRICS)
             if resumed_at is None:
-                _set_aside(self.path)
+                set_aside(self.path)
             replace_file(self.path, "".join(_line(r) for r in kept).encode())
 
     def row(self, row: Row) -> None:
@@ -91,7 +91,8 @@ class MetricsFile(Report):
             disk.append(self.path, _line(row).encode())
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
+    """Rename a file that is not empty to the first free name: `metrics-1.jsonl` …"""
     if not path.is_file() or not path.stat().st_size:
         return
     free = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
@@ -150,8 +151,8 @@ class Progress(Report):
 
 
 def on_terminal() -> bool:
-    """True where a person is watching."""
-    return sys.stderr.isatty() and not os.environ.get("CI")
+    """True where a person is watching, and nobody takes down what is printed."""
+    return sys.stderr.isatty() and sys.stdout.isatty() and not os.environ.get("CI")
 
 
 def memory_mb(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +14,10 @@ from typing import Any
 
 from rankloom.errors import DataError, SettingsError, printable
 from rankloom.train.data.examples import Builder, Example, Examples, Runs, runs_of
-from rankloom.train.data.records import Chat, Labelled, Record, Records, choice, fault, fingerprint
+from rankloom.train.data.records import Chat, Labelled, Record, Records, Turn, choice, fault, fingerprint
 from rankloom.train.data.table import FORM, open_or_make
 from rankloom.train.data.template import TRAIN_ON, Template, choose, renderings
-from rankloom.train.data.tokenizer import Tokenizer, check_fast, pad_id, starts_with_bos
+from rankloom.train.data.tokenizer import Tokenizer, check_fast, pad_id, specials, starts_with_bos
 
 CHUNK = 256
 log = logging.getLogger("rankloom.data")
@@ -168,6 +169,7 @@ def prepare(
     else:
         examples, about = open_or_make(cache / work.key(), work.fill)
     notes += [ENDINGS[x] for x in about["endings"]]
+    notes += [TOLD[what].format(about[what], len(records)) for what in TOLD if about[what]]
     for note in notes:
         log.warning("%s: %s", records.source, note)
     return Prepared(
@@ -187,6 +189,14 @@ ENDINGS = {
     "appended": "the chat template ends an answer with no special token: EOS is appended to the last one, and trained",
     "open": "neither the chat template nor the tokenizer has an end token: the model will not learn to stop",
 }
+
+
+TOLD = {
+    "silent": "{} of {} conversations have an empty answer: they teach the model to say nothing",
+    "controls": "{} of {} conversations hold special tokens of the tokenizer in their own text, which the model will "
+    "read as control tokens: take them out, or put a space into them",
+}
+"""What is counted in conversations, and what is said of it."""
 
 
 @dataclass
@@ -224,6 +234,7 @@ class _Work:
         """Put every example into `builder`, and say what was met on the way."""
         bounds = list(accumulate(self.records.parts or (len(self.records),)))
         parts, endings, truncated, dropped, number = [0] * len(bounds), set(), 0, 0, 0
+        silent, controls = 0, 0
         for chunk in _chunks(self.records):
             drafts = [
                 (bisect_right(bounds, number + i), draft, ending)
@@ -231,6 +242,9 @@ class _Work:
                 for draft, ending in self._drafts(record)
             ]
             number += len(chunk)
+            chats = [record for record in chunk if isinstance(record, Chat)]
+            silent += sum(map(_is_silent, chats))
+            controls += sum(any(map(self._holds_control, chat.messages)) for chat in chats)
             endings |= {ending for _, _, ending in drafts}
             for (part, draft, _), (ids, runs, length) in zip(drafts, self._tokens([d for _, d, _ in drafts])):
                 label = draft.record.label if isinstance(draft.record, Labelled) else None
@@ -250,8 +264,18 @@ class _Work:
             "endings": sorted(endings - {"own"}),
             "truncated": truncated,
             "dropped": dropped,
+            "silent": silent,
+            "controls": controls,
             "parts": parts if self.records.parts else [],
         }
+
+    def _holds_control(self, turn: Turn) -> bool:
+        return self._controls is not None and self._controls.search(turn.content) is not None
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str] | None:
+        found = specials(self.tokenizer)
+        return re.compile("|".join(map(re.escape, found))) if found else None
 
     def _drafts(self, record: Record) -> list[tuple[_Draft, str]]:
         if isinstance(record, Chat):
@@ -313,6 +337,13 @@ class _Work:
             f"the answer is wholly cut: it begins at token {runs[0][0] + 1} of {length}, max_length is {self.limit}",
             "raise max_length, shorten the prompt, or use unusable='drop'",
         )
+
+
+def _is_silent(chat: Chat) -> bool:
+    """Whether an answer is without a word, a thought or a call."""
+    return any(
+        turn.role == "assistant" and not turn.content.strip() and not any(turn.extra.values()) for turn in chat.messages
+    )
 
 
 def _chunks(records: Records) -> Iterator[list[Record]]:

@@ -17,7 +17,7 @@ from rankloom.files.folders import drop, hidden_beside, make_parents, put, repla
 from rankloom.train.data.examples import Block, Builder, Examples
 
 TABLE, ABOUT = "examples.arrow", "about.json"
-FORM = 1
+FORM = 2
 """Counted up when what a table holds, or how, changes."""
 About = dict[str, Any]
 
