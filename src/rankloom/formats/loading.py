@@ -67,10 +67,18 @@ def load(
         unknown_base: a folder without a fingerprint of its base is a warning, or "refuse" for a server.
     """
     with open_folder(folder, limits, ignore) as source:
-        return _load(model, source, name, base_check, unknown_base, pack)
+        return _load(model, source, name, base_check, unknown_base, full_tensors, pack)
 
 
-def _load(model: nn.Module, source: Source, name: str, base_check: bool, unknown_base: UnknownBase, pack: bool) -> Bank:
+def _load(
+    model: nn.Module,
+    source: Source,
+    name: str,
+    base_check: bool,
+    unknown_base: UnknownBase,
+    full_tensors: FullTensors,
+    pack: bool,
+) -> Bank:
     _check_name(name, source.limits)
     reader = reader_of(source)
     _check_bank(model, name)

@@ -145,8 +145,8 @@ def build(target: Any, data: Any, where: str, base: type | None = None) -> Any:
     try:
         return target(**given)
     except SettingsError as error:
-        said = re.match(r"(?:\w+[.(])?(\w+)=", str(error))
-        leaf = said[1] if said is not None and said[1] in known else ""
+        named = re.match(r"(?:\w+[.(])?(\w+)=", str(error))
+        leaf = named[1] if named is not None and named[1] in known else ""
         raise SettingsError(f"{where}: {error}" if where else str(error), join(where, leaf), advised=True) from error
     except (TypeError, ValueError, ArithmeticError) as error:
         raise SettingsError(f"{where or name}: {error}", where, advised=True) from error

@@ -17,7 +17,7 @@ from rankloom.core.targets import matches
 from rankloom.errors import FileError
 from rankloom.formats.entry import Entry, mapped
 from rankloom.formats.manifest import Source
-from rankloom.formats.patterns import alternatives, simple
+from rankloom.formats.patterns import alternatives, fault
 from rankloom.formats.peft import fields as f
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.targets import target_fields
@@ -65,13 +65,13 @@ class Ia3(Translator):
         said = method.feedforward_modules
         words: Any = said if isinstance(said, str) else sorted(said)
         fits = isinstance(words, str) or isinstance(targets, str) or set(words) <= set(targets)
-        if not fits or (isinstance(words, str) and not simple(words)) or _hit(words, names) != ours:
+        if not fits or (isinstance(words, str) and fault([words])) or _hit(words, names) != ours:
             words = alternatives(sorted(ours))
         return {"feedforward_modules": words}
 
     def method(self, values: Mapping[str, Any], where: str) -> Method:
         words = values["feedforward_modules"] or ()
-        if isinstance(words, str) and not simple(words):
+        if isinstance(words, str) and fault([words]):
             raise FileError(
                 f"{where}: feedforward_modules={words!r} has repeats over groups, or more than four: it is not run; "
                 "name the modules instead"

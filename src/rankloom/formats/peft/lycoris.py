@@ -14,7 +14,7 @@ from rankloom.core.site import Site
 from rankloom.errors import FileError
 from rankloom.formats.entry import Entry
 from rankloom.formats.manifest import Source
-from rankloom.formats.patterns import simple
+from rankloom.formats.patterns import fault
 from rankloom.formats.peft import fields as f
 from rankloom.formats.peft.beside import own_entries
 from rankloom.formats.peft.paths import Paths
@@ -52,7 +52,7 @@ class Lycoris(Translator):
         if not isinstance(plan.method, self.settings):
             return [f"PEFT's {self.peft_type} has no {type(plan.method).__name__} around it"]
         found = [reason for site, adapter in view.adapted for reason in self.mixed(site, adapter)]
-        odd = [setting for setting in PATTERNS if not all(map(simple, getattr(plan, setting)))]
+        odd = [setting for setting in PATTERNS if fault(getattr(plan, setting))]
         return found + [f"{setting} has an expression that no reader of files runs" for setting in odd]
 
     def site_entries(self, view: View, paths: Paths) -> list[Entry]:
