@@ -6,6 +6,7 @@ would then be another one than the change of its weight. What such a forward doe
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,17 +28,24 @@ def own_weight(layer: nn.Module) -> bool:
 
 def faithful(layer: nn.Module, kind: Kind) -> bool:
     """Whether the layer's forward is its kind's product with its weight, plus its bias."""
-    definer = next((cls for cls in original_class(layer).__mro__ if "forward" in vars(cls)), None)
-    return definer is not None and (is_kind(definer) or _same_product(layer, kind, definer))
+    cls = original_class(layer)
+    return plain_class(cls) or _same_product(layer, kind, cls)
 
 
-def _same_product(layer: nn.Module, kind: Kind, definer: Any) -> bool:
+@cache
+def plain_class(cls: type[nn.Module]) -> bool:
+    """Whether layers of this class run the forward of a class that a kind is known for."""
+    definer = next((base for base in cls.__mro__ if "forward" in vars(base)), None)
+    return definer is not None and is_kind(definer)
+
+
+def _same_product(layer: nn.Module, kind: Kind, cls: Any) -> bool:
     weight = kind.tensor(layer)
     wide = weight.dtype if weight.is_floating_point() and bridge_of(weight) is None else torch.float32
     x = kind.example(layer, wide, weight.device)
     try:
         with torch.no_grad(), torch.random.fork_rng([]):
-            given = definer.forward(layer, x)
+            given = cls.forward(layer, x)
             product = kind.apply(layer, x, kind.matrix(layer).to(wide))
             bias = kind.bias(layer)
             right = product if bias is None else product + kind.shift(product, bias.to(product.dtype))

@@ -77,6 +77,8 @@ def _left_out(layer: nn.Module) -> str:
     """Why "all-linear" leaves out a layer of a linear class; "" where it does not."""
     kind = kind_of(layer)
     assert kind is not None
+    if type(layer) is nn.Linear and type(layer._parameters.get("weight")) is nn.Parameter:
+        return ""
     if isinstance(layer, torch.jit.ScriptModule):
         return "scripted"
     if not own_weight(layer):
@@ -256,6 +258,8 @@ def _in_blocks(chosen: list[str], plan: Plan) -> set[str]:
 
 def _adaptable(name: str, modules: dict[str, nn.Module]) -> None:
     module = modules[name]
+    if type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter:
+        return  # nearly all, by the short way
     if getattr(module, "max_norm", None) is not None:
         raise TargetError(f"target_modules: {name!r} rescales its own rows (max_norm), which no adapter can follow")
     if isinstance(module, torch.jit.ScriptModule):
