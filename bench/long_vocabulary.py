@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankloom as rl
 from rankloom.jobs.plan import saved_bytes
-from rankloom.train.longvocab import ChunkedLoss
+from rankloom.train.chunked_loss import ChunkedLoss
 from rankloom.train.loss import Loss, default_loss
 
 VOCABULARY, TOKENS, CHUNK = 32_000, (2, 256), 64

@@ -1,4 +1,4 @@
-"""G7 and G8: attach, load, select, silence, merge and combine on 504 linear layers, beside PEFT in the same process.
+"""G7 and G8: attach, load, select, disable, merge and combine on 504 linear layers, beside PEFT in the same process.
 
 OMP_NUM_THREADS=1 python bench/plumbing.py        CPU milliseconds, medians; writes plumbing.json and gates.json
 
@@ -74,18 +74,18 @@ class Table:
         ]
 
 
-def silent_ours(bank: rl.Bank) -> None:
+def disabled_ours(bank: rl.Bank) -> None:
     with bank.using():
         pass
 
 
-def silent_peft(model: PeftModel) -> None:
+def disabled_peft(model: PeftModel) -> None:
     with model.disable_adapter():
         pass
 
 
 def shaken(model: torch.nn.Module, folder: str) -> str:
-    """A saved adapter whose every tensor speaks."""
+    """A saved adapter whose every tensor is nonzero."""
     bank = rl.attach(model, rl.LoRA(r=8), "saved", target_modules=NAMES)
     for _, parameter, _ in bank.tensors("saved"):
         torch.nn.init.normal_(parameter, std=0.02)
@@ -160,8 +160,8 @@ def switch_and_combine(table: Table, bank: rl.Bank, peft: PeftModel) -> None:
     for i in range(table.rounds):
         table.note("select one of 17", "ours", lambda i=i: bank.use(f"a{i}"))
         table.note("select one of 17", "peft", lambda i=i: peft.set_adapter(f"a{i}"))
-        table.note("silence and back", "ours", lambda: silent_ours(bank))
-        table.note("silence and back", "peft", lambda: silent_peft(peft))
+        table.note("disable and enable", "ours", lambda: disabled_ours(bank))
+        table.note("disable and enable", "peft", lambda: disabled_peft(peft))
         table.note("svd of a weighted sum", "ours", lambda: combine(bank, SUM, "sum"))
         rl.detach(bank.model, "sum")
     table.note("svd of a weighted sum", "peft", lambda: peft.add_weighted_adapter([*SUM], [*SUM.values()], "sum"))
@@ -195,7 +195,7 @@ def gates(table: Table, unit: str = "CPU ms") -> list[Gate]:
         Gate(f"G7 load 504 layers, {unit}", *both["load the first adapter"], None, here("load the first adapter", 120)),
         Gate("G7 load the 17th, ratio to the 2nd", *(a / b for a, b in zip(seventeenth, second)), 1.0, 1.2),
         Gate(f"G7 select one of 17, {unit}", *both["select one of 17"], None, 1),
-        Gate(f"G7 silence and back, {unit}", *both["silence and back"], None, 1),
+        Gate(f"G7 disable and enable, {unit}", *both["disable and enable"], None, 1),
         Gate(f"G8 merge 504 layers, {unit}", *both["merge one"], merging, here("merge one", 70)),
         Gate(
             f"G8 svd of a weighted sum, {unit}",

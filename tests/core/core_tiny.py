@@ -68,7 +68,7 @@ def frozen_output(model, run):
 
 
 def assert_lives(model, run, method, *, tolerance=1e-10, **plan):
-    """Silent start, one voice, apply(delta) == forward, merged == unmerged, exact unmerge, no trace after detach."""
+    """Zero start, one adapter active, apply(delta) == forward, merged == unmerged, exact unmerge, no trace after detach."""
     with torch.no_grad():
         before, base, silent = snapshot(model), run(model), frozen_output(model, run)
         bank = rl.attach(model, method, **plan)
@@ -144,7 +144,7 @@ def tokens(batch=2, length=6, vocabulary=32, seed=0):
 
 
 def adapted(*names, method=None, model=None, size=0.3, **plan):
-    """A tower (or the given model) with one adapter that speaks for each name, and its bank."""
+    """A tower (or the given model) with one adapter that is not zero for each name, and its bank."""
     model = tower() if model is None else model
     plan = {"target_modules": ["q_proj", "v_proj", "embed"]} | plan
     for seed, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing gives the same gradients, whatever speaks."""
+"""Gradient checkpointing gives the same gradients, whatever is active."""
 
 import threading
 

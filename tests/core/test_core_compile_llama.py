@@ -1,4 +1,4 @@
-"""torch.compile of real models: one graph for every method, several voices and a packed base, and its gradients."""
+"""torch.compile of real models: one graph for every method, several active adapters and a packed base, and its gradients."""
 
 import pytest
 import torch

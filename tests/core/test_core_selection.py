@@ -1,4 +1,4 @@
-"""Who speaks: several adapters, weights, rows, beams."""
+"""Which are active: several adapters, weights, rows, beams."""
 
 import copy
 

@@ -31,7 +31,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_identity_count_and_merge(kind):
-    """Must hold: identical to base at init; count r(o+i); merged equals unmerged to 1e-5; unmerge restores W; silence is bitwise."""
+    """Must hold: identical to base at init; count r(o+i); merged equals unmerged to 1e-5; unmerge restores W; base only is bitwise."""
     make, batch, numbers = LAYERS[kind]
     model, x = Net(layer=make()).eval(), batch()
     before, weight = model(x), model.layer.weight.detach().clone()

@@ -52,7 +52,7 @@ def _nudge(bank):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("store", STORES.values(), ids=STORES)
 def test_attach_train_merge(method, store):
-    """Identity at start; speaks as on the unpacked twin; merges into a dense weight; unmerge and detach bring back the bytes."""
+    """Identity at start; gives what it does on the unpacked twin; merges into a dense weight; unmerge and detach bring back the bytes."""
     model, x = _packed(store).eval(), torch.randn(5, 64)
     twin = copy.deepcopy(model)
     unpack(twin)

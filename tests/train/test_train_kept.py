@@ -30,7 +30,7 @@ from rankloom.train.fit import fit
 from rankloom.train.loop import Loop
 from rankloom.train.processes import Processes
 from rankloom.train.report import read_metrics
-from rankloom.train.signals import HEARD, Asked
+from rankloom.train.signals import HEARD, StopRequest
 
 PLAN = Plan(rl.LoRA(r=2, lora_dropout=0.1))
 CHOSEN = settings(accumulate=1)
@@ -150,7 +150,7 @@ def test_a_notice_never_ends_at_once(first: str, second: str, tmp_path: Path) ->
 
 
 def test_an_urgent_one_twice_ends_at_once_whatever_came_before() -> None:
-    asked, got = Asked(), []
+    asked, got = StopRequest(), []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
     try:
         asked.listen()

@@ -16,8 +16,8 @@ from rankloom.jobs.plan import saved_bytes
 from rankloom.ops.chunked import chunked_cross_entropy
 from rankloom.store.model import keep
 from rankloom.store.normalfloat import NormalFloat
+from rankloom.train.chunked_loss import ChunkedLoss
 from rankloom.train.fit import fit
-from rankloom.train.longvocab import ChunkedLoss
 from rankloom.train.loss import Loss, default_loss
 from rankloom.train.settings import TrainSettings
 

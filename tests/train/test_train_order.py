@@ -15,9 +15,9 @@ from rankloom.core.plan import Plan
 from rankloom.core.rule import Rule
 from rankloom.errors import SettingsError, StateError
 from rankloom.rules.orthogonal import Orthogonal
-from rankloom.train.drive import Rules
 from rankloom.train.fit import fit
 from rankloom.train.optim import factor
+from rankloom.train.ruleset import RuleSet
 from rankloom.train.settings import TrainSettings
 
 PLAN = Plan(rl.LoRA(r=2))
@@ -87,20 +87,20 @@ def test_the_order_of_a_step() -> None:
 def test_rules_come_from_method_plan_and_call_in_that_order() -> None:
     model = attached(mlp, {"a": Plan(rl.AdaLoRA(init_r=2, target_r=1), rules=(rl.LoRAPlus(),))}, 1)
     spy = Spy()
-    driver = Rules(model.rankloom, [spy])
+    driver = RuleSet(model.rankloom, [spy])
     assert [type(r).__name__ for r in driver.each] == ["Budget", "Orthogonal", "LoRAPlus", "Spy"]
     assert driver.uses("after_backward")
-    assert not Rules(model.rankloom, []).uses("finish")
+    assert not RuleSet(model.rankloom, []).uses("finish")
 
 
 def test_equal_rules_act_once_and_different_ones_are_refused() -> None:
     plan = Plan(rl.AdaLoRA(init_r=4, target_r=2))
     both = attached(mlp, {"a": plan, "b": plan}, 1)
-    assert [type(r).__name__ for r in Rules(both.rankloom).each] == ["Budget", "Orthogonal"]
+    assert [type(r).__name__ for r in RuleSet(both.rankloom).each] == ["Budget", "Orthogonal"]
     plus = rl.LoRAPlus(ratio=4)
-    assert Rules(both.rankloom, [plus, plus, rl.LoRAPlus(ratio=4)]).each[-1:] == [plus]
+    assert RuleSet(both.rankloom, [plus, plus, rl.LoRAPlus(ratio=4)]).each[-1:] == [plus]
     with pytest.raises(SettingsError, match=r"two rules Orthogonal with different settings.*weight=0.5.*weight=0.1"):
-        Rules(both.rankloom, [Orthogonal(0.1)])
+        RuleSet(both.rankloom, [Orthogonal(0.1)])
     other = attached(mlp, {"a": plan, "b": Plan(rl.AdaLoRA(init_r=4, target_r=1))}, 1)
     with pytest.raises(SettingsError, match="two rules Budget"):
         fit(other, points(), steps=2)

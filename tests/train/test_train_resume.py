@@ -35,8 +35,8 @@ from rankloom.train.checkpoint import steps_in
 from rankloom.train.data import Batches, Prepared
 from rankloom.train.data.examples import Example, Examples
 from rankloom.train.data.records import Records, Where
-from rankloom.train.drive import Rules
 from rankloom.train.fit import fit
+from rankloom.train.ruleset import RuleSet
 
 LORA = Plan(rl.LoRA(r=3, lora_dropout=0.2), target_modules=("o_proj", "up_proj"))
 
@@ -219,7 +219,7 @@ def test_forgetting_is_noticed(what: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_forgotten_rule_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rules, "restore", lambda *a: None)
+    monkeypatch.setattr(RuleSet, "restore", lambda *a: None)
     assert not same(tmp_path, llama, {"default": plan_of("adalora")}, texts(), settings())
 
 

@@ -166,12 +166,12 @@ def test_nothing_is_kept_where_nobody_reads():
     """No rule reads the kind: nothing is kept; a rule on the loss alone sees empty notes."""
     seen = []
 
-    class Deaf(Rule):
+    class Idle(Rule):
         def loss(self, run, loss):
             seen.append(dict(run.notes["router"]))
             return loss
 
-    fit(noting(), points(1), steps=1, rules=[Deaf()])
+    fit(noting(), points(1), steps=1, rules=[Idle()])
     assert seen == [{}]
 
 

@@ -23,7 +23,7 @@ from rankloom.train import checkpoint
 from rankloom.train.checkpoint import newest_checkpoint
 from rankloom.train.fit import fit
 from rankloom.train.processes import Processes
-from rankloom.train.signals import Asked
+from rankloom.train.signals import StopRequest
 
 PLAN = Plan(rl.LoRA(r=2, lora_dropout=0.1))
 CHOSEN = settings(accumulate=1, eval_every=4, patience=9, save_every=99)
@@ -163,7 +163,7 @@ def test_processes_agree(mine: int, theirs: int, agreed: int | None) -> None:
         def sum(self, *numbers: float) -> list[float]:
             return [a + b for a, b in zip(numbers, (theirs == signal.SIGTERM, theirs == signal.SIGINT))]
 
-    asked = Asked()
+    asked = StopRequest()
     asked.number = mine or None
     assert asked.agree(Two()) == (agreed is not None)
     assert asked.number == agreed

@@ -16,10 +16,10 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 class Base:
     """The frozen layer through its kind; `context`: what is known of the batch (task ids, attention mask); `rows`:
-    numbers of the batch rows that the adapter sees (None: all).
+    numbers of the batch rows that the adapter sees (None: all); `noted`: whether the adapter had something to note.
     """
 
-    __slots__ = ("context", "kind", "layer", "notes", "rows")
+    __slots__ = ("context", "kind", "layer", "noted", "notes", "rows")
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class Base:
         self.context = context
         self.notes = notes
         self.rows = rows
+        self.noted = False
 
     @property
     def name(self) -> str:
@@ -44,6 +45,7 @@ class Base:
 
     def note(self, kind: str, tensor: Tensor) -> None:
         """Tell the rules of the training something of this forward pass (`Run.notes`); dropped if no rule reads it."""
+        self.noted = True
         if self.notes is not None:
             self.notes.put(kind, self.name, tensor)
 

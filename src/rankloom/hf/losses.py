@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankloom.errors import SettingsError, StateError
-from rankloom.train.drive import Rules
 from rankloom.train.loss import IGNORED
+from rankloom.train.ruleset import RuleSet
 from rankloom.train.run import TrainRun
 
 OF_TRAINERS = ("num_items_in_batch", "fused_lm_head", "shift_labels")
@@ -29,7 +29,7 @@ class Losses:
         StateError: by `check`, where the Trainer took its gradients from another loss.
     """
 
-    def __init__(self, rules: Rules, run: TrainRun, args: Any) -> None:
+    def __init__(self, rules: RuleSet, run: TrainRun, args: Any) -> None:
         self.rules = rules
         self.run = run
         self.by_token = getattr(args, "loss_type", None) == "nll"

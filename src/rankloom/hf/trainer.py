@@ -41,10 +41,10 @@ from rankloom.files.strict import as_json
 from rankloom.hf.losses import Losses
 from rankloom.train import guard
 from rankloom.train.columns import Columns
-from rankloom.train.drive import Rules
 from rankloom.train.modes import bank_or_none, base_statistics
+from rankloom.train.ruleset import RuleSet
 from rankloom.train.run import TrainRun, trainable
-from rankloom.train.tree import pack, unpack
+from rankloom.train.serialise import pack, unpack
 
 PLACE = "rankloom"
 """Folder inside a Trainer's checkpoint: `rules/` and `adapters/<name>/`."""
@@ -55,7 +55,7 @@ KIND = "rankloom-rules"
 class _Made:
     """What `optimizer_for` knows of an optimizer: its rules, and whether a callback drives them."""
 
-    rules: Rules
+    rules: RuleSet
     driven: bool = False
 
 
@@ -85,7 +85,7 @@ def optimizer_for(
     """
     bank = _bank(model)
     run = TrainRun(model, total_steps=0, parameters=trainable(model))
-    driver = Rules(bank, rules)
+    driver = RuleSet(bank, rules)
     parameters = list(dict.fromkeys(run.parameters.values()))
     groups = driver.groups(run, [{"params": parameters, "lr": lr, "weight_decay": weight_decay}])
     optimizer = make(groups, lr=lr, **settings)
@@ -122,7 +122,7 @@ class RuleDriver:
         self.passed = tuple(rules)
         self.resume_from = None if resume_from is None else Path(resume_from)
         self.context = tuple(context)
-        self._rules: Rules | None = None
+        self._rules: RuleSet | None = None
         self._run: TrainRun | None = None
         self._reached = guard.Reached("error")
         self._losses: Losses | None = None
@@ -134,7 +134,7 @@ class RuleDriver:
         """`start`, and on a resumed run `restore`."""
         model, optimizer = trainer["model"], _plain(trainer["optimizer"])
         bank, made = _bank(model), _MADE.get(optimizer)
-        rules = Rules(bank, (*(made.rules.each if made else ()), *self.passed))
+        rules = RuleSet(bank, (*(made.rules.each if made else ()), *self.passed))
         _check_groups(rules, made)
         parameters = trainable(model)
         device = next(iter(parameters.values())).device
@@ -239,7 +239,7 @@ class RuleDriver:
             hook.remove()
         self._losses, self._told, self._still = None, None, []
 
-    def _going(self) -> tuple[Rules, TrainRun]:
+    def _going(self) -> tuple[RuleSet, TrainRun]:
         if self._rules is None or self._run is None:
             raise StateError("RankloomCallback was added after training had begun: pass it to the Trainer")
         return self._rules, self._run
@@ -285,7 +285,7 @@ def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _check_groups(rules: Rules, made: _Made | None) -> None:
+def _check_groups(rules: RuleSet, made: _Made | None) -> None:
     """Every rule that shapes the optimizer's groups was there when the optimizer was made."""
     known = {type(rule) for rule in made.rules.each} if made else set()
     for rule in rules.each:
@@ -306,7 +306,7 @@ def _evaluating(module: nn.Module, args: Any) -> None:
     module.training = False
 
 
-def _write_rules(folder: Path, rules: Rules, groups: dict[str, Any]) -> None:
+def _write_rules(folder: Path, rules: RuleSet, groups: dict[str, Any]) -> None:
     """The rules' memory, and what layers have learnt of groups, without which a resumed run rounds otherwise."""
     tensors: dict[str, Tensor] = {}
     data = pack(rules.state(), tensors)
@@ -314,7 +314,7 @@ def _write_rules(folder: Path, rules: Rules, groups: dict[str, Any]) -> None:
     write_folder(folder, sealed(files, {"kind": KIND}))
 
 
-def _read_rules(folder: Path, rules: Rules, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _read_rules(folder: Path, rules: RuleSet, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     if not folder.is_dir():
         raise FileError(
             f"{folder}: the run is resumed, but there is no memory of the rules "

@@ -39,8 +39,8 @@ from rankloom.store.normalfloat import NormalFloat
 from rankloom.store.uniform import Uniform
 from rankloom.train.config import RunConfig
 from rankloom.train.data import preview
-from rankloom.train.drive import Rules
 from rankloom.train.optim import build_groups, build_optimizer
+from rankloom.train.ruleset import RuleSet
 from rankloom.train.run import TrainRun, only_these_train
 
 FORMULA = "every distinct tensor that autograd keeps after one training forward, weights aside; traced without values"
@@ -291,7 +291,7 @@ def _conflicts(model: nn.Module, config: RunConfig) -> tuple[tuple[str, ...], tu
     with only_these_train(model) as parameters:
         run = TrainRun(model, config.train.steps, parameters)
         try:
-            rules = Rules(run.bank)
+            rules = RuleSet(run.bank)
             run.optimizer = build_optimizer(build_groups(run, rules, config.train), config.train)
             rules.start(run)
         except RankloomError as error:

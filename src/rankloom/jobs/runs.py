@@ -28,6 +28,7 @@ from rankloom.jobs.notes import plan_notes
 from rankloom.jobs.rundata import RunRecords, judged_records, prepared, read_records
 from rankloom.store.base import Store
 from rankloom.train.checkpoint import PLACE
+from rankloom.train.chunked_loss import loss_of_batches
 from rankloom.train.config import DataSettings, RunConfig, as_data
 from rankloom.train.configfile import dump
 from rankloom.train.curve import PICTURE, picture
@@ -35,7 +36,6 @@ from rankloom.train.data import Batches, Masking, Prepared, masking, preview
 from rankloom.train.engine import join
 from rankloom.train.fit import Result, fit
 from rankloom.train.lines import LOG
-from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.processes import Processes
 from rankloom.train.report import METRICS, Report, Row, read_metrics
 from rankloom.train.rng import seed_all

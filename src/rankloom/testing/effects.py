@@ -133,12 +133,12 @@ class _Effects:
     @cached_property
     def training(self) -> dict[str, Any]:
         """Losses, tensors and the rules' memory after a few steps."""
-        from rankloom.train.drive import Rules
+        from rankloom.train.ruleset import RuleSet
         from rankloom.train.run import TrainRun
 
         model, bank = self.subject.adapted()
         parameters = {key: p for key, p, _ in bank.trainable("default")}
-        rules = Rules(bank)
+        rules = RuleSet(bank)
         run = TrainRun(model, STEPS, parameters, notes=Notes(rules.reads))
         groups = rules.groups(run, [{"params": list(parameters.values()), "lr": self.subject.lr}])
         run.optimizer = torch.optim.Adam(groups)

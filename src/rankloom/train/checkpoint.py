@@ -33,7 +33,7 @@ from rankloom.files.strict import as_json
 from rankloom.formats.manifest import CHECKPOINT as KIND
 from rankloom.formats.saving import parcel
 from rankloom.train.modes import bank_or_none
-from rankloom.train.tree import pack, unpack
+from rankloom.train.serialise import pack, unpack
 
 PLACE = "checkpoints"
 FORM = "step-{:08d}"

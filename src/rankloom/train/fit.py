@@ -22,13 +22,12 @@ from rankloom.files.folders import sweep, writing
 from rankloom.files.lock import locked
 from rankloom.train.causal import checked_batches
 from rankloom.train.checkpoint import FORM, PLACE, Checkpoint, find_checkpoint, model_tensors, steps_in
+from rankloom.train.chunked_loss import loss_of_batches
 from rankloom.train.columns import Columns
-from rankloom.train.drive import Rules
 from rankloom.train.engine import accelerator, processes_of
 from rankloom.train.evaluate import Evaluate
 from rankloom.train.identity import identity
 from rankloom.train.lines import lines_for_people, log_file
-from rankloom.train.longvocab import loss_of_batches
 from rankloom.train.loop import Loop
 from rankloom.train.loss import Loss, Terms, one
 from rankloom.train.modes import bank_or_none, mode
@@ -37,6 +36,7 @@ from rankloom.train.optim import build_groups, build_optimizer, factor, set_rate
 from rankloom.train.processes import Processes
 from rankloom.train.report import MetricsFile, Progress, Report, Reports, Row, Told, on_terminal, tracker
 from rankloom.train.rng import seed_all
+from rankloom.train.ruleset import RuleSet
 from rankloom.train.run import TrainRun, checkpointed, only_these_train, selection_for_all_threads
 from rankloom.train.settings import TrainSettings
 from rankloom.train.sharding import shard
@@ -154,7 +154,7 @@ def fit(
         bank = bank_or_none(model)
         if bank is not None and settings.end_with == "best":
             bank.keep_originals()
-        driver = Rules(bank, rules)
+        driver = RuleSet(bank, rules)
         run = TrainRun(model, settings.steps, parameters, device=device, notes=Notes(driver.reads))
         seed_all(_seed(settings, processes))
         run.optimizer = build_optimizer(build_groups(run, driver, settings), settings)

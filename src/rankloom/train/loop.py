@@ -32,7 +32,6 @@ from rankloom.train.checkpoint import (
     save_checkpoint,
 )
 from rankloom.train.columns import Columns
-from rankloom.train.drive import Rules
 from rankloom.train.engine import restore_scaler, scaler_state
 from rankloom.train.evaluate import Evaluate, evaluate_run, loss_of
 from rankloom.train.identity import check_identity
@@ -42,9 +41,10 @@ from rankloom.train.optim import factor, set_rates
 from rankloom.train.processes import Processes
 from rankloom.train.report import Report, memory_mb
 from rankloom.train.rng import rng_state, set_rng_state
+from rankloom.train.ruleset import RuleSet
 from rankloom.train.run import TrainRun
 from rankloom.train.settings import TrainSettings
-from rankloom.train.signals import Asked, Leave
+from rankloom.train.signals import Leave, StopRequest
 from rankloom.train.stream import Stream
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class Loop:
     """
 
     run: TrainRun
-    rules: Rules
+    rules: RuleSet
     stream: Stream
     told: Columns | None
     loss: Loss
@@ -87,7 +87,7 @@ class Loop:
     engine: Any
     processes: Processes
     report: Report
-    asked: Asked
+    asked: StopRequest
     out: Path | None
     identity: Mapping[str, Any]
     standing: Standing = field(default_factory=Standing)

@@ -11,12 +11,12 @@ from torch import nn
 
 from rankloom.errors import MissingExtra, SettingsError
 from rankloom.optim.paged import PagedAdamW
-from rankloom.train.drive import Rules
+from rankloom.train.ruleset import RuleSet
 from rankloom.train.run import TrainRun
 from rankloom.train.settings import TrainSettings
 
 
-def build_groups(run: TrainRun, rules: Rules, settings: TrainSettings) -> list[dict[str, Any]]:
+def build_groups(run: TrainRun, rules: RuleSet, settings: TrainSettings) -> list[dict[str, Any]]:
     """Parameter groups of everything that trains, after every rule's `groups`."""
     parameters = list(dict.fromkeys(run.parameters.values()))
     return rules.groups(run, [{"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}])

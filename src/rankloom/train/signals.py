@@ -27,7 +27,7 @@ class Leave(BaseException):
     """A signal came while something ran that need not be finished."""
 
 
-class Asked:
+class StopRequest:
     """Whether the run was asked to end; `number`: the signal that asked first."""
 
     def __init__(self) -> None:
@@ -87,9 +87,9 @@ class Asked:
 
 
 @contextmanager
-def listening(wanted: bool) -> Iterator[Asked]:
+def listening(wanted: bool) -> Iterator[StopRequest]:
     """Hear signals inside the block, if wanted and in the main thread; one that came too late to matter ends it."""
-    asked = Asked()
+    asked = StopRequest()
     if wanted and threading.current_thread() is threading.main_thread():
         asked.listen()
     try:

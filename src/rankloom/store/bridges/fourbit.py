@@ -130,7 +130,7 @@ def _misreads(columns: int, block: int, quant_type: str, dtype: torch.dtype) -> 
     warnings.warn(
         f"bitsandbytes {sys.modules['bitsandbytes'].__version__} misreads {quant_type} rows of {columns} on this CPU "
         f"(off by {off:.0%}): layers with adapters multiply by the codes instead, those without are left as they are, "
-        "so the model speaks otherwise than before it was adapted",
+        "so the model computes otherwise than before it was adapted",
         stacklevel=2,
     )
     return True

@@ -15,7 +15,7 @@ from typing import Any
 from rankloom.train import fit
 from rankloom.train.checkpoint import FORM, PLACE, load_checkpoint, steps_in
 from rankloom.train.report import read_metrics
-from rankloom.train.signals import Asked
+from rankloom.train.signals import StopRequest
 from reliability_board.board import Budget, Finding, Row, Sabotage, swapped
 from reliability_board.training.process import Process, start, together
 from reliability_board.training.world import SETTINGS, World, ended, plan_of, scratch
@@ -139,7 +139,7 @@ def _going_on(world: World, out: Path, whole: str) -> str | None:
     return None if ended(world, out) == whole else "another ending"
 
 
-def _stubborn(asked: Asked, number: int, frame: Any) -> None:
+def _stubborn(asked: StopRequest, number: int, frame: Any) -> None:
     asked.number = number
 
 
@@ -148,7 +148,9 @@ ROW = Row(
     "SIGTERM and SIGINT finish the step, save it and end the run; a second one ends it at once",
     measure,
     (
-        Sabotage("nobody listens", lambda: swapped(fit, "listening", lambda wanted: contextlib.nullcontext(Asked()))),
-        Sabotage("a second signal changes nothing", lambda: swapped(Asked, "_hear", _stubborn)),
+        Sabotage(
+            "nobody listens", lambda: swapped(fit, "listening", lambda wanted: contextlib.nullcontext(StopRequest()))
+        ),
+        Sabotage("a second signal changes nothing", lambda: swapped(StopRequest, "_hear", _stubborn)),
     ),
 )

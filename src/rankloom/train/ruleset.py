@@ -14,7 +14,7 @@ from rankloom.core.rule import Rule, Run
 from rankloom.errors import SettingsError, StateError, suggest
 
 
-class Rules:
+class RuleSet:
     """All rules of a run, in order: each trained adapter's method and plan, then those that were passed.
 
     A driver calls, in this order: `groups` → `start` (→ `restore`) → [ `before_step` → `rate` → forward → `loss` →
