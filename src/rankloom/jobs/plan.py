@@ -24,7 +24,6 @@ from rankloom.core.plan import Plan
 from rankloom.core.prepare import kept_layers
 from rankloom.core.site import LAYER
 from rankloom.core.targets import base_modules
-from rankloom.core.whole import WholeAdapter
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.hf.models import known_head, load_tokenizer, skeleton, task_of, with_heads
 from rankloom.jobs.fake import without_values
@@ -211,7 +210,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
         sites=sites,
         missed=missed,
         stacked=stacked,
-        whole=tuple(f.name for f in site if isinstance(f.adapter, WholeAdapter)),
+        whole=tuple(f.name for f in site if f.adapter.whole() is not None),
         trainable=sum(t.numel() for t in trained),
         total=total + sum(t.numel() for t in tensors),
         mergeable=mergeable,
@@ -250,7 +249,7 @@ def by_store(model: nn.Module, plan: Plan) -> tuple[StoreCost, ...]:
 
 def _sites(bank: Bank, name: str) -> Iterator[PlannedSite]:
     for site in bank.sites(name):
-        if not isinstance(site.adapter, WholeAdapter):
+        if site.adapter.whole() is None:
             count = sum(p.numel() for p in site.adapter.parameters() if p.requires_grad)
             yield PlannedSite(site.name, site.kind.name, site.shape, count)
 

@@ -17,12 +17,22 @@ from rankloom.formats.entry import Entry, mapped
 from rankloom.formats.manifest import Source
 from rankloom.formats.peft import fields as f
 from rankloom.formats.peft.layout import CONVS, LAYOUTS, LINEAR_B, Factor, factors, magnitude_shape
-from rankloom.formats.peft.pairs import LEAVES, Pair, dropout_of, forget_start, leaf, trained_pair, whole_pair, within
+from rankloom.formats.peft.pairs import (
+    LEAVES,
+    Pair,
+    dropout_of,
+    forget_start,
+    leaf,
+    normed,
+    trained_pair,
+    whole_pair,
+    within,
+)
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.ranks import place_of, plan_patterns, rank_and_scale, rank_fields
 from rankloom.formats.peft.translator import Translator
 from rankloom.formats.view import View, attention_of
-from rankloom.methods.dora import DoRA, DoRAAdapter
+from rankloom.methods.dora import DoRA
 from rankloom.methods.lora import LoRA
 
 
@@ -56,7 +66,7 @@ class Lora(Translator):
         found = [reason for site, adapter in view.adapted for reason in _problems(site, adapter)]
         if found:
             return found
-        if len({isinstance(adapter, DoRAAdapter) for _, adapter in view.adapted}) > 1:
+        if len({normed(adapter) for _, adapter in view.adapted}) > 1:
             found.append("DoRA on some layers and not on others")
         if len({"bias" in trained_pair(adapter).parts for _, adapter in view.adapted}) > 1:
             found.append("lora_bias on some layers and not on others")
@@ -110,7 +120,7 @@ class Lora(Translator):
         return {
             **rank_fields(view),
             "lora_dropout": 0.0 if _has_bare(view) else dropout_of(adapter),
-            "use_dora": isinstance(adapter, DoRAAdapter),
+            "use_dora": normed(adapter),
             "lora_bias": lora.bias is not None,
             "init_lora_weights": "gaussian" if lora.start == "gaussian" else True,
         }
@@ -155,7 +165,7 @@ def _entries(site: Site, adapter: Adapter, pair_of: Callable[[Adapter], Pair], p
         yield _through(parts[factor.ours], factor, stem)
     if "bias" in parts:
         yield Entry(f"{stem}.lora_B.bias", parts["bias"].get, parts["bias"].put)
-    if isinstance(adapter, DoRAAdapter):
+    if normed(adapter):
         size = adapter.magnitude.shape[-1]
         shape = magnitude_shape(site, size)
         key = f"{stem}.{adapter.peft_names['magnitude']}"
@@ -168,7 +178,7 @@ def _through(part: Entry, factor: Factor, stem: str) -> Entry:
 
 def _problems(site: Site, adapter: Adapter) -> Iterator[str]:
     kind, layer, name = site.kind.name, site.layer, site.name
-    dora, lora = isinstance(adapter, DoRAAdapter), leaf(adapter)
+    dora, lora = normed(adapter), leaf(adapter)
     if lora is None:
         inside = f" over {type(adapter.inner).__name__}" if dora else ""
         yield f"PEFT's LORA has no {type(adapter).__name__}{inside} ({name})"

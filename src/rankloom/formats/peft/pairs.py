@@ -11,7 +11,6 @@ from torch import Tensor
 from rankloom.core.adapter import Adapter
 from rankloom.formats.entry import Entry, mapped, plain
 from rankloom.methods.asymmetric import AsymmetricLoRAAdapter
-from rankloom.methods.dora import DoRAAdapter
 from rankloom.methods.lora import LoRAAdapter
 from rankloom.methods.residual import ResidualAdapter
 
@@ -26,9 +25,14 @@ class Pair(NamedTuple):
     scaling: float
 
 
+def normed(adapter: Adapter) -> bool:
+    """Whether the rows of W + ΔW have trained lengths, as DoRA's."""
+    return "magnitude" in type(adapter).roles.values()
+
+
 def within(adapter: Adapter) -> Adapter:
     """The change inside DoRA, or the adapter itself."""
-    inner = adapter.inner if isinstance(adapter, DoRAAdapter) else adapter
+    inner = adapter.inner if normed(adapter) else adapter
     assert isinstance(inner, Adapter)
     return inner
 
