@@ -211,3 +211,16 @@ def test_tied_weights_stay_tied_as_the_config_says(model, settings, tmp_path):
     rl.save(again, tmp_path / "b")
     there = PeftModel.from_pretrained(cases.fresh(model), tmp_path / "b").eval()
     assert float((cases.run(model, there) - logits).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("words", [["mlp"], r".*\.mlp", ["mlp", "q_proj"], r".*(mlp|q_proj)"])
+def test_peft_excludes_nothing_of_a_container(words, tmp_path):
+    """Ours does (`Plan`): the folder is read with PEFT's meaning, and stays what it is when it is saved again."""
+    logits = made(
+        tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"], exclude_modules=words)
+    )
+    ours = cases.fresh("llama")
+    rl.load(ours, tmp_path / "a")
+    assert float((cases.run("llama", ours) - logits).abs().max()) < TOLERANCE
+    rl.save(ours, tmp_path / "b")
+    same(tmp_path / "b", logits)

@@ -33,7 +33,7 @@ def faithful(layer: nn.Module, kind: Kind) -> bool:
 
 
 @cache
-def plain_class(cls: type[nn.Module]) -> bool:
+def plain_class(cls: type) -> bool:
     """Whether layers of this class run the forward of a class that a kind is known for."""
     definer = next((base for base in cls.__mro__ if "forward" in vars(base)), None)
     return definer is not None and is_kind(definer)

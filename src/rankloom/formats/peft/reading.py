@@ -109,6 +109,15 @@ def _wrong_base(source: Source, key: str, owner: str, modules: Modules) -> FileE
     )
 
 
+def excluded(said: Any, modules: Modules) -> Any:
+    """PEFT's `exclude_modules` in our words: PEFT excludes the layers that it names and nothing that is inside them."""
+    words = (said,) if isinstance(said, str) else tuple(said or ())
+    hit = {w: [n for n in modules if matches(w if isinstance(said, str) else (w,), n)] for w in words}
+    if not any(modules[name]._modules for names in hit.values() for name in names):
+        return tuples(said or ())
+    return tuple(sorted({name for names in hit.values() for name in names if not modules[name]._modules}))
+
+
 def tuples(value: Any) -> Any:
     """Lists, at any depth, as tuples."""
     if isinstance(value, list):

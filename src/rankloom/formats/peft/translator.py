@@ -18,7 +18,7 @@ from rankloom.formats.manifest import Source
 from rankloom.formats.peft.beside import about, token_entries, whole_entries
 from rankloom.formats.peft.fields import Field, filled, read_fields
 from rankloom.formats.peft.paths import Paths
-from rankloom.formats.peft.reading import exact, places, saved_modules, tuples, with_ties
+from rankloom.formats.peft.reading import exact, excluded, places, saved_modules, tuples, with_ties
 from rankloom.formats.peft.rewriting import model_problems, rewritten
 from rankloom.formats.peft.targets import blocks, saved_wording, target_fields
 from rankloom.formats.view import View
@@ -146,7 +146,7 @@ class Translator(ABC):
         kept = Plan(
             self.method(values, source.config_file),
             target_modules=tuples(values["target_modules"] or ()),
-            exclude_modules=tuples(values.get("exclude_modules") or ()),
+            exclude_modules=excluded(values.get("exclude_modules"), modules),
             target_parameters=tuple(values.get("target_parameters") or ()),
             layers_to_transform=blocks(values.get("layers_to_transform")),
             layers_pattern=tuples(values.get("layers_pattern")),
