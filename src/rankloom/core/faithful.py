@@ -28,7 +28,7 @@ def own_weight(layer: nn.Module) -> bool:
 
 def faithful(layer: nn.Module, kind: Kind) -> bool:
     """Whether the layer's forward is its kind's product with its weight, plus its bias."""
-    cls = original_class(layer)
+    cls: Any = original_class(layer)
     return plain_class(cls) or _same_product(layer, kind, cls)
 
 
