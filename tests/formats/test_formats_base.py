@@ -166,3 +166,127 @@ def test_a_larger_adapter_beside_changes_nothing(tmp_path):
     bank = rl.load(model, folder)
     bank.use("default")
     assert torch.equal(model(X), adapted()(X))
+
+
+class Statistics(torch.nn.Module):
+    def __init__(self, activation=torch.nn.ReLU, eps=1e-5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.norm = torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5, eps=eps)
+        self.act, self.out = activation(), torch.nn.Linear(5, 3)
+        self.register_buffer("table", torch.arange(4.0))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, x):
+        return self.out(self.act(self.norm(self.fc(x)))) * self.table.sum()
+
+
+def _shift(name):
+    def make():
+        model = Statistics()
+        dict(model.named_buffers())[name].add_(5)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_shift("norm.running_mean"), "the values of 'norm.running_mean' differ"),
+        (_shift("norm.running_var"), "the values of 'norm.running_var' differ"),
+        (_shift("table"), "the values of 'table' differ"),
+        (lambda: Statistics(torch.nn.GELU), "of other classes or have other settings"),
+        (lambda: Statistics(eps=1e-3), "of other classes or have other settings"),
+        (_shift("scratch"), None),
+        (_shift("norm.num_batches_tracked"), None),
+        (lambda: Statistics().eval(), None),
+    ],
+)
+def test_buffers_and_modules_are_part_of_the_base(make, words, tmp_path):
+    model = Statistics()
+    rl.attach(model, rl.LoRA(r=2))
+    rl.save(model, tmp_path / "a")
+    if words is None:
+        rl.load(make(), tmp_path / "a")
+        return
+    with pytest.raises(FileError, match=words):
+        rl.load(make(), tmp_path / "a")
+
+
+TYPES = {
+    "gpt_neox": {"use_parallel_residual": False, "rotary_pct": 0.5, "hidden_act": "relu"},
+    "cohere": {"logit_scale": 0.5, "use_qk_norm": None},
+    "falcon": {"alibi": True},
+    "olmo": {"clip_qkv": 8.0},
+    "bloom": {"apply_residual_connection_post_layernorm": True},
+    "deepseek_v3": {"routed_scaling_factor": 1.0, "norm_topk_prob": False, "topk_group": 1},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "gemma2": {"final_logit_softcapping": 10.0, "query_pre_attn_scalar": 64, "sliding_window": 7},
+    "llama": {"rms_norm_eps": 1e-3, "rope_theta": 5.0},
+    "bert": {"hidden_act": "relu", "layer_norm_eps": 1e-3, "is_decoder": True},
+    "t5": {"relative_attention_max_distance": 7, "feed_forward_proj": "gated-gelu"},
+    "whisper": {"scale_embedding": True, "activation_function": "relu"},
+    "vit": {"layer_norm_eps": 1e-3, "patch_size": 4},
+    "mamba": {"time_step_floor": 0.5, "residual_in_fp32": False},
+}
+CARELESS = {"dtype": "float16", "use_cache": False, "pad_token_id": 3, "id2label": {"0": "a"}, "name_or_path": "x"}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_field_of_a_config_that_is_not_known_to_be_neutral_counts(kind):
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    def said(**changes):
+        model = net()
+        config = AutoConfig.for_model(kind, **changes)
+        model.config = SimpleNamespace(to_dict=config.to_dict)
+        return model, fingerprint(model)
+
+    usual, before = said()
+    for field, value in TYPES[kind].items():
+        if value is None:
+            continue
+        _, other = said(**{field: value})
+        assert difference(usual, other, before, ()) is not None, field
+    for field, value in CARELESS.items():
+        _, other = said(**{field: value})
+        assert difference(usual, other, before, ()) is None, field
+
+
+@pytest.mark.parametrize("rows", [[7], [0], [19_999], [3, 500, 12_345]])
+@pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16])
+def test_one_retrained_row_of_a_large_table_is_found(rows, cast):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(20_000, 8), torch.nn.Linear(8, 2))
+    before = fingerprint(model)
+    with torch.no_grad():
+        model[0].weight[rows] = torch.randn(len(rows), 8) + 1
+        model.to(cast)
+    assert difference(model, before, fingerprint(model), ()) == "the values of '0.weight' differ"
+
+
+@pytest.mark.parametrize("made_for", ["org/base-7B", "/models/base-7b/", "C:\\models\\Base-7B", "org/other"])
+def test_without_a_fingerprint_the_names_are_compared(made_for, tmp_path, recwarn):
+    import warnings
+
+    folder = tmp_path / "a"
+    rl.save(adapted(), folder)
+    (folder / "manifest.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": made_for}))
+    model = net()
+    model.name_or_path = "someone/base-7b"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rl.load(model, folder)
+    said = [str(w.message) for w in told if "base model" in str(w.message) or "which weights" in str(w.message)]
+    assert bool(said) == (made_for == "org/other")
+    if said:
+        assert "'org/other', and this one is 'someone/base-7b'" in said[0]
+    with pytest.raises(FileError, match="unknown_base='warn'"):
+        other = net()
+        other.name_or_path = "someone/base-7b"
+        rl.load(other, folder, unknown_base="refuse")

@@ -12,7 +12,7 @@ from torch import nn
 from rankloom.core.attach import bank_of
 from rankloom.core.bank import Bank
 from rankloom.core.fingerprint import check_print, difference, fingerprint, short
-from rankloom.errors import FileError
+from rankloom.errors import FileError, one_line
 from rankloom.files.manifest import MANIFEST
 from rankloom.formats.base import base_name
 from rankloom.formats.manifest import Source
@@ -54,7 +54,7 @@ def check_base(
     bank = getattr(model, "rankloom", None)
     replicated = isinstance(bank, Bank) and any(plan.layer_replication for plan in bank.plans.values())
     if source.base is None or replicated:
-        _unknown(source, unknown)
+        _unknown(source, model, unknown)
         return True
     wrong = check_print(source.base)
     if wrong is not None:
@@ -77,11 +77,23 @@ def check_base(
     return True
 
 
-def _unknown(source: Source, unknown: UnknownBase) -> None:
+def _unknown(source: Source, model: nn.Module, unknown: UnknownBase) -> None:
+    """A folder without a fingerprint is judged by the base that its config names, where both it and the model do."""
+    said, here = source.config.get("base_model_name_or_path"), base_name(model)
     words = f"{source.folder}: nothing says which weights the adapter was made on (no fingerprint of the base)"
+    if isinstance(said, str) and said and here:
+        if _last(said) == _last(here) and unknown == "warn":
+            LOG.info("%s: no fingerprint of its base; its config names %s, as this model does", source.folder, said)
+            return
+        if _last(said) != _last(here):
+            words = f"{source.folder}: its config names the base model {one_line(said)!r}, and this one is {here!r}"
     if unknown == "refuse":
         raise FileError(f"{words}; load it once in the library and save it anew, or pass unknown_base='warn'")
     warnings.warn(f"{words}; only names and shapes were compared", stacklevel=6)
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
 
 
 def _name(path: str, slot: str) -> str:
