@@ -15,7 +15,7 @@ setup: $(VENV)/.ready-$(EXTRAS)
 $(VENV)/.ready-%: pyproject.toml constraints-ci.txt
 	test -x $(BIN)/python || $(PY) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
-	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --python $(BIN)/python $(CONSTRAINTS) -e '.[$*]'
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 
 demo: EXTRAS = demo

@@ -286,7 +286,7 @@ def test_without_a_fingerprint_the_names_are_compared(made_for, tmp_path, recwar
     assert bool(said) == (made_for == "org/other")
     if said:
         assert "'org/other', and this one is 'someone/base-7b'" in said[0]
+    other = net()
+    other.name_or_path = "someone/base-7b"
     with pytest.raises(FileError, match="unknown_base='warn'"):
-        other = net()
-        other.name_or_path = "someone/base-7b"
         rl.load(other, folder, unknown_base="refuse")
