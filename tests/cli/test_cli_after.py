@@ -170,3 +170,16 @@ def test_without_matplotlib_a_note_says_how_to_get_the_picture(run, model, chats
     assert found.code == 0, found.err
     assert "rankloom[plot]" in found.out
     assert not (tmp_path / "o" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("setting", ["plan.trainable_token_indices=[5,6]", "modules_to_save=embed_tokens"])
+def test_what_is_trained_of_tied_embeddings_is_merged(run, model, chats, tmp_path, setting):
+    out, merged = tmp_path / "run", tmp_path / "merged"
+    trained = run(
+        "train", f"model={model}", f"data={chats}", f"out={out}", "r=2", "steps=2", "lr=1e-2", setting, "--json"
+    )
+    assert trained.code == 0, trained.err
+    found = run("merge", out, merged, "--json")
+    assert found.code == 0, found.err
+    judged = run("eval", merged, f"data={chats}", "--json").json["base"]["loss"]
+    assert judged == pytest.approx(run("eval", out, f"data={chats}", "--json").json["adapter"]["loss"], abs=1e-4)

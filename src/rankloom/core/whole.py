@@ -82,8 +82,9 @@ class TokenRowsAdapter(Adapter):
         self.register_buffer("indices", torch.tensor(method.indices, device=site.device), persistent=False)
 
     def reset(self, base: Base) -> None:
-        with torch.no_grad():
-            self.rows.copy_(self._old(base))
+        if self.lookup:  # the tied head has the same rows, and may not be there yet
+            with torch.no_grad():
+                self.rows.copy_(self._old(base))
 
     def forward(self, x: Any, y: Tensor, base: Base) -> Tensor:
         change = (self.rows - self._old(base)).to(y.dtype)
