@@ -112,7 +112,7 @@ def test_a_run_refused_early_leaves_nothing_in_the_way(run, model, chats, tmp_pa
     given = ["train", f"model={model}", f"data={chats}", f"out={out}", "steps=1", "r=2", "eval_answers=0"]
     with monkeypatch.context() as patch:
         if how == "the first step":
-            patch.setattr("rankloom.train.loop.guard.check_gradients", fails)
+            patch.setattr("rankloom.train.loop.guard.Reached.look", fails)
         refused = run(*given, *(["patience=2"] if how == "a setting" else []))
     assert refused.code != 0
     assert [name for name in os.listdir(out) if not name.startswith(".")] == []
@@ -120,7 +120,7 @@ def test_a_run_refused_early_leaves_nothing_in_the_way(run, model, chats, tmp_pa
     assert again.code == 0, again.err
 
 
-def fails(*args):
+def fails(*args, **named):
     raise rl.errors.UnreachedError("no gradient")
 
 
