@@ -37,6 +37,22 @@ class Kernel(nn.Module):
         return self.called(torch.tanh(x @ self.read.weight.T + self.read.bias))
 
 
+class Ask(nn.Module):
+    """Lets a function look at the model as a kernel inside would."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, look):
+        return look(self.model)
+
+
+def weight_of(model):
+    """The weight as it is read while the model runs."""
+    return Ask(model)(lambda m: m.read.weight)
+
+
 class Convolved(nn.Module):
     def __init__(self):
         super().__init__()
@@ -112,7 +128,7 @@ def test_a_look_at_a_weight_computes_nothing(monkeypatch):
     nudge(bank)
     _, adapter = next(bank.adapters())
     monkeypatch.setattr(type(adapter), "delta", lambda *_: pytest.fail("a change was computed"))
-    weight = model.read.weight
+    weight = weight_of(model)
     frozen = dict(model.named_parameters())["read.weight"]
     assert isinstance(weight, nn.Parameter)
     assert (weight.dtype, weight.device, weight.shape, weight.ndim) == (D, frozen.device, (6, 8), 2)
@@ -128,24 +144,25 @@ def test_writing_in_place_writes_the_frozen_weight():
     nudge(bank)
     frozen = dict(model.named_parameters())["read.weight"]
     with torch.no_grad():
-        model.read.weight.zero_()
+        weight_of(model).zero_()
         assert not frozen.any()
-        nn.init.ones_(model.read.weight)
+        nn.init.ones_(weight_of(model))
         assert bool((frozen == 1).all())
-        model.read.weight[0] = 2.0
+        weight_of(model)[0] = 2.0
         assert bool((frozen[0] == 2).all())
         target = torch.zeros(6, 8, dtype=D)
-        target.copy_(model.read.weight)
+        target.copy_(weight_of(model))
     torch.testing.assert_close(target, frozen + bank.delta("default")["read"])
 
 
 def test_nothing_is_read_where_nothing_is_active():
     model, bank = made("linear", rl.LoRA(r=2))
-    assert isinstance(model.read.weight, Read)
+    assert isinstance(weight_of(model), Read)
+    assert model.read.weight is dict(model.named_parameters())["read.weight"]
     with bank.using():
-        assert type(model.read.weight) is nn.Parameter
+        assert type(weight_of(model)) is nn.Parameter
     bank.merge()
-    assert type(model.read.weight) is nn.Parameter
+    assert type(weight_of(model)) is nn.Parameter
 
 
 def test_several_with_weights_and_rows_refused():

@@ -86,7 +86,7 @@ def test_by_hand_with_members_of_any_rank():
     scores = site.adapter.gate.scores
     w = torch.softmax(taken["block"].float() @ scores.weight.float().T / 0.7, -1) + scores.bias.float()
     assert torch.allclose(w.sum(-1), (1 + scores.bias.float().sum()).expand(2, 6), atol=1e-6)
-    wanted = taken["x"] @ dict(layer.mlp.up_proj.named_parameters())["weight"].T
+    wanted = taken["x"] @ layer.mlp.up_proj.weight.T
     for i, name in enumerate("ab"):
         own = next(s for s in bank.sites(name) if s.name == site.name)
         wanted = wanted + w[..., i, None].double() * (taken["x"] @ own.adapter.delta(own.base).T)

@@ -92,7 +92,7 @@ def test_the_first_pass_is_the_base_and_the_second_mixes_by_its_states():
     assert torch.equal(passes[0], base)
     head = classifier(bank).layers[0]
     w = torch.softmax(base @ head.weight.T + head.bias, -1)
-    wanted = seen["x"] @ dict(site.layer.named_parameters())["weight"].T
+    wanted = seen["x"] @ site.layer.weight.T
     for i, name in enumerate("ab"):
         own = next(s for s in bank.sites(name) if s.name == site.name)
         wanted = wanted + 0.5 * w[..., i, None] * (seen["x"] @ own.adapter.delta(own.base).T)

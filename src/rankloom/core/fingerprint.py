@@ -144,7 +144,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     if not callable(to_dict):
         return {MODULES: _printed(model)}
-    return dict(json.loads(json.dumps(dict(_fields(to_dict())), default=str)))
+    return dict(json.loads(json.dumps(dict(_fields(to_dict())), default=str), parse_constant=str))
 
 
 def _fields(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -162,11 +162,15 @@ def _fields(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     yield from ((f"{prefix}{k}", v) for k, v in (("rope_theta", theta), ("rope", rope)) if v)
 
 
+SAID_ELSEWHERE = (nn.modules.dropout._DropoutNd, nn.ParameterDict, nn.ParameterList, torch.jit.ScriptModule)
+"""Modules without settings that count: they print their parameters, or act in training only."""
+
+
 def _printed(model: nn.Module) -> str:
     lines = (
         f"{path}:{original_class(module).__name__}({module.extra_repr()})"
         for path, module in base_modules(model)
-        if not isinstance(module, (nn.modules.dropout._DropoutNd, torch.jit.ScriptModule))
+        if not isinstance(module, SAID_ELSEWHERE)
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""A layer's weight as code sees it that reads it without calling the layer: with the changes of the active adapters.
+"""A layer's weight as the model's code sees it that reads it without calling the layer: with the active changes.
 
 Kernels for whole blocks (attention, state-space models, PyTorch's encoder layers in evaluation) take `layer.weight`
 past the layer's forward. Most code that reads a weight only wants its dtype or device, so the sum is made when

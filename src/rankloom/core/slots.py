@@ -1,15 +1,17 @@
 """Slots: where the adapters of a layer are registered, and parameters that are read with their changes.
 
-A layer slot changes what the layer's `forward` returns, and what code reads that takes the layer's weight or bias
-without calling it; a parameter slot changes the parameter for everyone, its own layer too. Both are properties on the
-generated class: the parameter itself stays where it was.
+A layer slot changes what the layer's `forward` returns, and what the model's code reads that takes the layer's weight
+or bias without calling it; a parameter slot changes the parameter for everyone, its own layer too. Both are properties
+on the generated class: the parameter itself stays where it was.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from rankloom.core.shared import Borrower, Shared
 from rankloom.core.site import LAYER
 from rankloom.errors import NotMergeable, StateError
 from rankloom.store.bridges import bridge_of
+
+CALL = nn.Module._call_impl.__code__
+"""What runs whenever a module is called."""
 
 
 class Anchor:
@@ -110,14 +115,14 @@ def computed_once(owner: nn.Module) -> Iterator[None]:
 
 
 def parameter_property(key: str, slot: bool, layered: bool) -> property:
-    """Reads the parameter `key`: of a parameter slot with its changes; outside of the layer's own forward with those of
-    the layer slot too.
+    """Reads the parameter `key`: of a parameter slot with its changes; where the model runs, but for the layer's own
+    forward, with those of the layer slot too.
     """
 
     def read(self: nn.Module) -> Tensor | None:
         value = _effective(self, key) if slot else self._parameters.get(key)
         anchor: Anchor | None = self.__dict__.get("_rankloom")
-        if not layered or value is None or anchor is None or _inside(self, anchor):
+        if not layered or value is None or anchor is None or _inside(self, anchor) or not _model_runs():
             return value
         return _read(self, anchor, key, value)
 
@@ -136,6 +141,18 @@ def flat_weights() -> property:
 def own_bias(layer: nn.Module) -> Tensor | None:
     """The bias that the layer's own forward reads."""
     return _effective(layer, "bias") if "bias" in layer.rankloom_parameters else layer._parameters.get("bias")  # type: ignore[operator]
+
+
+def _model_runs() -> bool:
+    """Whether the code that reads is called by some module: people and tools that look at a layer get what it holds."""
+    if torch.compiler.is_compiling():
+        return True
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is CALL or frame.f_code.co_name == "forward":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _inside(layer: nn.Module, anchor: Anchor) -> bool:

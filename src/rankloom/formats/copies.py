@@ -50,9 +50,8 @@ def check_copies(source: Source, copies: Copies, tensors: Mapping[str, Tensor]) 
         )
 
 
-def with_full(source: Source, copies: Copies, model: nn.Module) -> Source:
+def with_full(source: Source, copies: Copies, tensors: Mapping[str, Tensor], model: nn.Module) -> Source:
     """The folder as if the modules whose full tensors differ from the base's were among its modules_to_save."""
-    tensors = source.tensors()
     other = {key for key, of in copies.items() if isinstance(of, Tensor) and not _equal(tensors[key], of)}
     wrapped = sorted(key for key in other if f".{WRAPPED}." in key)
     if wrapped:

@@ -84,13 +84,15 @@ def _load(
     _check_bank(model, name)
     source = todays_names(source, model)
     reading = _Reading.of(reader, source, model, name)
+    tensors = None
     if from_data(FullTensors, full_tensors, "full_tensors") == "take":
-        source = with_full(source, reading.copies, model)
+        tensors = source.tensors()
+        source = with_full(source, reading.copies, tensors, model)
         reading = _Reading.of(reader, source, model, name)
     folds = reading.folds
     after = None if folds is None else folds.after
     afresh = check_base(source, model, reading.there, unknown_base, base_check, after)
-    tensors = source.tensors()
+    tensors = source.tensors() if tensors is None else tensors
     journal = folds.journal(tensors) if folds is not None and afresh else None
     _check_folds(source, model, journal)
     check_copies(source, reading.copies, tensors)

@@ -186,6 +186,8 @@ def filled(config: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, 
 def _check_value(key: str, value: Any, field: Field, where: str) -> None:
     if value is None:
         return
+    if isinstance(value, str) and field.hint == LIST.hint:  # a word would do in a setting of ours, not in PEFT's list
+        raise FileError(f"{where}: {key}={value!r}: expected a list")
     try:
         from_data(field.hint, value, key)
     except SettingsError as error:
