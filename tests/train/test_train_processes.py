@@ -149,7 +149,7 @@ def test_rules_draw_the_same_and_forward_passes_their_own(found: Found) -> None:
 
 
 def test_a_tensor_that_one_process_alone_used_moves_in_all(found: Found) -> None:
-    with pytest.warns(UserWarning, match="no gradient after the first step in 2 of 6"):
+    with pytest.warns(UserWarning, match="no gradient after 4 steps in 2 of 6"):
         alone = world.branches(accumulate=2)
     for mine in found:
         assert mine["branches"] == alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 import rankloom as rl
-import tiny
 from rankloom import registry
 from rankloom.core.plan import Plan, as_plan
 from rankloom.train.fit import Result, fit
 from rankloom.train.settings import TrainSettings
+
+sys.path.append(str(Path(__file__).parents[1]))  # `tiny`, in processes of their own too
 
 VOCABULARY = 64
 
@@ -25,6 +27,8 @@ class Interrupted(Exception):
 
 
 def llama(seed: int = 0) -> nn.Module:
+    import tiny
+
     made: nn.Module = tiny.llama(
         seed, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4, pad_token_id=None
     )

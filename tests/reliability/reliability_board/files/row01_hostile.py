@@ -144,6 +144,6 @@ ROW = Row(
         Sabotage("shapes and dtypes are not compared", lambda: swapped(loading, "_fits", lambda *a: None)),
         Sabotage("values are not looked at", lambda: swapped(manifest, "check_values", lambda *a: None)),
         Sabotage("digests are not compared", lambda: swapped(manifest, "_check_digest", lambda *a: None)),
-        Sabotage("tensors that nothing asks for are dropped", lambda: swapped(loading, "_copied", _itself)),
+        Sabotage("tensors that nothing asks for are dropped", lambda: swapped(loading, "copied", _itself)),
     ),
 )
