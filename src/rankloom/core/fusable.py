@@ -88,10 +88,14 @@ def part_of(layer: nn.Module, given: Seen) -> Layer | str:
     if bias is not None and cls.rankloom_parameters:
         bias = own_bias(layer)  # type: ignore[assignment]
     part = _whole(base, weight, bias, found, x)
-    if notes is None and type(weight) in PLAIN and not isinstance(part, str) and not base.noted:
+    if isinstance(part, str) or notes is not None or base.noted or type(weight) not in PLAIN:
+        return part
+    memo = anchor.memo
+    if memo.anew is not given.selection and not given.selection.context:
         table = slot_table(layer, LAYER)
         adapters = [table[active.name] for active in given.selection.active if active.name in table]
-        anchor.memo.known = known_as(part, layer, x, given.casts, given.selection, adapters)
+        memo.known = known_as(part, layer, x, given.casts, given.selection, adapters)
+        memo.anew = given.selection if memo.known is None else None
     return part
 
 

@@ -50,9 +50,9 @@ def still(known: Known, layer: nn.Module, x: Tensor, casts: bool, selection: Sel
 def known_as(
     part: Layer, layer: nn.Module, x: Tensor, casts: bool, selection: Selection, adapters: Sequence[Adapter]
 ) -> Known | None:
-    """What there is to keep; None where the changes are computed anew in every call, or know of the batch."""
+    """What there is to keep; None where the changes are computed anew in every call."""
     inside = [a for adapter in adapters for a in adapter.modules() if isinstance(a, Adapter)]
-    if selection.context or any(a._borrowed or a.hooked for a in inside):
+    if any(a._borrowed or a.hooked for a in inside):
         return None
     tables = [layer._parameters, *(module._parameters for a in adapters for module in a.modules())]
     found = {id(t): (table, key, t, t.requires_grad) for table in tables for key, t in table.items() if t is not None}

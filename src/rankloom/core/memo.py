@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.core.known import Known
+from rankloom.core.selection import Selection
 
 
 class Memo:
@@ -16,7 +17,8 @@ class Memo:
 
     `fellows`: the layers of its group, in order, itself among them; `settled`: it is not to be grouped any more;
     `plain`: why its last training forward took the plain path, "" where it was fused, None before; `square`: ‖W‖² by
-    rows, for one version of one weight; `known`: what it was found to be.
+    rows, for one version of one weight; `known`: what it was found to be; `anew`: for these
+    adapters it has to be looked at in every call.
     """
 
     def __init__(self) -> None:
@@ -24,6 +26,7 @@ class Memo:
         self.settled = False
         self.plain: str | None = None
         self.known: Known | None = None
+        self.anew: Selection | None = None
         self.square: tuple[weakref.ref[Tensor], tuple[int, int, torch.device], Tensor] | None = None
 
     def __reduce__(self) -> Any:
