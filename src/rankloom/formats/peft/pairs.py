@@ -26,8 +26,8 @@ class Pair(NamedTuple):
 
 
 def normed(adapter: Adapter) -> bool:
-    """Whether the rows of W + ΔW have trained lengths, as DoRA's."""
-    return "magnitude" in type(adapter).roles.values()
+    """Whether the rows of W + ΔW have trained lengths that PEFT knows, as DoRA's."""
+    return "magnitude" in type(adapter).peft_names
 
 
 def within(adapter: Adapter) -> Adapter:
