@@ -67,7 +67,8 @@ def test_a_run_is_written_and_read_back(data):
         config = run_from_data(data)
     except SettingsError:
         assume(False)
-    again = config_of(dump(config), "text")
+    trusted = config.model is not None and config.model.trust_remote_code  # no file may say that: it is typed again
+    again = config_of(dump(config), "text", ["trust_remote_code=true"] if trusted else [])
     assert again == config
     assert as_data(again) == as_data(config)
 
