@@ -176,3 +176,27 @@ def test_rows_that_are_not_first_are_refused(tokens):
         for chosen in ({"rows": ["a", "b"]}, {"a": torch.tensor([1.0, 0.0])}):
             with pytest.raises(StateError, match="per-row adapters"), model.rankloom.using(**chosen):
                 model(x)
+
+
+class Beside(nn.Module):
+    """A part that computes time first, with no adapter in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.body = nn.ModuleList([nn.MultiheadAttention(4, 2)]), nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_rows_are_chosen_where_another_part_computes_time_first(monkeypatch):
+    model, x = Beside().eval(), torch.randn(2, 3, 4)
+    for name in "ab":
+        nudge(rl.attach(model, rl.LoRA(r=2), name, target_modules=["body.0"]), name)
+    looked = []
+    walk = rl.core.bank.time_first
+    monkeypatch.setattr(rl.core.bank, "time_first", lambda *given: looked.append(1) or walk(*given))
+    for _ in range(3):
+        with model.rankloom.using(rows=["a", "b"]):
+            model(x)
+    assert len(looked) == 1

@@ -265,3 +265,19 @@ def test_the_remedy_for_what_is_no_layer_names_its_parameters():
     rl.attach(model, rl.LoRA(r=2), target_modules=[], target_parameters=eval(names))  # noqa: S307
     with pytest.raises(TargetError, match="'1' is a LayerNorm, which cannot be adapted as a layer$"):
         rl.attach(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(4)), rl.LoRA(r=2), target_modules=["1"])
+
+
+def test_a_layer_is_called_once_to_be_known():
+    calls = []
+
+    class Counted(nn.Linear):
+        def forward(self, x):
+            calls.append(1)
+            return super().forward(x) * 0.5
+
+    model = nn.Sequential(Counted(4, 4), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="leaves out '0'"):
+        rl.attach(model, rl.LoRA(r=2))
+    rl.detach(model)
+    rl.attach(model, rl.LoRA(r=2), target_modules=["0"])
+    assert len(calls) == 1

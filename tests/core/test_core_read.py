@@ -13,6 +13,7 @@ from torch import nn
 
 import rankloom as rl
 from rankloom.core.read import Read
+from rankloom.core.slots import unseen_by_calls
 from rankloom.errors import StateError
 
 D = torch.float64
@@ -248,3 +249,60 @@ def test_data_parallel_is_refused_by_name():
     model, _ = made("linear", rl.LoRA(r=2))
     with pytest.raises(StateError, match=r"'read'.*torchrun"):
         model.read._replicate_for_data_parallel()
+
+
+class Peeks(nn.Module):
+    """Asks for a weight's dtype and for a bias before it calls the layer, as T5 does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.read = nn.Linear(8, 8)
+
+    def forward(self, x):
+        if self.read.bias is not None and self.read.weight.dtype != x.dtype:
+            x = x.to(self.read.weight.dtype)
+        return self.read(x)
+
+
+PEEKED = {
+    "lora": rl.LoRA(r=2), "lora with bias": rl.LoRA(r=2, lora_bias=True), "hydralora": rl.hydralora(r=2, n_b=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("store", [None, rl.NormalFloat(4)])
+@pytest.mark.parametrize("name", PEEKED)
+def test_a_model_that_only_looks_is_one_that_calls(name, store, tmp_path):
+    """No sum is made, no method refused, no row: and PEFT is not said to miss anything."""
+    model = Peeks().eval()
+    for adapter in ("a", "b"):
+        rl.attach(model, PEEKED[name], adapter, store=store)
+        nudge(model.rankloom, adapter)
+    x = torch.randn(2, 3, 8, dtype=D)
+    each = []
+    for adapter in ("a", "b"):
+        with model.rankloom.using(adapter):
+            each.append(model(x))
+    with model.rankloom.using(rows=["a", "b"]):
+        both = model(x)
+    torch.testing.assert_close(both, torch.stack([each[0][0], each[1][1]]), rtol=0, atol=1e-5)
+    assert not unseen_by_calls(model.read, "layer")
+    if name == "lora" and store is None:
+        assert rl.save(model, tmp_path / "a", "a").compat.peft.ok
+
+
+def test_a_look_under_compilation_refuses_no_method():
+    model = Peeks().eval()
+    nudge(rl.attach(model, rl.hydralora(r=2, n_b=2)))
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_the_dropout_of_an_input_that_is_not_there_is_told():
+    model, bank = made("linear", rl.LoRA(r=2, lora_dropout=0.5))
+    nudge(bank)
+    x = torch.randn(2, 8, dtype=D)
+    model(x)
+    model.train()
+    with pytest.warns(UserWarning, match="'read' is read without being called: the dropout"):
+        model(x)

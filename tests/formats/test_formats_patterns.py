@@ -116,3 +116,25 @@ def test_generated_ones(tmp_path, expression, field):
     (folder / "adapter_config.json").write_text((tmp_path / "config").read_text())
     edit_config(folder, **FIELDS[field](f"{expression}!"))
     opened(folder)
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=range(len(BOMBS)))
+@pytest.mark.parametrize("native", [False, True])
+def test_in_a_field_of_a_method(native, bomb, tmp_path):
+    """IA3's feedforward_modules is one more expression that a file brings."""
+    folder, model = tmp_path / "a", net()
+    rl.attach(model, rl.IA3(), target_modules="all-linear")
+    rl.save(model, folder)
+    (folder / "manifest.json").unlink()
+    if native:
+        plan = {"method": {"name": "ia3", "feedforward_modules": bomb}}
+        edit_config(folder, format="rankloom", plan=plan, peft_type="RANKLOOM")
+    else:
+        edit_config(folder, feedforward_modules=bomb)
+    bank, said = opened(folder)
+    if bank is None:
+        assert "adapter_config.json" in said or "adapter_model" in said
+        return
+    start = time.process_time()
+    rl.save(bank.model, tmp_path / "b")
+    assert time.process_time() - start < 2.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankloom.core.adapter import Adapter, adapts, tensors_by_role
 from rankloom.core.burst import burst
-from rankloom.core.choosing import Rows, check_rows_first, choose
+from rankloom.core.choosing import Rows, choose, time_first
 from rankloom.core.fingerprint import Print, fingerprint
 from rankloom.core.journal import Edit, Fold, Into, Journal
 from rankloom.core.lock import Lock
@@ -69,6 +69,7 @@ class Bank:
         self._undo: dict[str, list[Callable[[], None]]] = {}
         self._requires_grad: dict[str, bool] = {}
         self._trained: frozenset[str] | None = None
+        self._time_first: tuple[tuple[str, ...], str] = ((), "")
         self._merged: dict[str, float] = {}
         self._merged_how: dict[str, Any] = {}
         self._replaced = Replaced()
@@ -393,8 +394,19 @@ class Bank:
         context: Mapping[str, Any] | None = None,
     ) -> Selection:
         if rows is not None or any(isinstance(w, Tensor) and w.ndim for w in weights.values()):
-            check_rows_first(self.model)
+            self._check_rows_first()
         return choose(self.names, self._known, names, weights, rows, dict(context or {}))
+
+    def _check_rows_first(self) -> None:
+        """Refuse what is chosen by row where layers see no rows in the first dim; looked at once for these adapters."""
+        if self._time_first[0] != self.names:
+            paths = {site.path for sites in self._sites.values() for site in sites}
+            self._time_first = self.names, time_first(self.model, paths)
+        if found := self._time_first[1]:
+            raise StateError(
+                f"per-row adapters: {found} computes with time before the batch rows, so a row is no entry of the "
+                "first dim there: select one adapter for all rows"
+            )
 
     def _numbers(self, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
         chosen = dict.fromkeys(names, 1.0) | dict(weights)

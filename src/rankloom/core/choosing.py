@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankloom.core.selection import Active, Selection, Weight
-from rankloom.errors import SettingsError, StateError
+from rankloom.errors import SettingsError
 from rankloom.ops.segments import segments
 
 TIME_FIRST = frozenset({"xlnet", "longformer", "led", "fsmt", "transfo-xl"})
@@ -42,18 +42,19 @@ def choose(
     return Selection(tuple(Active(name, weight) for name, weight in chosen.items()), context=context)
 
 
-def check_rows_first(model: nn.Module) -> None:
-    """Refuse what is chosen by row in a model that computes time first: its layers see no rows in the first dim."""
+def time_first(model: nn.Module, paths: Iterable[str]) -> str:
+    """What of a model computes with time before the batch rows, around the layers of these paths; "" for nothing."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    layers = (name for name, m in model.named_modules() if getattr(m, "batch_first", True) is False)
-    found = (
-        f"a {kind} model" if kind in TIME_FIRST else next((f"{name!r} (batch_first=False)" for name in layers), None)
-    )
-    if found is not None:
-        raise StateError(
-            f"per-row adapters: {found} computes with time before the batch rows, so a row is no entry of the first "
-            "dim there: select one adapter for all rows"
-        )
+    if kind in TIME_FIRST:
+        return f"a {kind} model"
+    around = {path[:end] for path in paths for end in (0, *(i for i, letter in enumerate(path) if letter == "."))}
+    beside = {path.rpartition(".")[0] for path in paths}
+    for name in sorted(around):
+        owner = model.get_submodule(name)
+        for key, module in {"": owner, **(owner._modules if name in beside else {})}.items():
+            if getattr(module, "batch_first", True) is False:
+                return f"{'.'.join(filter(None, (name, key)))!r} (batch_first=False)"
+    return ""
 
 
 def _by_index(

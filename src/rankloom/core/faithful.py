@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ CLOSE, ROUGH = 1e-3, 5e-2
 """Largest difference to the product, relative to it: with weights of 32 bits and more, and with fewer."""
 
 
+_seen: WeakKeyDictionary[nn.Module, tuple[object, bool]] = WeakKeyDictionary()
+"""What calling a layer has shown, for its class and weight."""
+
+
 def own_weight(layer: nn.Module) -> bool:
     """Whether `weight` is a parameter of the layer itself: a parametrised or scripted one has none."""
     return "weight" in layer._parameters and not isinstance(layer, torch.jit.ScriptModule)
@@ -29,7 +34,13 @@ def own_weight(layer: nn.Module) -> bool:
 def faithful(layer: nn.Module, kind: Kind) -> bool:
     """Whether the layer's forward is its kind's product with its weight, plus its bias."""
     cls: Any = original_class(layer)
-    return plain_class(cls) or _same_product(layer, kind, cls)
+    if plain_class(cls):
+        return True
+    weight = kind.tensor(layer)
+    now = (cls, id(weight), 0 if weight.is_inference() else weight._version)
+    if _seen.get(layer, (None, False))[0] != now:
+        _seen[layer] = now, _same_product(layer, kind, cls)
+    return _seen[layer][1]
 
 
 @cache
@@ -44,7 +55,7 @@ def _same_product(layer: nn.Module, kind: Kind, cls: Any) -> bool:
     wide = weight.dtype if weight.is_floating_point() and bridge_of(weight) is None else torch.float32
     x = kind.example(layer, wide, weight.device)
     try:
-        with torch.no_grad(), torch.random.fork_rng([]):
+        with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
             given = cls.forward(layer, x)
             product = kind.apply(layer, x, kind.matrix(layer).to(wide))
             bias = kind.bias(layer)

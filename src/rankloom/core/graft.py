@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from rankloom.core.adapter import Adapter
+from rankloom.core.base import Base
 from rankloom.core.forward import forward_of
 from rankloom.core.kinds import Kind, repairs_of
 from rankloom.core.packing import Stacks
 from rankloom.core.selection import Selector
 from rankloom.core.site import LAYER, SHARED
-from rankloom.core.slots import Anchor, changed, flat_weights, own_bias, parameter_property, slot_table
+from rankloom.core.slots import Anchor, changed, flat_weights, moves, own_bias, parameter_property, slot_table
 from rankloom.errors import StateError, TargetError
 
 
@@ -86,6 +87,8 @@ def add_adapter(
     if slot not in slots:
         slots[slot] = nn.ModuleDict()
     slots[slot].add_module(name, adapter)
+    if slot == LAYER and moves(adapter, Base(kind, layer)):
+        anchor.moving.add(name)
     _renew_class(layer)
 
 
@@ -95,6 +98,7 @@ def remove_adapter(layer: nn.Module, slot: str, name: str) -> None:
     anchor: Anchor = layer.__dict__["_rankloom"]
     anchor.stacks = Stacks()
     changed(layer)
+    anchor.moving.discard(name)
     _drop(slots, slot, name)
     if slot == LAYER and LAYER not in slots and anchor.kind is not None:
         anchor.kind.release(layer)

@@ -44,6 +44,8 @@ def still(known: Known, layer: nn.Module, x: Tensor, casts: bool, selection: Sel
         own = adapter.__dict__
         if own.get("_settings", 0) != settings or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return False
+        if own["_backward_hooks"]:
+            return False
     return known.version == known.places[0][2]._version and "_hf_hook" not in layer.__dict__
 
 

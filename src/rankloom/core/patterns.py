@@ -31,6 +31,11 @@ SEARCH = 5_000
 """Most steps of an expression that is searched for, from every place of a name."""
 MANY = 1 << 40
 
+
+class _Unbounded(Exception):
+    """An item of an expression that cannot be evaluated on sets of places."""
+
+
 Step = Callable[["_Name", int, bool], int]
 """(name, places, forward) → the places behind what matches there; before it, if not forward."""
 
@@ -67,7 +72,7 @@ def _matcher(expression: str) -> Callable[[str], bool]:
         return lambda name: compiled.fullmatch(name) is not None
     try:
         step, parts = _sequence(tree, tree.state.flags), _size(tree)
-    except NotImplementedError as error:
+    except _Unbounded as error:
         raise SettingsError(
             f"the regular expression {_short(expression)} has very many ways to match, and {error}: write it without "
             "them, or name the modules"
@@ -212,7 +217,7 @@ def _item(op: Any, argument: Any, flags: int) -> Step:
         return _repeat(*_flat(*argument), flags)
     if op is _c.FAILURE:
         return lambda name, places, forward: 0
-    raise NotImplementedError("refers to groups or keeps what they took (\\1, (?>…), a++)")
+    raise _Unbounded("refers to groups or keeps what they took (\\1, (?>…), a++)")
 
 
 def _letter(op: Any, argument: Any, flags: int) -> Step:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+PLAIN = (Tensor, nn.Parameter)
 VIEWS = {"T", "mT", "H", "mH", "real", "imag"}
 """Attributes of a tensor that are values."""
 WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}
@@ -26,16 +27,17 @@ LOOKS = {
 
 
 class Read(nn.Parameter):
-    """The frozen parameter of a layer, an alias of its memory; `changed()` is what whoever computes with it gets.
-
-    Writing in place writes the frozen parameter.
+    """Stands for the `frozen` parameter of a layer, plain or packed, to whoever only looks or writes in place;
+    `changed()` is what whoever computes with it gets.
     """
 
+    frozen: Tensor
     changed: Callable[[], Tensor]
 
     def __new__(cls, frozen: Tensor, changed: Callable[[], Tensor]) -> Read:
-        made: Read = torch.Tensor._make_subclass(cls, frozen.detach(), False)
-        made.changed = changed
+        alias = frozen.detach() if type(frozen) in PLAIN else torch.empty(0, dtype=frozen.dtype, device=frozen.device)
+        made: Read = torch.Tensor._make_subclass(cls, alias, False)
+        made.frozen, made.changed = frozen, changed
         return made
 
     @classmethod
@@ -45,14 +47,16 @@ class Read(nn.Parameter):
             looks = getattr(func.__self__, "__name__", "") not in VIEWS
         else:
             looks = name in LOOKS or name == "__set__"
-        with torch._C.DisableTorchFunctionSubclass():
-            if looks:
-                return func(*args, **kwargs)
-            if name in WRITES or (name.endswith("_") and not name.endswith("__")):  # in place, into the frozen one
-                first, *rest = args or (None,)
-                given = {key: v if key in ("tensor", "input", "self") else _summed(v) for key, v in kwargs.items()}
-                return func(first, *_summed(rest), **given) if args else func(**given)
-            return func(*_summed(args), **_summed(kwargs))
+        if looks:
+            return func(*_frozen(args), **_frozen(kwargs))
+        if name in WRITES or (name.endswith("_") and not name.endswith("__")):  # in place, into the frozen one
+            into = {key: _frozen(v) if key in ("tensor", "input", "self") else _summed(v) for key, v in kwargs.items()}
+            return func(*_frozen(args[:1]), *_summed(args[1:]), **into)
+        return func(*_summed(args), **_summed(kwargs))
+
+
+def _frozen(values: Any) -> Any:
+    return pytree.tree_map(lambda value: value.frozen if isinstance(value, Read) else value, values)
 
 
 def _summed(values: Any) -> Any:
@@ -61,6 +65,8 @@ def _summed(values: Any) -> Any:
     def one(value: Any) -> Any:
         if not isinstance(value, Read):
             return value
-        return made.setdefault(id(value), value.changed())
+        if id(value) not in made:
+            made[id(value)] = value.changed()
+        return made[id(value)]
 
     return pytree.tree_map(one, values)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ from rankloom.core.read import Read
 from rankloom.core.selection import Active, Selector
 from rankloom.core.shared import Borrower, Shared
 from rankloom.core.site import LAYER
-from rankloom.errors import NotMergeable, StateError
+from rankloom.errors import NotMergeable, RankloomError, StateError
+from rankloom.store.base import Packed
 from rankloom.store.bridges import bridge_of
 
+T = TypeVar("T")
 CALL = nn.Module._call_impl.__code__
 """What runs whenever a module is called."""
 
@@ -45,6 +48,8 @@ class Anchor:
         self.stacks = Stacks()
         self.memo = Memo()
         self.traced = False
+        self.moving: set[str] = set()
+        """Adapters of the layer slot whose change depends on its input."""
         self.inside: set[str] = set()
         """Parameters that have been read in a call of the layer."""
         self.outside: set[str] = set()
@@ -138,6 +143,14 @@ def flat_weights() -> property:
     return property(read, lambda self, value: None)
 
 
+def moves(adapter: Adapter, base: Base) -> bool:
+    """Whether the change depends on the layer's input."""
+    try:
+        return adapter.thin(base, None) is None and type(adapter).delta is Adapter.delta
+    except RankloomError:
+        return True
+
+
 def own_bias(layer: nn.Module) -> Tensor | None:
     """The bias that the layer's own forward reads."""
     return _effective(layer, "bias") if "bias" in layer.rankloom_parameters else layer._parameters.get("bias")  # type: ignore[operator]
@@ -165,35 +178,52 @@ def _read(layer: nn.Module, anchor: Anchor, key: str, value: Tensor) -> Tensor:
     found = [(active, table[active.name]) for active in selection.active if active.name in table]
     if not found or kind is None or value.is_meta or "_hf_hook" in layer.__dict__:
         return value
-    plain = type(value) in (Tensor, nn.Parameter)
-    if not plain and bridge_of(value) is not None:
+    if type(value) not in (Tensor, nn.Parameter) and bridge_of(value) is not None:
         return value  # codes, which nobody but their library can read
-    base = Base(kind, layer, selection.context)
-    if key == "bias":
-        shifts = [(active, shift) for active, adapter in found if (shift := adapter.delta_bias(base)) is not None]
-        return _sum(anchor, value, shifts)
+    base, of = Base(kind, layer, selection.context), _shift if key == "bias" else _matrix
 
     def summed() -> Tensor:
-        matrices = [(active, _matrix(anchor, adapter, base)) for active, adapter in found]
-        dense = value if "weight" in layer.rankloom_parameters else kind.weight(layer)  # type: ignore[operator]
-        return _sum(anchor, dense, [(active, kind.to_weight(layer, matrix)) for active, matrix in matrices])
+        total = kind.weight(layer) if isinstance(value, Packed) else value
+        for active, adapter in found:
+            change = of(anchor, adapter, base)
+            if change is not None:
+                _read_past(anchor, active)
+                total = total + (change if active.weight == 1 else active.weight * change).to(total.dtype)
+        return total
 
-    return Read(value, summed) if plain and not torch.compiler.is_compiling() else summed()
+    if not torch.compiler.is_compiling():
+        return Read(value, summed)
+    # compiled code cannot wait: what may be a mere look at a dtype is no place to refuse anything
+    follow = all(active.name not in anchor.moving and not _by_row(active) for active, _ in found)
+    return summed() if follow else value
 
 
-def _sum(anchor: Anchor, value: Tensor, changes: Sequence[tuple[Active, Tensor]]) -> Tensor:
+def _read_past(anchor: Anchor, active: Active) -> None:
+    """A change takes part in a weight that is read without calling its layer."""
     anchor.outside.add(LAYER)
     if anchor.selector.reached is not None:
         anchor.selector.reached.add(anchor.name)
-    for active, change in changes:
-        _same_for_all_rows(f"{anchor.name!r} is read without being called, and", active)
-        value = value + (change if active.weight == 1 else active.weight * change).to(value.dtype)
-    return value
+    _same_for_all_rows(f"{anchor.name!r} is read without being called, and", active)
 
 
 def _matrix(anchor: Anchor, adapter: Adapter, base: Base) -> Tensor:
+    """ΔW in the layout of the layer's own weight."""
+    if adapter.training and adapter.dropout:
+        warnings.warn(
+            f"layer {anchor.name!r} is read without being called: the dropout of its adapter does not act there",
+            stacklevel=2,
+        )
+    return base.kind.to_weight(base.layer, _fixed(anchor, lambda: adapter.delta(base)))
+
+
+def _shift(anchor: Anchor, adapter: Adapter, base: Base) -> Tensor | None:
+    """Δb."""
+    return _fixed(anchor, lambda: adapter.delta_bias(base))
+
+
+def _fixed(anchor: Anchor, change: Callable[[], T]) -> T:
     try:
-        return adapter.delta(base)
+        return change()
     except NotMergeable as error:
         raise StateError(
             f"layer {anchor.name!r} is read without being called, and {error}: leave it out by "
@@ -245,8 +275,12 @@ def _effective(owner: nn.Module, key: str) -> Tensor | None:
     return out
 
 
+def _by_row(active: Active) -> bool:
+    return active.rows is not None or (isinstance(active.weight, Tensor) and bool(active.weight.ndim))
+
+
 def _same_for_all_rows(name: str, active: Active) -> None:
-    if active.rows is not None or (isinstance(active.weight, Tensor) and active.weight.ndim):
+    if _by_row(active):
         raise StateError(
             f"per-row adapters: {name} is a bare parameter, the same for all rows; "
             f"adapter {active.name!r} can be active there only for the whole batch"

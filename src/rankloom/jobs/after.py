@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shlex import quote
 
-from rankloom.errors import NotMergeable
+from rankloom.jobs.plan import merges
 from rankloom.jobs.runs import Trained
 
 
@@ -16,17 +16,7 @@ def next_commands(trained: Trained) -> tuple[str, ...]:
     if found.answers:
         commands.append(f"rankloom generate {run} -p {quote(found.answers[0][1].prompt)}")
         commands.append(f"rankloom chat {run}")
-    if _mergeable(trained):
+    bank = trained.loaded.model.rankloom
+    if merges(bank.sites(bank.names[-1])[:1])[0]:  # those of a run are all of one method
         commands.append(f"rankloom merge {run} {quote(f'{found.out}-merged')}")
     return tuple(commands)
-
-
-def _mergeable(trained: Trained) -> bool:
-    """Whether the change of the first site has a matrix; those of a run are all of one method."""
-    bank = trained.loaded.model.rankloom
-    site = next(iter(bank.sites(bank.names[-1])))
-    try:
-        site.adapter.delta(site.base)
-    except NotMergeable:
-        return False
-    return True

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rankloom import formats
 from rankloom.files.folders import writing
 from rankloom.formats.saving import SaveReport
 from rankloom.hf.models import find_tokenizer, load_weights
 from rankloom.jobs.difference import Difference, difference, output, sample_batch, words_of
-from rankloom.jobs.runs import check_empty, known_labels, on_its_base, plain
+from rankloom.jobs.runs import JobReport, check_empty, known_labels, on_its_base
 from rankloom.train.config import RunConfig
 
 
 @dataclass(frozen=True)
-class ExportedReport:
+class ExportedReport(JobReport):
     """`errors`: ‖ΔW − B A‖_F / ‖ΔW‖_F by site, `error` that of all together; `outputs`: what the model says with the
     written adapter, read back, against what it says with the first one; `change`: the bare model against that.
     """
@@ -27,11 +26,6 @@ class ExportedReport:
     change: Difference
     measured_on: str
     saved: SaveReport
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        found: dict[str, Any] = plain(self)
-        return found
 
 
 def export_job(config: RunConfig, adapter: Path, out: Path, as_: str = "lora", r: int | None = None) -> ExportedReport:

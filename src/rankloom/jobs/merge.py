@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from rankloom.hf.models import Loaded, find_tokenizer, load_weights, model_files
 from rankloom.hf.packed import save_packed
 from rankloom.hf.shards import Shards, hang, has_shards, merged, write_shards
 from rankloom.jobs.difference import Difference, difference, output, sample_batch, words_of
-from rankloom.jobs.runs import check_empty, known_labels, on_its_base, plain
+from rankloom.jobs.runs import JobReport, check_empty, known_labels, on_its_base
 from rankloom.store.base import Packed
 from rankloom.store.model import unpack
 from rankloom.train.config import ModelSettings, RunConfig
@@ -37,7 +37,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torc
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(JobReport):
     """A merged model. `error`: read back from its files, against the adapter on the same base (None: not verified);
     `trained`: against the adapter on the packed base that it was trained on, where the merge is into another; `change`:
     the base against the adapter, for a measure; `lost`: by packed weight, the part of its change that rounding lost;
@@ -54,11 +54,6 @@ class MergeReport:
     how: str
     measured_on: str
     size: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        found: dict[str, Any] = plain(self)
-        return found
 
 
 def merge_job(

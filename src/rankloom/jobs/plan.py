@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,7 +22,7 @@ from rankloom.core.fuse import memo_of
 from rankloom.core.kinds import kind_of
 from rankloom.core.plan import Plan
 from rankloom.core.prepare import kept_layers
-from rankloom.core.site import LAYER
+from rankloom.core.site import LAYER, Site
 from rankloom.core.targets import base_modules
 from rankloom.errors import NotMergeable, RankloomError
 from rankloom.hf.models import known_head, load_tokenizer, skeleton, task_of, with_heads
@@ -189,7 +189,7 @@ def plan_job(config: RunConfig, form: str | None = None, labels: tuple[str, ...]
     weights = footprint(module for _, module in base_modules(model)).rows
     trained = [t for t in tensors if t.requires_grad]
     conflicts, rules = _conflicts(model, config)
-    mergeable, why = _mergeable(bank, config.name)
+    mergeable, why = merges(bank.sites(config.name))
     notes = [f"{', '.join(loaded.heads)} starts at random and is trained whole"] if loaded.heads else []
     notes += [why] if why else []
     notes += plan_notes(plan, model)
@@ -298,9 +298,10 @@ def _conflicts(model: nn.Module, config: RunConfig) -> tuple[tuple[str, ...], tu
     return (), tuple(name_of(type(rule)) or type(rule).__name__ for rule in rules.each)
 
 
-def _mergeable(bank: Bank, name: str) -> tuple[bool, str]:
+def merges(sites: Iterable[Site]) -> tuple[bool, str]:
+    """Whether the change has a matrix at each of these sites, and why not."""
     try:
-        for site in bank.sites(name):
+        for site in sites:
             site.adapter.delta(site.base)
     except NotMergeable as error:
         return False, f"not mergeable: {error}"

@@ -15,13 +15,13 @@ from rankloom.hf.folder import folder_size, model_folder
 from rankloom.hf.models import load_model
 from rankloom.hf.packed import save_packed
 from rankloom.jobs.difference import Difference, difference, output, sample_batch, words_of
-from rankloom.jobs.runs import ADAPTER, calibration, check_empty, plain
+from rankloom.jobs.runs import ADAPTER, JobReport, calibration, check_empty, plain
 from rankloom.store.footprint import Kept, footprint
 from rankloom.train.config import RunConfig
 
 
 @dataclass(frozen=True)
-class QuantizeReport:
+class QuantizeReport(JobReport):
     """A packed model. `kept`: its tensors by store, `before`: as they were; `error`: its output, with the adapter of
     the plan's start where there is one, against the dense model's; `splits`: by site the errors of the start's iterates
     and the one taken; `size`: bytes of the folder.
@@ -35,11 +35,6 @@ class QuantizeReport:
     adapter: Path | None
     splits: dict[str, dict[str, Any]]
     size: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        found: dict[str, Any] = plain(self)
-        return found
 
 
 def quantize_job(config: RunConfig, out: Path) -> QuantizeReport:

@@ -52,7 +52,17 @@ Tell = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
-class JobResult:
+class JobReport:
+    """What a job came to, in figures."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        found: dict[str, Any] = plain(self)
+        return found
+
+
+@dataclass(frozen=True)
+class JobResult(JobReport):
     """What a training came to. `before`, `after`: metrics on held-out data; `compatibility`: who else can load the
     adapter; `answers`: (before, after) to the same question; `curve`: the picture of the losses, if drawn.
     """
@@ -72,11 +82,6 @@ class JobResult:
     answers: tuple[tuple[Answer, Answer], ...] = ()
     notes: tuple[str, ...] = field(default=())
     curve: Path | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        found: dict[str, Any] = plain(self)
-        return found
 
 
 @dataclass(frozen=True)

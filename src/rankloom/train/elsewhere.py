@@ -66,6 +66,9 @@ _SAVE_STEPS = ("save_every", "in steps, as in save_every=100")
 _HOLD_OUT = ("hold_out", "a number of records, as in hold_out=200; by default a tenth of them")
 _PACKED = ("packing", "of the training rows; evaluation is never packed")
 _FSDP = ("sharding=fsdp", "started with torchrun")
+_LORA_PLUS = ("rules", "as in rules=[{name: lora_plus, ratio: 16}]")
+_MIX = ("data", "sources with their ratios: data.source={a.jsonl: 3, b.jsonl: 1}")
+_SOURCE = ("data", "a file, a folder or a hub id")
 _ADAPTER = ("", "name the adapter's folder as the path, before the changes")
 
 _STEPS = _words(
@@ -173,7 +176,7 @@ AXOLOTL = {
         lora_model_dir=_ADAPTER,
         peft_use_dora="method=dora",
         peft_use_rslora="scaling=rslora",
-        loraplus_lr_ratio=("rules", "as in rules=[{name: lora_plus, ratio: 16}]"),
+        loraplus_lr_ratio=_LORA_PLUS,
         micro_batch_size="batch_size",
         eval_batch_size=_ONE_SIZE,
         num_epochs="epochs",
@@ -199,15 +202,15 @@ LLAMA_FACTORY = {
         additional_target="modules_to_save",
         use_dora="method=dora",
         use_rslora="scaling=rslora",
-        loraplus_lr_ratio=("rules", "as in rules=[{name: lora_plus, ratio: 16}]"),
+        loraplus_lr_ratio=_LORA_PLUS,
         quantization_bit=("store", "as in store={name: normal_float, bits: 4}"),
-        dataset=("data", "a file, a folder or a hub id"),
-        dataset_dir=("data", "a file, a folder or a hub id"),
+        dataset=_SOURCE,
+        dataset_dir=_SOURCE,
         eval_dataset="eval_source",
         val_size=_HOLD_OUT,
         max_samples=("data", "the number stands behind the source, as in data=train.jsonl#500"),
-        mix_strategy=("data", "sources with their ratios: data.source={a.jsonl: 3, b.jsonl: 1}"),
-        interleave_probs=("data", "sources with their ratios: data.source={a.jsonl: 3, b.jsonl: 1}"),
+        mix_strategy=_MIX,
+        interleave_probs=_MIX,
         cutoff_len="max_length",
         neat_packing="packing",
         train_on_prompt="train_on=all",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,10 +13,9 @@ from rankloom.core.method import Method
 from rankloom.core.plan import Plan
 from rankloom.core.site import Site
 from rankloom.core.targets import matches
-from rankloom.errors import FileError
 from rankloom.formats.entry import Entry, mapped
 from rankloom.formats.manifest import Source
-from rankloom.formats.patterns import alternatives, fault
+from rankloom.formats.patterns import alternatives, check_expressions, fault
 from rankloom.formats.peft import fields as f
 from rankloom.formats.peft.paths import Paths
 from rankloom.formats.peft.targets import target_fields
@@ -56,10 +54,8 @@ class Ia3(Translator):
     def method_fields(self, view: View) -> dict[str, Any]:
         """A list where it means the same and is part of target_modules, as PEFT demands; else one expression."""
         ours = {site.name for site, adapter in view.adapted if getattr(adapter, "feedforward", False)}
-        names, targets = (
-            [site.name for site, _ in view.adapted],
-            target_fields(view, self.fields, expressions=True)["target_modules"],
-        )
+        names = [site.name for site, _ in view.adapted]
+        targets = target_fields(view, self.fields, expressions=True)["target_modules"]
         method = view.plan.method
         assert isinstance(method, IA3)
         said = method.feedforward_modules
@@ -71,11 +67,7 @@ class Ia3(Translator):
 
     def method(self, values: Mapping[str, Any], where: str) -> Method:
         words = values["feedforward_modules"] or ()
-        if isinstance(words, str) and fault([words]):
-            raise FileError(
-                f"{where}: feedforward_modules={words!r} has repeats over groups, or more than four: it is not run; "
-                "name the modules instead"
-            )
+        check_expressions("feedforward_modules", [words] if isinstance(words, str) else (), where)
         return IA3(words if isinstance(words, str) else tuple(words))
 
     def plans(self, source: Source, model: nn.Module) -> tuple[Plan, Plan]:
@@ -94,7 +86,7 @@ class Ia3(Translator):
 def _hit(words: Words, names: Iterable[str]) -> set[str]:
     """The names that PEFT takes for feed-forward layers: ends of names, dot or no dot, or one expression."""
     if isinstance(words, str):
-        return {name for name in names if re.fullmatch(words, name)}
+        return {name for name in names if matches(words, name)}
     ends = tuple(words or ())
     return {name for name in names if name.endswith(ends)}
 
